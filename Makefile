@@ -1,0 +1,71 @@
+# Every target sets itself up: it needs Python 3.11 or newer, make and a C library, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= ../shared/data
+RUN ?= runs/default
+
+uv := $(VENV)/bin/uv
+install := $(uv) pip install --quiet --python $(VENV)/bin/python --require-hashes
+editable := $(uv) pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
+
+.PHONY: serve test lint check default-bundle openapi lock clean
+
+## Serve the shipped bundle on http://127.0.0.1:8000 (settings: MMTL_*; see docs/settings.md).
+serve: $(VENV)/.cpu
+	@$(VENV)/bin/mmtl serve
+
+## Lint, types and the import contract.
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+## The whole test suite: unit tests, then the service as a process in an environment without torch.
+test: $(VENV)/.dev
+	$(VENV)/bin/pytest
+
+## What .ci/run runs.
+check: lint
+	$(MAKE) test
+
+## Retrain, evaluate and export the shipped bundle from the data folder (hours on two cores).
+default-bundle: $(VENV)/.dev
+	$(VENV)/bin/mmtl-train prepare $(DATA) --run $(RUN)
+	$(VENV)/bin/mmtl-train fit --run $(RUN)
+	$(VENV)/bin/mmtl-train export --run $(RUN) --bundle models/default
+	$(VENV)/bin/mmtl-train evaluate $(DATA) --run $(RUN) --bundle models/default
+
+## Write the committed OpenAPI description anew.
+openapi: $(VENV)/.cpu
+	$(VENV)/bin/mmtl openapi > docs/openapi.json.new && mv docs/openapi.json.new docs/openapi.json
+
+$(uv): requirements/bootstrap.txt
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --require-hashes -r requirements/bootstrap.txt
+	@touch $@
+
+$(VENV)/.cpu: requirements/cpu.txt pyproject.toml | $(uv)
+	@$(install) -r requirements/cpu.txt
+	@$(editable)
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt pyproject.toml | $(uv)
+	@$(install) -r requirements/dev.txt
+	@$(editable)
+	@touch $@ $(VENV)/.cpu
+
+## Resolve the hash-locked requirement files anew (no file names a registry).
+lock := $(uv) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-header --no-annotate
+lock: | $(uv)
+	echo uv | $(lock) - -o requirements/bootstrap.txt
+	echo hatchling | $(lock) pyproject.toml - --extra cpu -o requirements/cpu.txt
+	echo hatchling | $(lock) pyproject.toml - --extra gpu -c requirements/cpu.txt -o requirements/gpu.txt
+	$(lock) pyproject.toml --extra cpu --extra training -c requirements/cpu.txt \
+		-o requirements/training.txt
+	$(lock) pyproject.toml --extra cpu --extra training --extra dev -c requirements/training.txt \
+		-o requirements/dev.txt
+
+clean:
+	rm -rf $(VENV) .venv-e2e .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The service: HTTP and images in, predictions out."""

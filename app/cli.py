@@ -1,0 +1,184 @@
+"""`mmtl serve | predict | bundle verify | bundle inspect | openapi`."""
+
+import asyncio
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+import uvicorn
+from rich.console import Console
+from rich.table import Table
+
+from app.engines import EngineError, load_engine
+from app.main import build_api, create_app
+from app.schemas import Failure, PredictResponse, Success
+from app.settings import Settings, SettingsError, load_settings
+from app.telemetry import configure_logs
+from app.trace import Trace
+from app.uploads import Upload
+from models.bundle import BundleError, load_bundle
+
+NOTICE = "Research software, not a medical device."
+_EXPECTED = (BundleError, EngineError, SettingsError)
+
+cli = typer.Typer(no_args_is_help=True, add_completion=False, help=f"Serve M-MTL. {NOTICE}")
+bundle_cli = typer.Typer(no_args_is_help=True, help="Look at a bundle.")
+cli.add_typer(bundle_cli, name="bundle")
+
+
+def main() -> None:
+    """Run the command line; an expected error is one sentence and exit status 2."""
+    try:
+        cli()
+    except _EXPECTED as error:
+        fail(str(error))
+
+
+def fail(sentence: str) -> NoReturn:
+    """Say what is wrong, and exit with status 2."""
+    print(f"mmtl: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@cli.command()
+def serve(
+    check: Annotated[
+        bool, typer.Option("--check", help="Validate settings and bundle, and exit.")
+    ] = False,
+) -> None:
+    """Serve the bundle. Everything is set by MMTL_* variables: see docs/settings.md."""
+    settings = load_settings()
+    configure_logs("WARNING" if check else settings.log_level)
+    app = create_app(settings)
+    if check:
+        facts = app.state.predictor.model
+        print(f"ok: {facts.name} {facts.version} on {settings.host}:{settings.port}")
+        return
+    # Uvicorn's own lines of every request would repeat ours.
+    logging.getLogger("uvicorn.access").disabled = True
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+    )
+
+
+@cli.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
+    explain: Annotated[bool, typer.Option("--explain", help="With heat maps (JSON).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The service's answer.")] = False,
+) -> None:
+    """Answer for image files, as the service would; exits with 1 if one could not be used."""
+    settings = load_settings()
+    configure_logs("ERROR")
+    try:
+        uploads = [Upload(path.name, path.read_bytes()) for path in images]
+    except OSError as error:
+        fail(f"{error.filename} cannot be read: {error.strerror}.")
+    answer = asyncio.run(_predict(settings, uploads, explain))
+    if as_json:
+        print(answer.model_dump_json(exclude_unset=True, indent=2))
+    else:
+        _print_table(answer)
+    if any(isinstance(result, Failure) for result in answer.results):
+        raise SystemExit(1)
+
+
+async def _predict(settings: Settings, uploads: list[Upload], explain: bool) -> PredictResponse:
+    app = create_app(settings)
+    predictor = app.state.predictor
+    trace = Trace("command-line")
+    results = []
+    async with app.router.lifespan_context(app):
+        while not predictor.batcher.ready:
+            await asyncio.sleep(0.005)
+        for start in range(0, len(uploads), settings.max_files):
+            part = uploads[start : start + settings.max_files]
+            results += await predictor.predict(part, explain, trace)
+    return PredictResponse(request_id=trace.request_id, model=predictor.model, results=results)
+
+
+def _print_table(answer: PredictResponse) -> None:
+    table = Table(title=f"{answer.model.name} {answer.model.version}", caption=NOTICE)
+    for column in ("image", "melanoma", "decision", "age", "site", "warnings"):
+        table.add_column(column)
+    for result in answer.results:
+        if isinstance(result, Success):
+            found = result.prediction
+            table.add_row(
+                result.filename,
+                f"{found.melanoma.probability:.3f}",
+                f"{found.melanoma.decision} ({found.melanoma.threshold:.3f})".replace("_", " "),
+                f"{found.age.label} ({found.age.years:.0f} years)",
+                found.site.label,
+                ", ".join(result.quality.warnings),
+            )
+        else:
+            table.add_row(result.filename, "", "error", "", "", result.error.detail)
+    Console().print(table)
+
+
+@bundle_cli.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A bundle.")]) -> None:
+    """Check hashes, shapes and golden predictions of the artifacts that are there."""
+    bundle = load_bundle(folder)
+    settings = load_settings()
+    for artifact in bundle.manifest.artifacts:
+        if not bundle.path(artifact).is_file():
+            print(f"absent   {artifact.file}")
+        elif artifact.format != "onnx" and not settings.trust_torch:
+            print(f"hash ok  {artifact.file} (not run: MMTL_TRUST_TORCH is not set)")
+        else:
+            load_engine(bundle, artifact, settings)
+            print(f"ok       {artifact.file}")
+
+
+@bundle_cli.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A bundle.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The whole manifest.")] = False,
+) -> None:
+    """Show what a bundle is."""
+    manifest = load_bundle(folder).manifest
+    if as_json:
+        print(manifest.model_dump_json(indent=2))
+        return
+    table = Table(title=f"{manifest.name} {manifest.version}", caption=NOTICE, show_header=False)
+    table.add_row("description", manifest.description)
+    table.add_row("input", f"{manifest.input.height} x {manifest.input.width} pixels, RGB")
+    for task in manifest.tasks:
+        table.add_row(task.name, f"{task.kind}: {', '.join(task.labels)}")
+    point = manifest.operating_point
+    table.add_row(
+        "threshold from",
+        f"{point.criterion} on {point.dataset} ({point.images} images, {point.melanomas} "
+        f"melanomas): sensitivity {point.sensitivity:.3f}, specificity {point.specificity:.3f}",
+    )
+    table.add_row("prevalence", f"{manifest.prevalence:.3f}")
+    for artifact in manifest.artifacts:
+        table.add_row(
+            artifact.file,
+            f"{artifact.format} {artifact.precision}, {artifact.bytes / 1e6:.1f} MB, "
+            f"melanoma threshold {artifact.melanoma_threshold:.3f}",
+        )
+    for metric in manifest.metrics:
+        table.add_row(
+            f"{metric.name}, {metric.dataset}",
+            f"{metric.value:.3f} (95 % interval {metric.low:.3f} to {metric.high:.3f}, "
+            f"{metric.images} images)",
+        )
+    table.add_row("licence of the weights", manifest.training_data.licence)
+    Console().print(table)
+
+
+@cli.command()
+def openapi() -> None:
+    """Print the OpenAPI description."""
+    print(json.dumps(build_api().openapi(), indent=2, sort_keys=True))

@@ -1,0 +1,62 @@
+"""ONNX Runtime."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from app.engines import EngineError
+from models.bundle import BundleError, Outputs
+
+_CUDA = "CUDAExecutionProvider"
+
+
+class OnnxEngine:
+    """A session of ONNX Runtime.
+
+    Args:
+        path: Of the artifact.
+        device: `auto`, `cpu` or `cuda:N`.
+        threads: Within one run, on the CPU.
+
+    Raises:
+        BundleError: The file is not a network with the input that the contract names.
+        EngineError: A GPU is asked for and cannot be used.
+    """
+
+    name = "onnx"
+
+    def __init__(self, path: Path, device: str, threads: int):
+        has_cuda = _CUDA in onnxruntime.get_available_providers()
+        if device.startswith("cuda") and not has_cuda:
+            raise EngineError(
+                f"MMTL_DEVICE={device}: this ONNX Runtime has no CUDA. "
+                "Install requirements/gpu.txt in place of requirements/cpu.txt."
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        providers: list[object] = ["CPUExecutionProvider"]
+        if device != "cpu" and has_cuda:
+            number = int(device.removeprefix("cuda:")) if device != "auto" else 0
+            providers.insert(0, (_CUDA, {"device_id": number}))
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+        except Exception as error:  # ONNX Runtime raises types of its own, some of them private
+            reason = re.sub(r"\s+", " ", str(error))[:200]
+            raise BundleError(f"ONNX Runtime cannot load {path.name}: {reason}") from None
+        on_gpu = self._session.get_providers()[0] == _CUDA
+        if device.startswith("cuda") and not on_gpu:
+            raise EngineError(f"MMTL_DEVICE={device}: ONNX Runtime could not use that GPU.")
+        self.device = ("cuda:0" if device == "auto" else device) if on_gpu else "cpu"
+        inputs = self._session.get_inputs()
+        if [(i.name, i.type) for i in inputs] != [("images", "tensor(uint8)")]:
+            raise BundleError(f"{path.name} must take one input, `images` of uint8.")
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        """uint8 [N, H, W, 3] -> each output by name."""
+        values = self._session.run(self._outputs, {"images": images})
+        return dict(zip(self._outputs, values, strict=True))

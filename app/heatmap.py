@@ -1,0 +1,45 @@
+"""The heat map of an answer, drawn over the picture."""
+
+import base64
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from models.images import MAX_ASPECT, DecodedImage, decode
+
+LONG_SIDE = 512
+# Contribution to the logit, per place, at which a colour is full. It is fixed, so that two pictures
+# of one lesion can be compared, and a picture without any evidence stays pale.
+FULL_AT = 6.0
+MOST_OPAQUE = 0.6
+_RAISES, _LOWERS = np.array([214, 39, 40], np.float32), np.array([31, 119, 180], np.float32)
+
+
+def draw_overlay(data: bytes, image: DecodedImage, contributions: NDArray[np.float32]) -> str:
+    """Draw what raised (red) and lowered (blue) the melanoma logit over what the network saw.
+
+    Args:
+        data: The encoded image, already decoded once without error.
+        image: That decoding.
+        contributions: `melanoma_map`, float32 [h, w].
+
+    Returns:
+        A PNG of at most `LONG_SIDE` pixels a side, in base64.
+    """
+    width = min(float(image.width), image.height * MAX_ASPECT)
+    height = min(float(image.height), image.width * MAX_ASPECT)
+    scale = LONG_SIDE / max(width, height)
+    size = max(round(height * scale), 1), max(round(width * scale), 1)
+    picture = decode(data, *size).pixels.astype(np.float32)
+    heat = Image.fromarray(contributions.astype(np.float32)).resize(
+        size[::-1], Image.Resampling.BICUBIC
+    )
+    strength = np.asarray(heat)[:, :, None] / FULL_AT
+    opacity = MOST_OPAQUE * np.minimum(np.abs(strength), 1)
+    colour = np.where(strength > 0, _RAISES, _LOWERS)
+    blended = np.clip(picture * (1 - opacity) + colour * opacity, 0, 255)
+    buffer = BytesIO()
+    Image.fromarray(blended.astype(np.uint8)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

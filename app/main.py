@@ -1,0 +1,76 @@
+"""The application: settings -> bundle -> engine -> batcher -> routes."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi_offline import FastAPIOffline
+
+from app import problems
+from app.engines import load_engine
+from app.predictor import Predictor
+from app.routes import health, metrics, model, predict, web
+from app.settings import Settings
+from app.telemetry import Metrics, Telemetry
+from models.bundle import load_bundle
+
+DESCRIPTION = (
+    "Calibrated melanoma probability, age bin and anatomical site from dermoscopic images. "
+    "**Research software, not a medical device.**"
+)
+API_VERSION = "1.0.0"
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Load the bundle and wire the service.
+
+    Raises:
+        models.bundle.BundleError: The bundle cannot be used.
+        app.engines.EngineError: The runtime or the device is not there.
+    """
+    bundle = load_bundle(settings.bundle)
+    artifact = bundle.artifact(settings.artifact)
+    engine = load_engine(bundle, artifact, settings)
+    measured = Metrics(bundle.manifest, settings.max_batch, problems.KINDS)
+    predictor = Predictor(bundle, artifact, engine, settings, measured)
+    facts = predictor.model
+    measured.model_info.labels(
+        facts.name, facts.version, facts.sha256, engine.name, engine.device
+    ).set(1)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        predictor.start()
+        yield
+        predictor.close()
+
+    app = build_api(lifespan)
+    app.state.settings = settings
+    app.state.predictor = predictor
+    app.state.metrics = measured
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-ID", "X-Model-Version", "Server-Timing", "Retry-After"],
+        )
+    app.add_middleware(Telemetry, metrics=measured, model_version=facts.version)
+    return app
+
+
+def build_api(lifespan: object = None) -> FastAPI:
+    """The routes and their description, without a bundle behind them."""
+    app = FastAPIOffline(
+        title="mmtl",
+        version=API_VERSION,
+        description=DESCRIPTION,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    problems.install(app)
+    for module in (predict, health, model, metrics, web):
+        app.include_router(module.router)
+    return app

@@ -1,0 +1,242 @@
+"""From the bytes of an image to its result: decode, queue, infer, and put into words."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app import batcher as batching
+from app import problems
+from app.batcher import Batcher
+from app.cores import available_cores
+from app.engines import Engine
+from app.heatmap import draw_overlay
+from app.problems import Kind, Problem
+from app.quality import find_warnings
+from app.schemas import (
+    Age,
+    Category,
+    Explanation,
+    Failure,
+    ImageFacts,
+    Melanoma,
+    ModelFacts,
+    Prediction,
+    Quality,
+    QualityWarning,
+    Result,
+    Success,
+)
+from app.settings import Settings
+from app.telemetry import Metrics
+from app.trace import Trace
+from app.uploads import Upload
+from models.bundle import Artifact, Bundle, melanoma_probability
+from models.images import DecodedImage, ImageError, decode
+
+# Of what stands in an answer; decisions are made on the full numbers.
+DIGITS = 6
+
+_REFUSALS: dict[type[batching.Refused], tuple[Kind, str]] = {
+    batching.Saturated: (
+        problems.SATURATED,
+        "The queue is full. Try again after Retry-After seconds.",
+    ),
+    batching.Draining: (problems.DRAINING, "Send the request to another instance, or try again."),
+    batching.NotReady: (
+        problems.NOT_READY,
+        "The network is being loaded, or has stopped. Try again after Retry-After seconds.",
+    ),
+    batching.DeadlineExceeded: (
+        problems.DEADLINE_EXCEEDED,
+        "The image waited longer than MMTL_DEADLINE_SECONDS.",
+    ),
+    batching.InferenceFailed: (
+        problems.INFERENCE_FAILED,
+        "Tell the operator the X-Request-ID.",
+    ),
+}
+
+
+def problem_of(refusal: type[batching.Refused]) -> Problem:
+    """The problem that a refusal of the batcher is answered with."""
+    return Problem(*_REFUSALS[refusal])
+
+
+class Predictor:
+    """Everything that answers for an image.
+
+    Args:
+        bundle: The served one.
+        artifact: That the engine runs.
+        engine: Loaded.
+        settings: Limits, batch and queue.
+        metrics: Told of every image.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        artifact: Artifact,
+        engine: Engine,
+        settings: Settings,
+        metrics: Metrics,
+    ):
+        self.bundle = bundle
+        self.artifact = artifact
+        self.model = ModelFacts(
+            name=bundle.manifest.name, version=bundle.manifest.version, sha256=artifact.sha256
+        )
+        self._input = bundle.manifest.input
+        self._deadline_seconds = settings.deadline_seconds
+        self._limits = settings.limits
+        self._metrics = metrics
+        self._decoders = ThreadPoolExecutor(
+            settings.threads or available_cores(), thread_name_prefix="mmtl-decode"
+        )
+        self.batcher = Batcher(
+            engine,
+            (self._input.height, self._input.width),
+            settings.max_batch,
+            settings.queue_size,
+            metrics,
+        )
+
+    def start(self) -> None:
+        """Start the runner."""
+        self.batcher.start()
+
+    def close(self) -> None:
+        """Answer what was admitted, then stop."""
+        self.batcher.close()
+        self._decoders.shutdown()
+
+    async def predict(self, uploads: list[Upload], explain: bool, trace: Trace) -> list[Result]:
+        """The result of each image, in order.
+
+        Args:
+            uploads: The images.
+            explain: With a heat map.
+            trace: Told of the stages' times.
+
+        Raises:
+            Problem: The service cannot take the request as a whole.
+        """
+        trace.images = len(uploads)
+        deadline = time.monotonic() + self._deadline_seconds
+        refusal: type[batching.Refused]
+        try:
+            # The group cancels the other images when the service cannot take one of them.
+            with self.batcher.reserve(len(uploads)):
+                async with asyncio.timeout(self._deadline_seconds), asyncio.TaskGroup() as group:
+                    tasks = [
+                        group.create_task(self._result(upload, explain, deadline, trace))
+                        for upload in uploads
+                    ]
+                return [task.result() for task in tasks]
+        except* batching.Refused as refused:
+            refusal = type(_first(refused))
+        except* TimeoutError:
+            refusal = batching.DeadlineExceeded
+        raise problem_of(refusal)
+
+    async def _result(self, upload: Upload, explain: bool, deadline: float, trace: Trace) -> Result:
+        try:
+            result = await self._success(upload, explain, deadline, trace)
+        except Problem as problem:
+            self._metrics.images.labels("error").inc()
+            trace.problems.append(problem.kind.name)
+            return Failure(filename=upload.filename, status="error", error=problem.body())
+        self._metrics.images.labels("ok").inc()
+        return result
+
+    async def _success(
+        self, upload: Upload, explain: bool, deadline: float, trace: Trace
+    ) -> Success:
+        started = time.monotonic()
+        loop = asyncio.get_running_loop()
+        try:
+            image, digest = await loop.run_in_executor(self._decoders, self._decode, upload.data)
+        except ImageError as error:
+            raise Problem.of_image(error) from None
+        finally:
+            self._spent(trace, "decode", time.monotonic() - started)
+        try:
+            answer = await self.batcher.submit(image.pixels, deadline)
+        except batching.InferenceFailed as refusal:
+            raise problem_of(type(refusal)) from None
+        self._spent(trace, "queue", answer.queue_seconds)
+        self._spent(trace, "inference", answer.inference_seconds)
+        prediction, quality = self._interpret(image, answer.outputs)
+        fields: dict[str, Explanation] = {}
+        if explain:
+            overlay = await loop.run_in_executor(
+                self._decoders, draw_overlay, upload.data, image, answer.outputs["melanoma_map"]
+            )
+            fields["explanation"] = Explanation(media_type="image/png", overlay=overlay)
+        return Success(
+            filename=upload.filename,
+            status="ok",
+            image=ImageFacts(
+                width=image.width, height=image.height, format=image.format, sha256=digest
+            ),
+            prediction=prediction,
+            quality=quality,
+            **fields,
+        )
+
+    def _decode(self, data: bytes) -> tuple[DecodedImage, str]:
+        image = decode(data, self._input.height, self._input.width, self._limits)
+        return image, hashlib.sha256(data).hexdigest()
+
+    def _spent(self, trace: Trace, stage: str, seconds: float) -> None:
+        trace.spent(stage, seconds)
+        self._metrics.stages.labels(stage).observe(seconds)
+
+    def _interpret(
+        self, image: DecodedImage, outputs: Mapping[str, NDArray[np.float32]]
+    ) -> tuple[Prediction, Quality]:
+        artifact, metrics = self.artifact, self._metrics
+        probability = float(melanoma_probability(outputs["melanoma_logit"], artifact.calibration))
+        above = probability >= artifact.melanoma_threshold
+        melanoma = Melanoma(
+            probability=round(probability, DIGITS),
+            threshold=round(artifact.melanoma_threshold, DIGITS),
+            decision="at_or_above_threshold" if above else "below_threshold",
+        )
+        categories: dict[str, Age | Category] = {}
+        for task in self.bundle.manifest.tasks:
+            if task.kind == "binary":
+                continue
+            probabilities = {
+                label: round(min(max(float(value), 0.0), 1.0), DIGITS)
+                for label, value in zip(task.labels, outputs[task.name], strict=True)
+            }
+            label = max(probabilities, key=probabilities.__getitem__)
+            metrics.predicted.labels(task.name, label).inc()
+            if task.name == "age":
+                years = round(float(outputs["age_years"]), 1)
+                categories["age"] = Age(label=label, years=years, probabilities=probabilities)
+            else:
+                categories[task.name] = Category(label=label, probabilities=probabilities)
+        score = float(outputs["ood_score"])
+        inside = score <= artifact.ood_threshold
+        warnings = find_warnings(image)
+        if not inside:
+            warnings.append(QualityWarning.OUT_OF_DISTRIBUTION)
+            metrics.out_of_distribution.inc()
+        metrics.predicted.labels("melanoma", melanoma.decision).inc()
+        metrics.melanoma_probability.observe(probability)
+        return (
+            Prediction.model_validate({"melanoma": melanoma, **categories}),
+            Quality(ood_score=round(score, DIGITS), in_distribution=inside, warnings=warnings),
+        )
+
+
+def _first(group: BaseExceptionGroup[batching.Refused]) -> batching.Refused:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -1,0 +1,170 @@
+"""Every error the service can answer, in one table, as RFC 9457 problem+json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from app.schemas import ProblemBody
+from app.trace import trace_of
+from models.images import (
+    CorruptImageError,
+    EmptyImageError,
+    ImageError,
+    ImageTooLargeError,
+    UnsupportedImageError,
+)
+
+MEDIA_TYPE = "application/problem+json"
+_URN = "urn:mmtl:problem:"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A row of the table: the end of the type's URN, the status, the title."""
+
+    name: str
+    status: int
+    title: str
+
+    @property
+    def type(self) -> str:
+        """The stable `type` of the problem."""
+        return _URN + self.name
+
+
+EMPTY_IMAGE = Kind("empty-image", 400, "The image is empty")
+UNSUPPORTED_IMAGE = Kind("unsupported-image", 415, "Not an image of a supported format")
+CORRUPT_IMAGE = Kind("corrupt-image", 422, "The image is damaged")
+IMAGE_TOO_LARGE = Kind("image-too-large", 413, "The image has too many pixels or bytes")
+NO_FILES = Kind("no-files", 400, "The request holds no image")
+TOO_MANY_FILES = Kind("too-many-files", 413, "The request holds too many images")
+UNEXPECTED_FIELD = Kind("unexpected-field", 422, "A form field has another name than `files`")
+MALFORMED_FORM = Kind("malformed-form", 400, "The multipart body cannot be read")
+BODY_TOO_LARGE = Kind("body-too-large", 413, "The request has too many bytes")
+UNSUPPORTED_MEDIA_TYPE = Kind(
+    "unsupported-media-type", 415, "The request's content type is not supported"
+)
+ALL_FILES_FAILED = Kind("all-files-failed", 422, "None of the images could be used")
+INVALID_PARAMETER = Kind("invalid-parameter", 422, "A parameter does not fit")
+NOT_FOUND = Kind("not-found", 404, "There is nothing at this path")
+METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "The path does not take this method")
+SATURATED = Kind("saturated", 503, "The service is busy")
+DRAINING = Kind("draining", 503, "The service is shutting down")
+DEADLINE_EXCEEDED = Kind("deadline-exceeded", 503, "The request took too long")
+NOT_READY = Kind("not-ready", 503, "The service is not ready")
+INFERENCE_FAILED = Kind("inference-failed", 500, "The network failed on this image")
+INTERNAL = Kind("internal", 500, "The service failed")
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        EMPTY_IMAGE,
+        UNSUPPORTED_IMAGE,
+        CORRUPT_IMAGE,
+        IMAGE_TOO_LARGE,
+        NO_FILES,
+        TOO_MANY_FILES,
+        UNEXPECTED_FIELD,
+        MALFORMED_FORM,
+        BODY_TOO_LARGE,
+        UNSUPPORTED_MEDIA_TYPE,
+        ALL_FILES_FAILED,
+        INVALID_PARAMETER,
+        NOT_FOUND,
+        METHOD_NOT_ALLOWED,
+        SATURATED,
+        DRAINING,
+        DEADLINE_EXCEEDED,
+        NOT_READY,
+        INFERENCE_FAILED,
+        INTERNAL,
+    )
+}
+# Seconds after which trying again makes sense.
+RETRY_AFTER = {SATURATED: 1, DRAINING: 5, DEADLINE_EXCEEDED: 5, NOT_READY: 5}
+
+_OF_IMAGE_ERROR: dict[type[ImageError], Kind] = {
+    EmptyImageError: EMPTY_IMAGE,
+    UnsupportedImageError: UNSUPPORTED_IMAGE,
+    CorruptImageError: CORRUPT_IMAGE,
+    ImageTooLargeError: IMAGE_TOO_LARGE,
+}
+
+
+class Problem(Exception):
+    """A problem to answer with.
+
+    Args:
+        kind: A row of the table.
+        detail: One sentence on this occurrence: what was wrong and what to do.
+    """
+
+    def __init__(self, kind: Kind, detail: str):
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+
+    @classmethod
+    def of_image(cls, error: ImageError) -> "Problem":
+        """The problem of an image that cannot be used."""
+        return cls(_OF_IMAGE_ERROR[type(error)], str(error))
+
+    def body(self) -> ProblemBody:
+        """As it stands in an answer."""
+        return ProblemBody(
+            type=self.kind.type,
+            title=self.kind.title,
+            status=self.kind.status,
+            detail=self.detail,
+        )
+
+
+def respond(
+    problem: Problem,
+    body: ProblemBody | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The HTTP answer of a problem (`body` where it says more than the problem does)."""
+    retry = RETRY_AFTER.get(problem.kind)
+    return Response(
+        (body or problem.body()).model_dump_json(exclude_unset=True),
+        problem.kind.status,
+        {**(headers or {}), **({"Retry-After": str(retry)} if retry else {})},
+        MEDIA_TYPE,
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Make every error that a route raises a problem; `app.telemetry` answers for the others."""
+
+    async def on_problem(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Problem)
+        trace_of(request.scope).problems.append(error.kind.name)
+        return respond(error)
+
+    async def on_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        kind = {404: NOT_FOUND, 405: METHOD_NOT_ALLOWED}.get(error.status_code)
+        if kind is None:
+            phrase = HTTPStatus(error.status_code).phrase
+            kind = Kind(phrase.lower().replace(" ", "-"), error.status_code, phrase)
+        trace_of(request.scope).problems.append(kind.name)
+        detail = "See /docs for what the service answers."
+        return respond(Problem(kind, detail), headers=error.headers)
+
+    async def on_validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first: Mapping[str, Any] = error.errors()[0]
+        where = " ".join(str(part) for part in first["loc"])
+        trace_of(request.scope).problems.append(INVALID_PARAMETER.name)
+        return respond(Problem(INVALID_PARAMETER, f"{where}: {first['msg']}."))
+
+    app.add_exception_handler(Problem, on_problem)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(RequestValidationError, on_validation)

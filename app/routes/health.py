@@ -1,0 +1,25 @@
+"""`GET /health/live` and `/health/ready`."""
+
+from fastapi import APIRouter, Request
+
+from app.batcher import NotReady
+from app.predictor import Predictor, problem_of
+from app.problems import MEDIA_TYPE
+from app.schemas import Health, ProblemBody
+
+router = APIRouter(prefix="/health")
+
+
+@router.get("/live")
+async def live() -> Health:
+    """Answers while the process runs."""
+    return Health(status="live")
+
+
+@router.get("/ready", responses={503: {"model": ProblemBody, "content": {MEDIA_TYPE: {}}}})
+async def ready(request: Request) -> Health:
+    """Answers 200 when images are taken: the network is warm, its runner alive, not draining."""
+    predictor: Predictor = request.app.state.predictor
+    if not predictor.batcher.ready:
+        raise problem_of(NotReady)
+    return Health(status="ready")

@@ -1,0 +1,108 @@
+"""Settings: `MMTL_*` environment variables, each with its meaning beside it."""
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+import models
+from models.bundle import ArtifactFormat
+from models.images import Limits
+
+PREFIX = "MMTL_"
+DEFAULT_BUNDLE = Path(models.__file__).parent / "default"
+
+
+class SettingsError(Exception):
+    """Settings that do not fit; the message names the variable and says what would."""
+
+
+class Settings(BaseSettings):
+    """What an operator may set."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+
+    port: int = Field(8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+
+    bundle: Path = DEFAULT_BUNDLE
+    """Folder of the bundle to serve; the shipped one by default."""
+
+    artifact: ArtifactFormat = "onnx"
+    """Which of the bundle's artifacts to run."""
+
+    trust_torch: bool = False
+    """Allow torch artifacts. They are code: say yes only to a bundle that you made or trust."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda:\d+)$")
+    """`auto` (a GPU where the runtime finds one), `cpu`, or `cuda:0`."""
+
+    threads: int = Field(0, ge=0)
+    """Threads of the runtime on the CPU, and of the decoder; 0 takes the container's CPU quota."""
+
+    max_batch: int = Field(8, ge=1, le=256)
+    """Most images in one run of the network. Larger ones pay on a GPU."""
+
+    queue_size: int = Field(256, ge=1)
+    """Most images admitted at once, over all requests; more answer 503."""
+
+    deadline_seconds: float = Field(30.0, gt=0)
+    """Longest a request may take from its last byte to its answer; later ones answer 503."""
+
+    max_files: int = Field(32, ge=1)
+    """Most images in one request."""
+
+    max_bytes: int = Field(64_000_000, ge=1)
+    """Most bytes in one request, all its images together."""
+
+    max_pixels: int = Field(100_000_000, ge=1)
+    """Most pixels of a baseline JPEG, which is never decoded in full."""
+
+    max_pixels_in_full: int = Field(30_000_000, ge=1)
+    """Most pixels of any other image."""
+
+    cors_origins: tuple[str, ...] = ()
+    """Origins that browsers may call from, as a JSON list: `["https://viewer.example"]`."""
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """DEBUG adds the health and metrics requests."""
+
+    @model_validator(mode="after")
+    def _one_request_fits(self) -> "Settings":
+        if self.queue_size < self.max_files:
+            raise ValueError("MMTL_QUEUE_SIZE must be at least MMTL_MAX_FILES")
+        return self
+
+    @property
+    def limits(self) -> Limits:
+        """What an image may be."""
+        return Limits(self.max_bytes, self.max_pixels, self.max_pixels_in_full)
+
+
+def load_settings() -> Settings:
+    """Read the environment.
+
+    Raises:
+        SettingsError: An unknown `MMTL_*` name, or a value that does not fit.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in os.environ:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            near = get_close_matches(name.upper(), known, n=1, cutoff=0)
+            raise SettingsError(f"{name} is not a setting. Did you mean {near[0]}?")
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = PREFIX + str(first["loc"][0]).upper() if first["loc"] else "The settings"
+        raise SettingsError(f"{name}: {first['msg']}.") from None
+    except ValueError as error:  # pydantic-settings' own, for a list that is not JSON
+        raise SettingsError(f"{error}: {error.__cause__}.") from None

@@ -1,0 +1,213 @@
+"""What an operator sees: Prometheus metrics, structured logs, request ids and timings."""
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Iterable
+from uuid import uuid4
+
+import structlog
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+)
+from prometheus_client.process_collector import ProcessCollector
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app import problems
+from app.trace import KEY, Trace
+from models.bundle import Manifest
+
+STAGES = ("decode", "queue", "inference")
+OUTCOMES = ("ok", "error")
+# Scrapes and probes come every few seconds and say nothing new.
+QUIET_ROUTES = frozenset({"/health/live", "/health/ready", "/metrics"})
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+# As nginx counts it: the caller went before there was an answer.
+_GONE = 499
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+log = structlog.get_logger()
+# A `_created` series beside every counter and histogram would double what is scraped.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # their own gap
+
+
+class Metrics:
+    """The service's metrics, in a registry of their own.
+
+    Args:
+        manifest: Of the served bundle: its labels are created up front.
+        max_batch: Largest batch, the last bucket of the batch sizes.
+        reasons: Why a request may be refused.
+    """
+
+    def __init__(self, manifest: Manifest, max_batch: int, reasons: Iterable[str]):
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.requests = Histogram(
+            "mmtl_http_request_duration_seconds",
+            "From the first byte of a request to the last of its answer.",
+            ("method", "route", "status"),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.stages = Histogram(
+            "mmtl_stage_duration_seconds",
+            "Time of one image in a stage.",
+            ("stage",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        sizes = [2**power for power in range(9) if 2**power < max_batch]
+        self.batch_size = Histogram(
+            "mmtl_batch_size",
+            "Images in one run of the network.",
+            buckets=[*sizes, max_batch],
+            registry=registry,
+        )
+        self.queue_depth = Gauge(
+            "mmtl_queue_depth", "Images admitted and not yet answered.", registry=registry
+        )
+        self.images = Counter(
+            "mmtl_images", "Images, by what became of them.", ("outcome",), registry=registry
+        )
+        self.rejected = Counter(
+            "mmtl_rejected",
+            "Requests and images answered with a problem, by its type.",
+            ("reason",),
+            registry=registry,
+        )
+        self.melanoma_probability = Histogram(
+            "mmtl_melanoma_probability",
+            "Calibrated probability of melanoma.",
+            buckets=[round(0.05 * step, 2) for step in range(1, 21)],
+            registry=registry,
+        )
+        self.predicted = Counter(
+            "mmtl_predicted", "Most probable label.", ("task", "label"), registry=registry
+        )
+        self.out_of_distribution = Counter(
+            "mmtl_out_of_distribution", "Images unlike the training images.", registry=registry
+        )
+        self.model_info = Gauge(
+            "mmtl_model_info",
+            "The served network; always 1.",
+            ("name", "version", "sha256", "engine", "device"),
+            registry=registry,
+        )
+        for stage in STAGES:
+            self.stages.labels(stage)
+        for outcome in OUTCOMES:
+            self.images.labels(outcome)
+        for reason in reasons:
+            self.rejected.labels(reason)
+        for task in manifest.tasks:
+            if task.kind != "binary":
+                for label in task.labels:
+                    self.predicted.labels(task.name, label)
+        for decision in ("at_or_above_threshold", "below_threshold"):
+            self.predicted.labels("melanoma", decision)
+
+
+class Telemetry:
+    """Middleware: gives every answer its headers, and counts and logs every request.
+
+    Args:
+        app: The application.
+        metrics: Told of every request.
+        model_version: For `X-Model-Version`.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, model_version: str):
+        self.app = app
+        self.metrics = metrics
+        self.model_version = model_version
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection, as ASGI has it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.monotonic()
+        wanted = Headers(scope=scope).get("x-request-id", "")
+        sane = _REQUEST_ID.fullmatch(wanted) is not None
+        trace = scope[KEY] = Trace(wanted if sane else uuid4().hex)
+        status = _GONE
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = trace.request_id
+                headers["X-Model-Version"] = self.model_version
+                spent = {**trace.stages, "total": time.monotonic() - started}
+                headers["Server-Timing"] = ", ".join(
+                    f"{name};dur={1000 * seconds:.1f}" for name, seconds in spent.items()
+                )
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            pass  # in mid-upload: nobody is there to answer
+        except Exception:
+            log.exception("request failed", request_id=trace.request_id)
+            if status != _GONE:  # the answer has begun; the server can only cut it off
+                raise
+            trace.problems.append(problems.INTERNAL.name)
+            detail = "Try again, or tell the operator the X-Request-ID."
+            answer = problems.respond(problems.Problem(problems.INTERNAL, detail))
+            await answer(scope, receive, send_with_headers)
+        finally:
+            self._record(scope, trace, status, time.monotonic() - started)
+
+    def _record(self, scope: Scope, trace: Trace, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self.metrics.requests.labels(method, route, status).observe(seconds)
+        for name in trace.problems:
+            self.metrics.rejected.labels(name).inc()
+        write = log.debug if route in QUIET_ROUTES and status < 400 else log.info
+        write(
+            "request",
+            request_id=trace.request_id,
+            method=method,
+            route=route,
+            status=status,
+            problems=trace.problems,
+            images=trace.images,
+            milliseconds=round(1000 * seconds, 1),
+            **{f"{name}_ms": round(1000 * value, 1) for name, value in trace.stages.items()},
+        )
+
+
+def configure_logs(level: str) -> None:
+    """Write every log line of the process, ours and the libraries', as JSON to standard error."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level)),
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.JSONRenderer(),
+            ],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=level, force=True)

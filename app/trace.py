@@ -1,0 +1,35 @@
+"""What is noted of one request while it is answered."""
+
+from dataclasses import dataclass, field
+
+from starlette.types import Scope
+
+KEY = "mmtl.trace"
+
+
+@dataclass(slots=True)
+class Trace:
+    """One request: its id, and what it spent its time on.
+
+    Attributes:
+        request_id: The caller's `X-Request-ID` where it has a sane form, else a new one.
+        stages: Seconds by stage; of several images, the slowest.
+        images: How many were sent.
+        problems: Names of the problems that the request, or its images, were answered with.
+    """
+
+    request_id: str
+    stages: dict[str, float] = field(default_factory=dict)
+    images: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def spent(self, stage: str, seconds: float) -> None:
+        """Note an image's time in a stage."""
+        self.stages[stage] = max(seconds, self.stages.get(stage, 0.0))
+
+
+def trace_of(scope: Scope) -> Trace:
+    """The trace of the request that a scope belongs to."""
+    trace = scope[KEY]
+    assert isinstance(trace, Trace)
+    return trace

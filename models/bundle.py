@@ -1,0 +1,355 @@
+"""A bundle: a fitted network's artifacts and the manifest that says what they are.
+
+A folder with `bundle.json` (`Manifest`) and the artifacts that it lists by SHA-256. What is learned
+from pixels is in the artifacts; what a clinic may have to change (calibration, prevalence,
+thresholds) is in the manifest.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+MANIFEST = "bundle.json"
+FORMAT_VERSION: Literal[1] = 1
+# ISIC records `age_approx` in steps of five years, 0 to 90.
+AGE_GRID = tuple(range(0, 91, 5))
+
+ArtifactFormat = Literal["onnx", "torch_export", "torchscript"]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Logits = NDArray[np.floating]
+Outputs = Mapping[str, NDArray[np.float32]]
+
+
+class BundleError(Exception):
+    """A bundle that cannot be used; the message says in one sentence why."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class InputSpec(_Part):
+    """How an image becomes the network's input: see `models.images.decode`."""
+
+    height: int = Field(ge=32, le=1024)
+    width: int = Field(ge=32, le=1024)
+    resize: Literal["crop_to_4_3_and_stretch"] = "crop_to_4_3_and_stretch"
+
+
+class Task(_Part):
+    """One thing the network predicts, its labels in the order of the output's columns.
+
+    `bin_edges` is for ordinal tasks: the first value, in years, of every bin but the first.
+    """
+
+    name: str
+    kind: Literal["binary", "categorical", "ordinal"]
+    labels: tuple[str, ...] = Field(min_length=2)
+    bin_edges: tuple[float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _edges_fit(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels stand twice")
+        edges = self.bin_edges
+        if (edges is not None) != (self.kind == "ordinal"):
+            raise ValueError("bin_edges are for ordinal tasks, and for all of them")
+        if edges is not None and (
+            len(edges) != len(self.labels) - 1 or list(edges) != sorted(set(edges))
+        ):
+            raise ValueError("bin_edges must rise, one fewer than labels")
+        return self
+
+
+class Calibration(_Part):
+    """Platt scaling: probability = sigmoid(slope * logit + intercept)."""
+
+    slope: float = Field(gt=0)
+    intercept: float
+
+
+class OperatingPoint(_Part):
+    """Where the melanoma threshold came from."""
+
+    criterion: str
+    dataset: str
+    images: int = Field(ge=1)
+    melanomas: int = Field(ge=1)
+    sensitivity: Probability
+    specificity: Probability
+
+
+class Artifact(_Part):
+    """One file of the network, and the scalars that turn its outputs into answers."""
+
+    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    format: ArtifactFormat
+    precision: Literal["fp32", "fp16", "int8"]
+    bytes: int = Field(ge=1)
+    sha256: Sha256
+    calibration: Calibration
+    melanoma_threshold: Probability
+    ood_threshold: float
+    tolerance: float = Field(gt=0, description="By how much a golden output may differ.")
+
+
+class DataSource(_Part):
+    """A dataset that the weights were learned from."""
+
+    name: str
+    licence: str
+    url: str
+    images: int = Field(ge=1)
+
+
+class TrainingData(_Part):
+    """What the weights were learned from, and on what terms they may be used."""
+
+    fingerprint: Sha256
+    sources: tuple[DataSource, ...] = Field(min_length=1)
+    licence: str
+
+
+class Metric(_Part):
+    """A held-out figure with its 95 % confidence interval."""
+
+    name: str
+    dataset: str
+    value: float
+    low: float
+    high: float
+    images: int = Field(ge=1)
+
+
+class Golden(_Part):
+    """What the network answers for `golden_image(seed, ...)`."""
+
+    seed: int = Field(ge=0)
+    outputs: dict[str, tuple[float, ...]]
+
+
+class Manifest(_Part):
+    """`bundle.json`."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    version: str = Field(pattern=r"^\d+\.\d+\.\d+$")
+    description: str
+    input: InputSpec
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    artifacts: tuple[Artifact, ...] = Field(min_length=1)
+    prevalence: float = Field(
+        gt=0, lt=1, description="Share of melanoma that the probability is calibrated to."
+    )
+    operating_point: OperatingPoint
+    training_data: TrainingData
+    metrics: tuple[Metric, ...] = ()
+    golden: tuple[Golden, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        for what, names in (
+            ("task", [task.name for task in self.tasks]),
+            ("artifact", [artifact.file for artifact in self.artifacts]),
+        ):
+            if len(set(names)) != len(names):
+                raise ValueError(f"a {what} stands twice")
+        missing = {"melanoma", "age", "site"} - {task.name for task in self.tasks}
+        if missing:
+            raise ValueError(f"the task {sorted(missing)[0]} is missing")
+        return self
+
+    def task(self, name: str) -> Task | None:
+        """The task of this name, None where the bundle has no such head."""
+        return next((task for task in self.tasks if task.name == name), None)
+
+    def output_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Name and shape of every output of every artifact; None is a free dimension."""
+        shapes: dict[str, tuple[int | None, ...]] = {
+            "melanoma_logit": (None,),
+            "age_years": (None,),
+            "melanoma_map": (None, None, None),
+            "ood_score": (None,),
+        }
+        for task in self.tasks:
+            if task.kind != "binary":
+                shapes[task.name] = (None, len(task.labels))
+        return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A verified bundle on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    def artifact(self, artifact_format: ArtifactFormat) -> Artifact:
+        """The artifact of a format.
+
+        Raises:
+            BundleError: The bundle has none, or its file is not there.
+        """
+        for artifact in self.manifest.artifacts:
+            if artifact.format == artifact_format:
+                if not self.path(artifact).is_file():
+                    raise BundleError(
+                        f"{self.path(artifact)} is not there. Write it with `mmtl-train export`, "
+                        "or serve another format."
+                    )
+                return artifact
+        have = ", ".join(artifact.format for artifact in self.manifest.artifacts)
+        raise BundleError(f"{self.folder} has no {artifact_format} artifact; it has {have}.")
+
+    def path(self, artifact: Artifact) -> Path:
+        """Where an artifact's file is."""
+        return self.folder / artifact.file
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a bundle and verify every artifact that is there.
+
+    Raises:
+        BundleError: No bundle, a manifest that does not fit, or a file that is not what the
+            manifest says.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except OSError:
+        raise BundleError(f"{folder} is not a bundle: {MANIFEST} cannot be read.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "it"
+        raise BundleError(f"{path} does not fit: {where}: {first['msg']}.") from None
+    bundle = Bundle(folder, manifest)
+    present = [artifact for artifact in manifest.artifacts if bundle.path(artifact).is_file()]
+    if not present:
+        raise BundleError(f"{folder} holds none of the artifacts that {MANIFEST} lists.")
+    for artifact in present:
+        if (found := sha256_of(bundle.path(artifact))) != artifact.sha256:
+            raise BundleError(
+                f"{bundle.path(artifact)} is not the file that the manifest describes (SHA-256 "
+                f"{found[:12]}…, expected {artifact.sha256[:12]}…): fetch or export it again."
+            )
+    return bundle
+
+
+def save_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes | Path]) -> Bundle:
+    """Write a bundle, replacing one that is there; another process sees the old one or the new.
+
+    Args:
+        folder: Of the bundle.
+        manifest: Its artifacts must be among `files`.
+        files: Content, or a file to copy, by name; `bundle.json` is added.
+
+    Raises:
+        BundleError: `folder` is something else than a bundle, or a file does not fit the manifest.
+    """
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise BundleError(f"{folder} exists and is not a bundle; choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    old = new.with_suffix(".old")
+    try:
+        new.chmod(0o755)
+        for name, content in files.items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, new / name)
+            else:
+                (new / name).write_bytes(content)
+        (new / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        load_bundle(new)
+        for file in new.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return Bundle(folder, manifest)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def melanoma_probability(logits: Logits, calibration: Calibration) -> NDArray[np.float64]:
+    """The calibrated probability of melanoma.
+
+    Args:
+        logits: `melanoma_logit`, any shape.
+        calibration: The artifact's.
+
+    Returns:
+        Probabilities, of the same shape.
+    """
+    scaled = calibration.slope * np.asarray(logits, np.float64) + calibration.intercept
+    # exp(-|x|) cannot overflow.
+    small = np.exp(-np.abs(scaled))
+    probability: NDArray[np.float64] = np.where(scaled >= 0, 1 / (1 + small), small / (1 + small))
+    return probability
+
+
+def golden_image(seed: int, height: int, width: int) -> NDArray[np.uint8]:
+    """A picture that every machine draws alike (integers only): a dark disc on pale skin.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    y, x = np.mgrid[0:height, 0:width].astype(np.int64)
+    centre_y, centre_x = height * (3 + seed % 3) // 8, width * (5 - seed % 3) // 8
+    distance = (y - centre_y) ** 2 * (2 + seed) + (x - centre_x) ** 2 * 3
+    lesion = distance < (height * width) // (4 + seed % 4)
+    texture = (x * x * (5 + seed) + y * x * 3 + y * (7 + seed)) // 16 % 23
+    channels = [
+        np.where(lesion, dark, pale) + texture
+        for dark, pale in ((90 + 20 * (seed % 3), 215), (55 + 10 * (seed % 2), 170), (45, 150))
+    ]
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def golden_batch(manifest: Manifest) -> NDArray[np.uint8]:
+    """The golden images of a manifest: uint8 [G, height, width, 3]."""
+    size = manifest.input.height, manifest.input.width
+    return np.stack([golden_image(golden.seed, *size) for golden in manifest.golden])
+
+
+def check_golden(manifest: Manifest, artifact: Artifact, outputs: Outputs) -> None:
+    """Compare an engine's outputs for `golden_batch` with what the manifest says.
+
+    Raises:
+        BundleError: An output is missing or differs by more than the artifact's tolerance.
+    """
+    for row, golden in enumerate(manifest.golden):
+        for name, expected in golden.outputs.items():
+            if name not in outputs:
+                raise BundleError(f"{artifact.file} has no output {name}.")
+            found = np.asarray(outputs[name][row], np.float64).ravel()
+            difference = (
+                float(np.abs(found - expected).max()) if found.shape == (len(expected),) else np.inf
+            )
+            if not difference <= artifact.tolerance:
+                raise BundleError(
+                    f"{artifact.file} on this machine differs from its golden prediction: {name} "
+                    f"by {difference:.3g}, at most {artifact.tolerance:g} is allowed."
+                )

@@ -1,0 +1,223 @@
+"""Bytes to pixels: the one decode, resize and crop that training and serving share.
+
+A JPEG is decoded at the smallest of libjpeg's DCT scales (1/1, 1/2, 1/4, 1/8) that still covers
+the network's input, so a 24-megapixel original costs little more than its thumbnail.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+MEDIA_TYPES = {
+    "image/jpeg": "JPEG",
+    "image/png": "PNG",
+    "image/webp": "WEBP",
+    "image/tiff": "TIFF",
+    "image/bmp": "BMP",
+}
+MEGA = 1_000_000
+MAX_ASPECT = 4 / 3
+
+# Pillow's own limit is one number for every format, and warns instead of refusing. Ours, below, are
+# checked on the header, before any pixel is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SWAPS_SIDES = {5, 6, 7, 8}
+# What Pillow's parsers raise on bytes that are not what their header says.
+_PARSE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    RuntimeError,
+    Warning,
+)
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message says why and what to do."""
+
+
+class EmptyImageError(ImageError):
+    """There are no bytes."""
+
+
+class UnsupportedImageError(ImageError):
+    """The bytes are not an image in one of `FORMATS`."""
+
+
+class CorruptImageError(ImageError):
+    """The header is that of an image, but its pixels cannot be decoded."""
+
+
+class ImageTooLargeError(ImageError):
+    """More bytes or more pixels than the limits allow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an image may be before it is decoded.
+
+    Attributes:
+        max_bytes: The encoded size, in bytes.
+        max_pixels: Width times height of a baseline JPEG, which is never decoded in full.
+        max_pixels_in_full: Width times height of every other image: other formats, and progressive
+            JPEG, whose coefficients are all held in memory whatever the scale.
+    """
+
+    max_bytes: int = 50 * MEGA
+    max_pixels: int = 100 * MEGA
+    max_pixels_in_full: int = 30 * MEGA
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """An image as the network takes it.
+
+    Attributes:
+        pixels: uint8 [height, width, 3], RGB, at the network's input size.
+        width: Of the original, in pixels, as a viewer shows it (EXIF orientation applied).
+        height: Likewise.
+        format: One of `FORMATS`.
+    """
+
+    pixels: NDArray[np.uint8]
+    width: int
+    height: int
+    format: str
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def decode(
+    data: bytes | memoryview, height: int, width: int, limits: Limits = DEFAULT_LIMITS
+) -> DecodedImage:
+    """Decode an image and fit it to `height` x `width`.
+
+    What is wider than 4:3 (or narrower than 3:4) loses its ends; the rest is stretched to the
+    target (bilinear, antialiased), so that no part of an ordinary photograph is cut away. EXIF
+    orientation is applied; transparency is laid on white; greyscale, palette and CMYK become RGB.
+
+    Args:
+        data: The encoded image.
+        height: Of the result, in pixels.
+        width: Of the result, in pixels.
+        limits: Checked before any pixel is decoded.
+
+    Returns:
+        The pixels and what the original was.
+
+    Raises:
+        EmptyImageError: `data` is empty.
+        UnsupportedImageError: Not one of `FORMATS`, several frames, or a pixel type without a
+            defined range (32-bit integers and floats).
+        ImageTooLargeError: Over one of `limits`.
+        CorruptImageError: The bytes end early or contradict themselves.
+    """
+    if len(data) == 0:
+        raise EmptyImageError("The image is empty (0 bytes).")
+    if len(data) > limits.max_bytes:
+        raise ImageTooLargeError(
+            f"The image has {len(data):,} bytes; at most {limits.max_bytes:,} are accepted."
+        )
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UnsupportedImageError(
+            f"The bytes are not an image of a supported format ({', '.join(FORMATS)})."
+        ) from None
+    except _PARSE_ERRORS:
+        raise CorruptImageError("The image's header is damaged.") from None
+    with image:
+        return _fit(image, height, width, limits)
+
+
+def _fit(image: Image.Image, height: int, width: int, limits: Limits) -> DecodedImage:
+    # A phone's MPO is a JPEG with previews appended; its first frame is the photograph.
+    image_format = "JPEG" if image.format == "MPO" else str(image.format)
+    _check_size(image, image_format, limits)
+    if image.mode in ("I", "F"):
+        raise UnsupportedImageError("Images of 32 bits a channel are not supported; send 8 or 16.")
+
+    orientation = _orientation(image)
+    swaps = orientation in _SWAPS_SIDES
+    shown_width, shown_height = image.size[::-1] if swaps else image.size
+    target = (height, width) if swaps else (width, height)
+    try:
+        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+            raise UnsupportedImageError("The image has several frames or pages; send one.")
+        if image_format == "JPEG":
+            image.draft("RGB", target)
+        resized = _to_rgb(image).resize(
+            target, Image.Resampling.BILINEAR, box=_centred_box(image.size)
+        )
+    except ImageError:
+        raise
+    except _PARSE_ERRORS:
+        raise CorruptImageError(
+            "The image is damaged or cut short: its pixels cannot be decoded. Send it again."
+        ) from None
+    if orientation in _TRANSPOSE:
+        resized = resized.transpose(_TRANSPOSE[orientation])
+    return DecodedImage(np.asarray(resized), shown_width, shown_height, image_format)
+
+
+def _check_size(image: Image.Image, image_format: str, limits: Limits) -> None:
+    width, height = image.size
+    scaled = image_format == "JPEG" and not image.info.get("progressive")
+    most = limits.max_pixels if scaled else min(limits.max_pixels, limits.max_pixels_in_full)
+    if width * height > most:
+        kind = image_format if scaled or image_format != "JPEG" else "progressive JPEG"
+        raise ImageTooLargeError(
+            f"The image has {width} x {height} = {width * height / MEGA:,.1f} megapixels; "
+            f"at most {most / MEGA:g} are accepted for {kind}."
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    # A damaged EXIF block says nothing about the pixels, so it does not refuse them.
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except _PARSE_ERRORS:
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _centred_box(size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest box in the middle of `size` (width, height) with an aspect ratio up to 4:3."""
+    width = min(float(size[0]), size[1] * MAX_ASPECT)
+    height = min(float(size[1]), size[0] * MAX_ASPECT)
+    left, top = (size[0] - width) / 2, (size[1] - height) / 2
+    return (left, top, left + width, top + height)

@@ -1,0 +1,1 @@
+"""Offline: data, the M-MTL network, fitting, calibration, evaluation and export."""

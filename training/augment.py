@@ -1,0 +1,52 @@
+"""What a training image may look like: framing, orientation, colour, blur, resolution, JPEG."""
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+
+class Resolution(nn.Module):
+    """Shrink and enlarge again, as a thumbnail loses what an original has."""
+
+    def __init__(self, smallest: float):
+        super().__init__()
+        self.smallest = smallest
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 [3, H, W] -> uint8 [3, H, W]."""
+        scale = self.smallest + (1 - self.smallest) * float(torch.rand(()))
+        height, width = image.shape[-2:]
+        small = v2.functional.resize(image, [round(height * scale), round(width * scale)])
+        out: Tensor = v2.functional.resize(small, [height, width])
+        return out
+
+
+def training_transform(size: int) -> v2.Transform:
+    """uint8 [3, size, size] -> uint8 [3, size, size], drawn from torch's random state.
+
+    The mirrored margin lets a rotation or a wider framing show skin instead of black corners; it is
+    wide enough for a turned square (sqrt 2) less what the crop takes away.
+    """
+    margin = size // 4
+    return v2.Compose(
+        [
+            v2.RandomHorizontalFlip(),
+            v2.RandomVerticalFlip(),
+            v2.Pad(margin, padding_mode="reflect"),
+            v2.RandomRotation(180, interpolation=v2.InterpolationMode.BILINEAR),
+            v2.CenterCrop(round(1.25 * size)),
+            v2.RandomResizedCrop(size, scale=(0.4, 0.9), ratio=(3 / 4, 4 / 3)),
+            v2.ColorJitter(brightness=0.15, contrast=0.15, saturation=0.15, hue=0.02),
+            v2.RandomApply([Resolution(0.4)], p=0.3),
+            v2.RandomApply([v2.GaussianBlur(5, (0.3, 1.5))], p=0.15),
+            v2.RandomApply([v2.JPEG((40, 95))], p=0.3),
+        ]
+    )
+
+
+def seeded(transform: v2.Transform, image: Tensor, seed: int, epoch: int, sample: int) -> Tensor:
+    """Apply a transform with a random state that depends on these three numbers alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((seed * 1_000_003 + epoch) * 1_000_003 + sample)
+        out: Tensor = transform(image)
+        return out

@@ -1,0 +1,1 @@
+"""Dataset layouts on disk, brought to one canonical manifest, and its splits and cache."""

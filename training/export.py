@@ -1,0 +1,289 @@
+"""A fitted run to a bundle: one wrapped network in three formats, each checked against eager."""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.bundle import (
+    Artifact,
+    ArtifactFormat,
+    Bundle,
+    DataSource,
+    Golden,
+    InputSpec,
+    Manifest,
+    OperatingPoint,
+    Outputs,
+    Task,
+    TrainingData,
+    golden_image,
+    melanoma_probability,
+    save_bundle,
+    sha256_of,
+)
+from training import calibrate
+from training.data import ham10000
+from training.data.cache import Pixels
+from training.data.manifest import DataError, Diagnosis, Record, Sex, Site, Split, fingerprint
+from training.fit import batches, build_network
+from training.network import MultiTaskNetwork, ServedNetwork
+from training.run import Run, rows
+
+NAME = "mmtl-ham10000"
+VERSION = "0.1.0"
+AGE_EDGES = (30.0, 45.0, 60.0, 75.0)
+AGE_LABELS = ("0-29", "30-44", "45-59", "60-74", "75+")
+TASKS = (
+    Task(name="melanoma", kind="binary", labels=("not melanoma", "melanoma")),
+    Task(name="age", kind="ordinal", labels=AGE_LABELS, bin_edges=AGE_EDGES),
+    Task(name="site", kind="categorical", labels=tuple(Site)),
+    Task(name="sex", kind="categorical", labels=tuple(Sex)),
+    Task(name="diagnosis", kind="categorical", labels=tuple(Diagnosis)),
+)
+FILES: dict[ArtifactFormat, str] = {
+    "onnx": "model.onnx",
+    "torch_export": "model.pt2",
+    "torchscript": "model.torchscript.pt",
+}
+# Between an artifact and eager torch, on every output, on real images; and between machines, on the
+# golden ones, whose features lie further out.
+AGREEMENT = 1e-3
+GOLDEN_TOLERANCE = 1e-2
+CHECKED_IMAGES = 100
+BATCH_SIZES = (1, 8)
+GOLDEN_SEEDS = (0, 1, 2)
+WEIGHTS_LICENCE = (
+    "The weights were learned from images under CC BY-NC 4.0: non-commercial use only. "
+    "The code is Apache-2.0."
+)
+
+
+def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
+    """Calibrate the run's best network on its validation split and write it as a bundle.
+
+    Args:
+        run: Fitted.
+        folder: Of the bundle; one that is there is replaced as a whole.
+
+    Returns:
+        The bundle, and by artifact the largest difference from eager torch.
+
+    Raises:
+        DataError: The run is not fitted, or an artifact disagrees with eager torch.
+    """
+    records, pixels = run.load_data()
+    validation = rows(records, Split.VALIDATION)
+    network = load_fitted(run)
+    mean, whitening = calibrate.fit_feature_distance(
+        pooled_features(network, pixels, rows(records, Split.TRAIN))
+    )
+    served = ServedNetwork(network, AGE_EDGES, mean, whitening).eval()
+    outputs = run_batches(eager(served), pixels, validation, 64)
+    melanoma = np.array([bool(records[row].melanoma) for row in validation])
+    calibration = calibrate.fit_calibration(outputs["melanoma_logit"], melanoma)
+    probabilities = melanoma_probability(outputs["melanoma_logit"], calibration)
+    threshold = calibrate.choose_threshold(probabilities, melanoma)
+    with TemporaryDirectory() as temporary:
+        files = write_artifacts(served, Path(temporary), pixels[:1])
+        checked = np.linspace(0, len(records) - 1, min(CHECKED_IMAGES, len(records))).astype(int)
+        differences = compare_artifacts(served, files, pixels, checked.tolist())
+        golden = np.stack([golden_image(seed, *pixels.shape[1:3]) for seed in GOLDEN_SEEDS])
+        manifest = Manifest(
+            name=NAME,
+            version=VERSION,
+            description=(
+                "M-MTL on EfficientNet-Lite0: melanoma, age, site, sex and diagnosis from "
+                "dermoscopic images. Research software, not a medical device."
+            ),
+            input=InputSpec(height=pixels.shape[1], width=pixels.shape[2]),
+            tasks=TASKS,
+            artifacts=tuple(
+                Artifact(
+                    file=path.name,
+                    format=artifact_format,
+                    precision="fp32",
+                    bytes=path.stat().st_size,
+                    sha256=sha256_of(path),
+                    calibration=calibration,
+                    melanoma_threshold=threshold,
+                    ood_threshold=calibrate.choose_ood_threshold(outputs["ood_score"]),
+                    tolerance=GOLDEN_TOLERANCE,
+                )
+                for artifact_format, path in files.items()
+            ),
+            prevalence=float(melanoma.mean()),
+            operating_point=OperatingPoint(
+                criterion=f"sensitivity of at least {calibrate.SENSITIVITY:.0%}",
+                dataset="HAM10000 validation split",
+                images=len(melanoma),
+                melanomas=int(melanoma.sum()),
+                sensitivity=float((probabilities[melanoma] >= threshold).mean()),
+                specificity=float((probabilities[~melanoma] < threshold).mean()),
+            ),
+            training_data=training_data(records),
+            golden=tuple(
+                Golden(
+                    seed=seed,
+                    outputs={
+                        name: tuple(np.ravel(values[row]).astype(float).round(6).tolist())
+                        for name, values in eager(served)(golden).items()
+                        if name != "melanoma_map"
+                    },
+                )
+                for row, seed in enumerate(GOLDEN_SEEDS)
+            ),
+        )
+        bundle = save_bundle(folder, manifest, {path.name: path for path in files.values()})
+    return bundle, differences
+
+
+def load_fitted(run: Run) -> MultiTaskNetwork:
+    """The run's best network, on the CPU, in evaluation mode.
+
+    Raises:
+        DataError: The run has none.
+    """
+    if not run.best.is_file():
+        raise DataError(f"{run.best} does not exist. Run `mmtl-train fit` first.")
+    network = build_network(run.load_config(), pretrained=False)
+    network.load_state_dict(torch.load(run.best, map_location="cpu", weights_only=True))
+    return network.eval()
+
+
+def training_data(records: list[Record]) -> TrainingData:
+    """What the weights were learned from."""
+    used = [record for record in records if record.split in (Split.TRAIN, Split.VALIDATION)]
+    return TrainingData(
+        fingerprint=fingerprint(records),
+        sources=(
+            DataSource(
+                name=ham10000.NAME,
+                licence=ham10000.LICENCE,
+                url=ham10000.SOURCE,
+                images=len(used),
+            ),
+        ),
+        licence=WEIGHTS_LICENCE,
+    )
+
+
+@torch.inference_mode()
+def pooled_features(
+    network: MultiTaskNetwork, pixels: Pixels, positions: list[int]
+) -> NDArray[np.float32]:
+    """The trunk's pooled features: float32 [len(positions), F]."""
+    parts = [
+        network.features(batch.permute(0, 3, 1, 2)).mean(dim=(2, 3)).numpy()
+        for batch in batches(pixels, positions, 64)
+    ]
+    return np.concatenate(parts)
+
+
+def write_artifacts(
+    served: ServedNetwork, folder: Path, example: Pixels
+) -> dict[ArtifactFormat, Path]:
+    """Write the network in every format."""
+    images = torch.from_numpy(np.repeat(np.asarray(example), 2, axis=0))
+    paths = {artifact_format: folder / name for artifact_format, name in FILES.items()}
+    free = {"images": {0: torch.export.Dim("batch", min=1, max=1024)}}
+    program = torch.export.export(served, (images,), dynamic_shapes=free)
+    torch.export.save(program, paths["torch_export"])
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    torch.onnx.export(
+        program,
+        (),
+        paths["onnx"],
+        dynamo=True,
+        input_names=["images"],
+        output_names=list(ServedNetwork.OUTPUTS),
+        external_data=False,
+        verbose=False,
+    )
+    with warnings.catch_warnings():
+        # Deprecated upstream; written because users of TorchScript runtimes ask for it.
+        warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)
+        traced = torch.jit.trace(served, images, strict=False)  # type: ignore[no-untyped-call]
+        torch.jit.save(traced, paths["torchscript"])
+    return paths
+
+
+Runner = Callable[[NDArray[np.uint8]], Outputs]
+
+
+def eager(served: nn.Module) -> Runner:
+    """Run a torch program that returns the outputs by name."""
+
+    @torch.inference_mode()
+    def run(images: NDArray[np.uint8]) -> Outputs:
+        values: Mapping[str, Tensor] = served(torch.from_numpy(images))
+        return {name: value.numpy() for name, value in values.items()}
+
+    return run
+
+
+def onnx_runner(path: Path) -> Runner:
+    """Run an ONNX artifact, as the service does."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(images: NDArray[np.uint8]) -> Outputs:
+        return dict(zip(names, session.run(names, {"images": images}), strict=True))
+
+    return run
+
+
+def open_runner(artifact_format: ArtifactFormat, path: Path) -> Runner:
+    """Load an artifact that was written here."""
+    if artifact_format == "onnx":
+        return onnx_runner(path)
+    if artifact_format == "torch_export":
+        return eager(torch.export.load(path).module())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)
+        return eager(torch.jit.load(path))  # type: ignore[no-untyped-call]
+
+
+def run_batches(
+    runner: Runner, pixels: Pixels, positions: list[int], batch_size: int
+) -> dict[str, NDArray[np.float32]]:
+    """The outputs for some images, by name, float32 [len(positions), ...]."""
+    parts = [runner(batch.numpy()) for batch in batches(pixels, positions, batch_size)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def compare_artifacts(
+    served: ServedNetwork,
+    files: Mapping[ArtifactFormat, Path],
+    pixels: Pixels,
+    positions: list[int],
+) -> dict[str, float]:
+    """The largest difference of each artifact from eager torch, over all outputs and batch sizes.
+
+    Raises:
+        DataError: It is more than `AGREEMENT`.
+    """
+    expected = run_batches(eager(served), pixels, positions, 1)
+    differences: dict[str, float] = {}
+    for artifact_format, path in files.items():
+        runner = open_runner(artifact_format, path)
+        for batch_size in BATCH_SIZES:
+            found = run_batches(runner, pixels, positions, batch_size)
+            for name, values in expected.items():
+                difference = float(np.abs(found[name] - values).max())
+                differences[path.name] = max(difference, differences.get(path.name, 0.0))
+                if not difference <= AGREEMENT:
+                    raise DataError(
+                        f"{path.name} differs from eager torch by {difference:.2g} on {name} at "
+                        f"batch {batch_size}; at most {AGREEMENT:g} is allowed. Nothing written."
+                    )
+    return differences

@@ -1,0 +1,161 @@
+"""M-MTL: a pretrained backbone, a shared trunk and one linear head a task.
+
+The trunk is a 1x1 convolution and an activation before global pooling, and the heads are linear, so
+that a prediction is a mean over places: that mean, taken apart again, is the heat map.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.bundle import AGE_GRID
+from training.data.manifest import Diagnosis, Sex, Site
+
+# One entry a task: its head's number of outputs.
+HEADS: dict[str, int] = {
+    "melanoma": 1,
+    "age": len(AGE_GRID) - 1,
+    "site": len(Site),
+    "sex": len(Sex),
+    "diagnosis": len(Diagnosis),
+}
+
+
+class MultiTaskNetwork(nn.Module):
+    """Backbone -> trunk -> one head a task.
+
+    Args:
+        backbone: float32 [N, 3, H, W] -> features [N, C, h, w].
+        channels: C.
+        trunk_channels: Of the features that the heads share.
+        mean: Of the normalisation that the backbone was pretrained with, per channel, 0 to 1.
+        std: Likewise.
+        dropout: On the pooled features, in training.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        channels: int,
+        trunk_channels: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dropout: float = 0.2,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.trunk = nn.Sequential(nn.Conv2d(channels, trunk_channels, 1), nn.SiLU())
+        self.dropout = nn.Dropout(dropout)
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(trunk_channels, size) for name, size in HEADS.items()}
+        )
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
+
+    def features(self, images: Tensor) -> Tensor:
+        """The trunk's features, before pooling.
+
+        Args:
+            images: 0 to 255, [N, 3, H, W], uint8 or float.
+
+        Returns:
+            float32 [N, trunk_channels, h, w].
+        """
+        normalised = (images.float() - self.mean) / self.std
+        features: Tensor = self.trunk(self.backbone(normalised))
+        return features
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits by task, each [N, HEADS[task]]; `age` as `continuation_logits`."""
+        pooled = self.dropout(self.features(images).mean(dim=(2, 3)))
+        return {name: head(pooled) for name, head in self.heads.items()}
+
+
+def age_distribution(continuation_logits: Tensor) -> Tensor:
+    """The probability of each age on ISIC's 5-year grid, by the continuation-ratio model.
+
+    Logit k is that of P(age > grid[k] | age >= grid[k]), so that any logits give a distribution
+    (Agresti, Analysis of Ordinal Categorical Data; Shi, Cao & Raschka 2023, CORN).
+
+    Args:
+        continuation_logits: float32 [N, G - 1].
+
+    Returns:
+        float32 [N, G], rows summing to 1.
+    """
+    goes_on = functional.logsigmoid(continuation_logits)
+    stops = functional.logsigmoid(-continuation_logits)
+    reached = torch.cumsum(goes_on, dim=1)
+    before = torch.cat([torch.zeros_like(reached[:, :1]), reached[:, :-1]], dim=1)
+    return torch.cat([before + stops, reached[:, -1:]], dim=1).exp()
+
+
+class ServedNetwork(nn.Module):
+    """The network as every artifact holds it: uint8 [N, H, W, 3] in, DESIGN.md's outputs out.
+
+    Args:
+        network: Fitted.
+        age_edges: The first age, in years, of every age bin but the first.
+        feature_mean: float32 [F], of the pooled trunk features of the training images.
+        feature_whitening: float32 [F, F], see `training.calibrate.fit_feature_distance`.
+    """
+
+    OUTPUTS = (
+        "melanoma_logit",
+        "age",
+        "age_years",
+        "site",
+        "sex",
+        "diagnosis",
+        "melanoma_map",
+        "ood_score",
+    )
+
+    age_grid: Tensor
+    age_bins: Tensor
+    feature_mean: Tensor
+    feature_whitening: Tensor
+
+    def __init__(
+        self,
+        network: MultiTaskNetwork,
+        age_edges: Sequence[float],
+        feature_mean: Tensor,
+        feature_whitening: Tensor,
+    ):
+        super().__init__()
+        self.network = network
+        grid = torch.tensor(AGE_GRID, dtype=torch.float32)
+        bins = torch.bucketize(grid, torch.tensor(age_edges), right=True)
+        self.register_buffer("age_grid", grid)
+        self.register_buffer("age_bins", functional.one_hot(bins).float())
+        self.register_buffer("feature_mean", feature_mean)
+        self.register_buffer("feature_whitening", feature_whitening)
+        # So that a typical training image scores about 1, whatever the number of features.
+        self.feature_scale = float(feature_whitening.shape[1]) ** 0.5
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 [N, H, W, 3] -> the outputs by name, in the order of `OUTPUTS`."""
+        heads = self.network.heads
+        features = self.network.features(images.permute(0, 3, 1, 2))
+        pooled = features.mean(dim=(2, 3))
+        ages = age_distribution(heads["age"](pooled))
+        melanoma = heads["melanoma"]
+        evidence = cast(Tensor, melanoma.weight)[:, :, None, None]
+        centred = (pooled - self.feature_mean) @ self.feature_whitening
+        return {
+            "melanoma_logit": melanoma(pooled)[:, 0],
+            "age": ages @ self.age_bins,
+            "age_years": ages @ self.age_grid,
+            "site": heads["site"](pooled).softmax(dim=1),
+            "sex": heads["sex"](pooled).softmax(dim=1),
+            "diagnosis": heads["diagnosis"](pooled).softmax(dim=1),
+            "melanoma_map": functional.conv2d(features, evidence)[:, 0],
+            "ood_score": torch.linalg.vector_norm(centred, dim=1) / self.feature_scale,
+        }
