@@ -8,7 +8,7 @@ uv := $(VENV)/bin/uv
 install := $(uv) pip install --quiet --python $(VENV)/bin/python --require-hashes
 editable := $(uv) pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
 
-.PHONY: serve test lint check default-bundle openapi lock clean
+.PHONY: serve test lint check default-bundle docs lock clean
 
 ## Serve the shipped bundle on http://127.0.0.1:8000 (settings: MMTL_*; see docs/settings.md).
 serve: $(VENV)/.cpu
@@ -36,9 +36,11 @@ default-bundle: $(VENV)/.dev
 	$(VENV)/bin/mmtl-train export --run $(RUN) --bundle models/default
 	$(VENV)/bin/mmtl-train evaluate $(DATA) --run $(RUN) --bundle models/default
 
-## Write the committed OpenAPI description anew.
-openapi: $(VENV)/.cpu
-	$(VENV)/bin/mmtl openapi > docs/openapi.json.new && mv docs/openapi.json.new docs/openapi.json
+## Write the generated pages of docs/ anew; a breaking change of the HTTP contract is refused.
+docs: $(VENV)/.dev
+	$(VENV)/bin/pytest -q tests/app/test_openapi.py -k breaking
+	$(VENV)/bin/mmtl openapi > docs/openapi.json.part && mv docs/openapi.json.part docs/openapi.json
+	$(VENV)/bin/mmtl settings > docs/settings.md.part && mv docs/settings.md.part docs/settings.md
 
 $(uv): requirements/bootstrap.txt
 	@$(PYTHON) -m venv $(VENV)

@@ -222,6 +222,10 @@ class Batcher:
                 for job in jobs:
                     self._infer([job])
             return
+        except BaseException:  # the runner dies of it, but not without a word to these
+            for job in jobs:
+                job.future.set_exception(NotReady())
+            raise
         took = time.monotonic() - started
         self._metrics.batch_size.observe(len(jobs))
         for row, job in enumerate(jobs):

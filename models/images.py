@@ -53,7 +53,6 @@ _PARSE_ERRORS = (
     struct.error,
     zlib.error,
     RuntimeError,
-    Warning,
 )
 
 

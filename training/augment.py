@@ -1,6 +1,10 @@
 """What a training image may look like: framing, orientation, colour, blur, resolution, JPEG."""
 
+from io import BytesIO
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -21,6 +25,21 @@ class Resolution(nn.Module):
         return out
 
 
+class Jpeg(nn.Module):
+    """Save as JPEG and read again (torchvision's own transform of this kind is deprecated)."""
+
+    def __init__(self, lowest: int, highest: int):
+        super().__init__()
+        self.lowest, self.highest = lowest, highest
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 [3, H, W] -> uint8 [3, H, W]."""
+        quality = int(torch.randint(self.lowest, self.highest + 1, ()))
+        buffer = BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
+        return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
+
+
 def training_transform(size: int) -> v2.Transform:
     """uint8 [3, size, size] -> uint8 [3, size, size], drawn from torch's random state.
 
@@ -39,7 +58,7 @@ def training_transform(size: int) -> v2.Transform:
             v2.ColorJitter(brightness=0.15, contrast=0.15, saturation=0.15, hue=0.02),
             v2.RandomApply([Resolution(0.4)], p=0.3),
             v2.RandomApply([v2.GaussianBlur(5, (0.3, 1.5))], p=0.15),
-            v2.RandomApply([v2.JPEG((40, 95))], p=0.3),
+            v2.RandomApply([Jpeg(40, 95)], p=0.3),
         ]
     )
 

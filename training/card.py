@@ -76,9 +76,9 @@ The backbone started from EfficientNet-Lite0's ImageNet weights (Apache-2.0).
 Input: RGB, {manifest.input.height} x {manifest.input.width} pixels; what is wider than 4:3 loses
 its ends, the rest is stretched to the square.
 
-The melanoma threshold is {test["melanoma"]["threshold"]:.4f}: {point.criterion} on the {point.dataset} ({point.images:,} images, {point.melanomas} melanomas),
-where it gave a sensitivity of {point.sensitivity:.3f} and a specificity of
-{point.specificity:.3f}.
+The melanoma threshold is {test["melanoma"]["threshold"]:.4f}: {point.criterion} on the
+{point.dataset} ({point.images:,} images, {point.melanomas} melanomas), where it gave a sensitivity
+of {point.sensitivity:.3f} and a specificity of {point.specificity:.3f}.
 
 ## How well
 

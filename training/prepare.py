@@ -3,18 +3,21 @@
 from collections import Counter
 from pathlib import Path
 
-from training.data import balanced, ham10000
+from training.data import balanced, ham10000, isic_cli
 from training.data.cache import build_cache
 from training.data.manifest import DataError, save_manifest
 from training.data.splits import assign, near_duplicates
 from training.run import Config, Run
 
+ISIC_2017 = "ISIC2017"
+
 
 def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
-    """Read HAM10000 (and the balanced set, where it is there), split it, and cache its pixels.
+    """Read HAM10000 (and ISIC 2017 and the balanced set, where they are there), split and cache it.
 
     Args:
-        data: The folder that holds `ham10000/` and `balanced/`.
+        data: The folder that holds `ham10000/` and, where they are there, `isic2017/` (for training
+            only) and `balanced/` (for testing only).
         run: Where the manifest and the cache go.
         config: Frozen into the run.
 
@@ -28,6 +31,8 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
         raise DataError(f"{data}/ham10000 does not exist. Give the folder that holds ham10000/.")
     run.save_config(config)
     training = ham10000.read(data / "ham10000")
+    if (data / "isic2017").is_dir():
+        training += isic_cli.read(data / "isic2017", ISIC_2017)
     held_out = (
         balanced.read_validation_table(data / "balanced") if (data / "balanced").is_dir() else []
     )
@@ -35,11 +40,8 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     held_out.sort(key=lambda record: not record.path)
     pictured = [record for record in held_out if record.path]
     pixels = build_cache(run.cache, [*training, *pictured], config.size, config.size)
-    pairs = [
-        (ours, len(training) + theirs)
-        for theirs, ours, _ in near_duplicates(pixels[len(training) :], pixels[: len(training)])
-    ]
-    training, held_out = assign(training, held_out, pairs)
+    # Lesion ids of different datasets are different namespaces, so pictures are compared as well.
+    training, held_out = assign(training, held_out, near_duplicates(pixels))
     records = [*training, *held_out[: len(pictured)]]
     save_manifest(run.manifest, records)
     return Counter((record.dataset, str(record.split)) for record in records)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from training.data import ham10000
 from training.data.manifest import Record, Split
 
 TEST_MODULUS = 5
@@ -16,6 +17,7 @@ VALIDATION_MODULUS = 7
 # Correlation of 16 x 16 grey thumbnails above which two images show the same lesion in the same
 # frame. Unrelated dermoscopic images reach 0.98 now and then (a dark disc on pale skin).
 NEAR_DUPLICATE = 0.995
+_CHUNK = 1024
 
 
 def in_test_split(lesion: str) -> bool:
@@ -53,21 +55,25 @@ def components(
     return labels[: len(records)]
 
 
-def near_duplicates(
-    images: NDArray[np.uint8], others: NDArray[np.uint8]
-) -> list[tuple[int, int, float]]:
+def near_duplicates(images: NDArray[np.uint8]) -> list[tuple[int, int]]:
     """Pairs of near-identical pictures, found on 16 x 16 grey thumbnails.
 
     Args:
         images: uint8 [N, H, W, 3].
-        others: uint8 [M, H, W, 3].
 
     Returns:
-        (position in `images`, position in `others`, correlation) of each pair.
+        Both positions of each pair, the lower one first.
     """
-    correlation = _thumbnails(images) @ _thumbnails(others).T
-    found = np.argwhere(correlation > NEAR_DUPLICATE)
-    return [(int(i), int(j), float(correlation[i, j])) for i, j in found]
+    thumbnails = _thumbnails(images)
+    pairs: list[tuple[int, int]] = []
+    for start in range(0, len(thumbnails), _CHUNK):
+        rows, columns = np.nonzero(
+            thumbnails[start : start + _CHUNK] @ thumbnails[start:].T > NEAR_DUPLICATE
+        )
+        above = columns > rows
+        found = np.stack([rows[above], columns[above]], axis=1) + start
+        pairs += [(int(one), int(other)) for one, other in found]
+    return pairs
 
 
 def assign(
@@ -77,11 +83,12 @@ def assign(
 ) -> tuple[list[Record], list[Record]]:
     """Give every record its split and its component.
 
-    Test is the fixed fifth of `training`'s lesions. Of what is left, everything that shares a
-    component with `held_out` is excluded; a seventh of the remaining components validates.
+    Test is the fixed fifth of HAM10000's lesions. Of what is left, everything that shares a
+    component with it or with `held_out` is excluded; a seventh of HAM10000's remaining components
+    validates, with whatever of other datasets is joined to them.
 
     Args:
-        training: The records to divide (HAM10000).
+        training: The records to divide.
         held_out: Records that nothing may be trained or tuned on, with or without pixels.
         pairs: Near-duplicates, as positions in `training` followed by `held_out`.
 
@@ -95,29 +102,32 @@ def assign(
         names[label] = min(names.get(label, record.image), record.image)
     touched = set(labels[len(training) :].tolist())
     # A component with one tested lesion is tested or left out as a whole: never trained on.
-    tested = {
-        label
-        for record, label in zip(training, labels.tolist(), strict=False)
-        if in_test_split(record.lesion or record.image)
-    }
+    numbered = list(zip(training, labels.tolist(), strict=False))
+    tested = {label for record, label in numbered if _is_tested(record)}
+    divided = {label for record, label in numbered if record.dataset == ham10000.NAME}
 
     def split(record: Record, label: int) -> Split:
-        if in_test_split(record.lesion or record.image):
+        if _is_tested(record):
             return Split.TEST
         if label in touched or label in tested:
             return Split.EXCLUDED
-        validates = _hash("validation " + names[label]) % VALIDATION_MODULUS == 0
-        return Split.VALIDATION if validates else Split.TRAIN
+        if label in divided and _hash("validation " + names[label]) % VALIDATION_MODULUS == 0:
+            return Split.VALIDATION
+        return Split.TRAIN
 
     done = [
         replace(record, split=split(record, label), component=names[label])
-        for record, label in zip(training, labels.tolist(), strict=False)
+        for record, label in numbered
     ]
     held = [
         replace(record, split=Split.TEST, component=names[label])
         for record, label in zip(held_out, labels[len(training) :].tolist(), strict=True)
     ]
     return done, held
+
+
+def _is_tested(record: Record) -> bool:
+    return record.dataset == ham10000.NAME and in_test_split(record.lesion or record.image)
 
 
 def _hash(text: str) -> int:

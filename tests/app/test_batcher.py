@@ -1,0 +1,184 @@
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from app.batcher import (
+    Batcher,
+    DeadlineExceeded,
+    Draining,
+    InferenceFailed,
+    NotReady,
+    Saturated,
+)
+from app.telemetry import Metrics
+from tests.bundles import SIDE, make_bundle
+
+POISON = 66
+pytestmark = pytest.mark.anyio
+
+
+class Engine:
+    """Answers each image's first pixel; holds every run while `gate` is shut."""
+
+    name, device = "test", "cpu"
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: BaseException | None = None
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        firsts = images[:, 0, 0, 0].astype(int).tolist()
+        if images.any():  # not a warm-up
+            self.batches.append(firsts)
+            self.gate.wait(5)
+            if self.error is not None:
+                raise self.error
+            if POISON in firsts:
+                raise ValueError("poison")
+        return {"first": images[:, 0, 0, 0].astype(np.float32)}
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def batcher(engine: Engine, tmp_path):
+    manifest = make_bundle(tmp_path / "bundle").manifest
+    made = Batcher(engine, (SIDE, SIDE), 4, 10, Metrics(manifest, 4, ()))
+    made.start()
+    until(lambda: made.ready)
+    yield made
+    engine.gate.set()
+    made.close(5)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def image(value: int) -> NDArray[np.uint8]:
+    return np.full((SIDE, SIDE, 3), value, np.uint8)
+
+
+async def ask(batcher: Batcher, value: int, seconds: float = 5.0) -> float:
+    answer = await batcher.submit(image(value), time.monotonic() + seconds)
+    return float(answer.outputs["first"])
+
+
+async def hold(engine: Engine, batcher: Batcher) -> "asyncio.Task[float]":
+    """Keep the engine busy with one image, so that what follows has to wait."""
+    engine.gate.clear()
+    task = asyncio.create_task(ask(batcher, 1))
+    while not engine.batches:
+        await asyncio.sleep(0.001)
+    return task
+
+
+async def test_a_free_engine_does_not_wait_for_more(batcher: Batcher, engine: Engine) -> None:
+    assert await ask(batcher, 7) == 7
+    assert engine.batches == [[7]]
+
+
+async def test_what_waits_is_taken_together_up_to_the_largest_batch(
+    batcher: Batcher, engine: Engine
+) -> None:
+    first = await hold(engine, batcher)
+    others = [asyncio.create_task(ask(batcher, value)) for value in range(10, 16)]
+    await asyncio.sleep(0.01)
+    engine.gate.set()
+    assert await asyncio.gather(first, *others) == [1, *range(10, 16)]
+    assert engine.batches == [[1], [10, 11, 12, 13], [14, 15]]
+
+
+async def test_a_caller_who_has_gone_is_not_run(batcher: Batcher, engine: Engine) -> None:
+    first = await hold(engine, batcher)
+    gone, stays = (asyncio.create_task(ask(batcher, value)) for value in (20, 21))
+    await asyncio.sleep(0.01)
+    gone.cancel()
+    await asyncio.sleep(0.01)
+    engine.gate.set()
+    assert await asyncio.gather(first, stays) == [1, 21]
+    assert engine.batches == [[1], [21]]
+
+
+async def test_an_image_whose_deadline_has_passed_is_not_run(
+    batcher: Batcher, engine: Engine
+) -> None:
+    first = await hold(engine, batcher)
+    late = asyncio.create_task(ask(batcher, 30, seconds=0.01))
+    await asyncio.sleep(0.05)
+    engine.gate.set()
+    with pytest.raises(DeadlineExceeded):
+        await late
+    await first
+    assert engine.batches == [[1]]
+
+
+async def test_a_failed_batch_is_retried_one_by_one(batcher: Batcher, engine: Engine) -> None:
+    first = await hold(engine, batcher)
+    values = (40, POISON, 41)
+    others = [asyncio.create_task(ask(batcher, value)) for value in values]
+    await asyncio.sleep(0.01)
+    engine.gate.set()
+    good, bad, fine = await asyncio.gather(*others, return_exceptions=True)
+    assert (good, fine) == (40, 41)
+    assert isinstance(bad, InferenceFailed)
+    await first
+    assert batcher.ready
+    assert await ask(batcher, 42) == 42
+
+
+async def test_a_dead_runner_refuses_everyone_and_hangs_no_one(
+    batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    first = await hold(engine, batcher)
+    waiting = asyncio.create_task(ask(batcher, 50))
+    await asyncio.sleep(0.01)
+    engine.error = SystemExit()
+    engine.gate.set()
+    for task in (first, waiting):
+        with pytest.raises(NotReady):
+            await asyncio.wait_for(task, 5)
+    until(lambda: not batcher.ready)
+    with pytest.raises(NotReady), batcher.reserve(1):
+        pass
+    with pytest.raises(NotReady):
+        await ask(batcher, 51)
+
+
+def test_places_are_limited_and_given_back(batcher: Batcher) -> None:
+    with batcher.reserve(8):
+        with pytest.raises(Saturated), batcher.reserve(3):
+            pass
+        with batcher.reserve(2):
+            pass
+    with batcher.reserve(10):
+        pass
+
+
+async def test_closing_answers_what_waits_and_refuses_the_rest(
+    batcher: Batcher, engine: Engine
+) -> None:
+    first = await hold(engine, batcher)
+    waiting = asyncio.create_task(ask(batcher, 60))
+    await asyncio.sleep(0.01)
+    closing = asyncio.create_task(asyncio.to_thread(batcher.close, 5))
+    await asyncio.sleep(0.01)
+    with pytest.raises(Draining), batcher.reserve(1):
+        pass
+    engine.gate.set()
+    assert await asyncio.gather(first, waiting) == [1, 60]
+    await closing

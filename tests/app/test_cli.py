@@ -1,0 +1,97 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from app import cli
+from tests.conftest import ROOT
+from tests.lesions import flat
+
+pytestmark = pytest.mark.usefixtures("logs_as_before")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, bundle_folder: Path, capsys):
+    monkeypatch.setenv("MMTL_BUNDLE", str(bundle_folder))
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["mmtl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        output = capsys.readouterr()
+        return int(stopped.value.code or 0), output.out, output.err
+
+    return call
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    path.write_bytes(flat(160))
+    return path
+
+
+def test_predict_answers_as_the_service_does(run, picture: Path, client) -> None:
+    status, output, _ = run("predict", "--json", picture)
+    answer = json.loads(output)
+    served = client.post("/predict", files={"files": ("picture.png", picture.read_bytes())}).json()
+    assert status == 0
+    assert answer["results"] == served["results"]
+
+
+def test_predict_takes_more_images_than_one_request(
+    run, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMTL_MAX_FILES", "2")
+    _, output, _ = run("predict", "--json", *[picture] * 5)
+    assert len(json.loads(output)["results"]) == 5
+
+
+def test_predict_shows_a_table(run, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    status, output, _ = run("predict", picture)
+    assert status == 0
+    for word in (
+        "picture.png",
+        "0.881",
+        "at or above threshold",
+        "45-59",
+        "torso",
+        "not a medical",
+    ):
+        assert word in output
+
+
+def test_an_image_that_fails_is_shown_and_the_exit_status_tells(run, tmp_path: Path) -> None:
+    path = tmp_path / "text.jpg"
+    path.write_text("text")
+    status, output, _ = run("predict", "--json", path)
+    assert status == 1
+    assert json.loads(output)["results"][0]["error"]["status"] == 415
+
+
+def test_a_file_that_is_not_there_is_one_sentence(run, tmp_path: Path) -> None:
+    status, _, error = run("predict", tmp_path / "nowhere.jpg")
+    assert status == 2
+    assert "nowhere.jpg cannot be read: No such file" in error
+
+
+def test_check_validates_and_exits(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("serve", "--check")[:2] == (0, "ok: test 1.2.3 on 127.0.0.1:8000\n")
+    monkeypatch.setenv("MMTL_BUNDLE", "/nowhere")
+    status, _, error = run("serve", "--check")
+    assert (status, error) == (
+        2,
+        "mmtl: /nowhere is not a bundle: bundle.json cannot be read.\n",
+    )
+
+
+def test_a_bundle_is_verified_and_shown(run, bundle_folder: Path) -> None:
+    assert run("bundle", "verify", bundle_folder)[:2] == (0, "ok       model.onnx\n")
+    assert "test 1.2.3" in run("bundle", "inspect", bundle_folder)[1]
+    assert json.loads(run("bundle", "inspect", "--json", bundle_folder)[1])["name"] == "test"
+
+
+def test_the_settings_page_is_the_program_s(run) -> None:
+    assert (ROOT / "docs" / "settings.md").read_text() == run("settings")[1], "run `make docs`"

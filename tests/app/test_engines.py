@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from app.engines import EngineError, load_engine
+from app.engines.onnx import OnnxEngine
+from app.engines.pytorch import PytorchEngine
+from app.settings import Settings
+from models.bundle import Bundle, BundleError, load_bundle
+from tests.bundles import SIDE, expected_outputs, make_bundle
+
+
+def load(bundle: Bundle, **settings: object):
+    return load_engine(bundle, bundle.manifest.artifacts[0], Settings(**settings))
+
+
+def test_onnx_answers_by_name_at_any_batch_size(tmp_path: Path) -> None:
+    engine = load(make_bundle(tmp_path / "bundle"), device="cpu")
+    assert (engine.name, engine.device) == ("onnx", "cpu")
+    for count in (1, 3):
+        images = np.random.default_rng(0).integers(0, 255, (count, SIDE, SIDE, 3), np.uint8)
+        outputs = engine.run(images)
+        for name, values in expected_outputs(images).items():
+            np.testing.assert_allclose(outputs[name], values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="has CUDA"
+)
+def test_a_gpu_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"requirements/gpu\.txt"):
+        load(make_bundle(tmp_path / "bundle"), device="cuda:0")
+
+
+def test_a_file_that_is_no_network_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"not a network")
+    with pytest.raises(BundleError, match=r"cannot load model\.onnx"):
+        OnnxEngine(path, "cpu", 1)
+
+
+def test_a_network_that_does_not_fit_its_manifest_is_refused(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    site = made.manifest.tasks[2].model_copy(update={"labels": ("a", "b", "c")})
+    manifest = made.manifest.model_copy(update={"tasks": (*made.manifest.tasks[:2], site)})
+    with pytest.raises(BundleError, match=r"output site has shape \(1, 2\), not \(None, 3\)"):
+        load(Bundle(made.folder, manifest))
+
+
+def torch_bundle(folder: Path, artifact_format: str) -> Bundle:
+    made = make_bundle(folder)
+    artifact = made.manifest.artifacts[0].model_copy(update={"format": artifact_format})
+    return Bundle(made.folder, made.manifest.model_copy(update={"artifacts": (artifact,)}))
+
+
+@pytest.mark.parametrize("artifact_format", ["torchscript", "torch_export"])
+def test_torch_artifacts_run_only_where_trusted(tmp_path: Path, artifact_format: str) -> None:
+    bundle = torch_bundle(tmp_path / "bundle", artifact_format)
+    with pytest.raises(EngineError, match="MMTL_TRUST_TORCH"):
+        load(bundle)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("artifact_format", ["torchscript", "torch_export"])
+def test_a_file_that_is_no_program_is_refused(tmp_path: Path, artifact_format: str) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"not a program")
+    with pytest.raises(BundleError, match=r"torch cannot load model\.pt"):
+        PytorchEngine(path, artifact_format, "cpu", 1)
+
+
+def test_torch_names_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="MMTL_DEVICE=cuda:99"):
+        PytorchEngine(tmp_path / "model.pt2", "torch_export", "cuda:99", 1)
+
+
+def test_the_shipped_bundle_loads_and_answers_its_golden_predictions() -> None:
+    bundle = load_bundle(Settings().bundle)
+    load_engine(bundle, bundle.artifact("onnx"), Settings(device="cpu"))
+    assert bundle.artifact("onnx").bytes < 16_000_000

@@ -1,0 +1,32 @@
+import base64
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from app.heatmap import draw_overlay
+from models.images import decode
+from tests.lesions import flat
+
+
+def overlay(contributions: list[list[float]], width: int = 400, height: int = 300) -> np.ndarray:
+    data = flat(100, width, height)
+    picture = draw_overlay(data, decode(data, 32, 32), np.float32(contributions))
+    return np.asarray(Image.open(BytesIO(base64.b64decode(picture)))).astype(int)
+
+
+def test_what_raises_the_logit_is_red_and_what_lowers_it_blue() -> None:
+    picture = overlay([[8, -8], [8, -8]])
+    raised, lowered = picture[:, :150].mean((0, 1)), picture[:, -150:].mean((0, 1))
+    assert picture.shape == (384, 512, 3)
+    assert raised[0] > 140 > lowered[0]
+    assert lowered[2] > 110 > raised[2]
+
+
+def test_without_evidence_the_picture_stays_as_it_is() -> None:
+    assert np.abs(overlay([[0, 0], [0, 0]]) - (100, 100, 50)).max() <= 1
+
+
+def test_the_overlay_has_the_shape_of_what_the_network_saw() -> None:
+    assert overlay([[0]], 300, 400).shape == (512, 384, 3)
+    assert overlay([[0]], 900, 100).shape == (384, 512, 3)

@@ -1,0 +1,103 @@
+import json
+from typing import Any
+
+from app.main import build_api
+from tests.conftest import ROOT
+
+COMMITTED = ROOT / "docs" / "openapi.json"
+
+
+def test_the_committed_description_is_the_service_s() -> None:
+    assert json.loads(COMMITTED.read_text()) == build_api().openapi(), "run `make docs`"
+
+
+def test_no_breaking_change() -> None:
+    before, after = json.loads(COMMITTED.read_text()), build_api().openapi()
+    assert breaking_changes(before, after) == [], "raise the major version in app/main.py first"
+
+
+def test_breaking_changes_are_found() -> None:
+    before = build_api().openapi()
+
+    def after(change) -> list[str]:
+        changed = json.loads(json.dumps(before))
+        change(changed)
+        return breaking_changes(before, changed)
+
+    def schema(document: dict[str, Any], name: str) -> dict[str, Any]:
+        return document["components"]["schemas"][name]
+
+    def post(document: dict[str, Any]) -> dict[str, Any]:
+        return document["paths"]["/predict"]["post"]
+
+    assert after(lambda d: d["paths"].pop("/model"))
+    assert after(lambda d: post(d)["responses"].pop("200"))
+    assert after(lambda d: schema(d, "Melanoma")["properties"].pop("threshold"))
+    assert after(lambda d: schema(d, "Melanoma")["required"].remove("probability"))
+    assert after(lambda d: schema(d, "Age")["properties"]["years"].update(type="string"))
+    assert after(lambda d: schema(d, "Health")["properties"]["status"]["enum"].pop())
+    assert after(lambda d: post(d)["parameters"][0].update(required=True))
+    assert after(lambda d: post(d)["parameters"].clear())
+    assert after(lambda d: post(d)["requestBody"]["content"].pop("image/png"))
+    assert not after(lambda d: d["paths"].update({"/new": {"get": {}}}))
+    assert not after(lambda d: schema(d, "Health")["properties"].update(since={"type": "string"}))
+    assert not after(lambda d: d["info"].update(version="2.0.0") or d["paths"].pop("/model"))
+
+
+def breaking_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What a caller written for `before` may miss in `after`, unless its major version rose."""
+    if after["info"]["version"].split(".")[0] != before["info"]["version"].split(".")[0]:
+        return []
+    found = []
+    for path, methods in before["paths"].items():
+        for method, old in methods.items():
+            new = after["paths"].get(path, {}).get(method)
+            if new is None:
+                found.append(f"{method} {path} is gone")
+            else:
+                found += [f"{method} {path}: {what}" for what in _of_operation(old, new)]
+    for name, old in before["components"]["schemas"].items():
+        new = after["components"]["schemas"].get(name)
+        found += [f"schema {name} is gone"] if new is None else _of_schema(name, old, new)
+    return found
+
+
+def _of_operation(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    found = []
+    for key in ("responses", "requestBody"):
+        was = old.get(key, {}).get("content", {}) if key == "requestBody" else old.get(key, {})
+        now = new.get(key, {}).get("content", {}) if key == "requestBody" else new.get(key, {})
+        found += [f"{key} {name} is gone" for name in was if name not in now]
+    was = {parameter["name"]: parameter for parameter in old.get("parameters", [])}
+    now = {parameter["name"]: parameter for parameter in new.get("parameters", [])}
+    found += [f"parameter {name} is gone" for name in was if name not in now]
+    return found + [
+        f"parameter {name} is required"
+        for name, parameter in now.items()
+        if parameter.get("required") and not was.get(name, {}).get("required")
+    ]
+
+
+def _of_schema(name: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    found = [
+        f"{name}.{field} is no longer always there"
+        for field in old.get("required", [])
+        if field not in new.get("required", [])
+    ]
+    for field, was in old.get("properties", {}).items():
+        now = new.get("properties", {}).get(field)
+        if now is None:
+            found.append(f"{name}.{field} is gone")
+        elif _shape(was) != _shape(now):
+            found.append(f"{name}.{field} has another type")
+    if _shape(old) != _shape(new):
+        found.append(f"{name} has another type")
+    return found
+
+
+def _shape(schema: Any) -> Any:
+    """A schema without what only describes it."""
+    if isinstance(schema, dict):
+        words = {"title", "description", "default", "example", "properties", "required"}
+        return {key: _shape(value) for key, value in schema.items() if key not in words}
+    return [_shape(value) for value in schema] if isinstance(schema, list) else schema

@@ -1,0 +1,217 @@
+"""The HTTP contract of `POST /predict`."""
+
+import base64
+import hashlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from app.settings import Settings
+from tests.bundles import logit_of
+from tests.conftest import started
+from tests.lesions import encode, flat, huge_png, lesion
+
+
+def form(*contents: bytes, field: str = "files") -> list:
+    return [(field, (f"{number}.png", content)) for number, content in enumerate(contents)]
+
+
+def probability(red: float) -> float:
+    return 1 / (1 + np.exp(-logit_of(red)))
+
+
+def test_a_file_is_answered_as_the_contract_says(client: TestClient) -> None:
+    data = flat(160, 80, 60)
+    answer = client.post("/predict", files=form(data))
+    assert answer.status_code == 200
+    body = answer.json()
+    artifact = body["model"].pop("sha256")
+    assert len(artifact) == 64
+    assert body == {
+        "request_id": answer.headers["X-Request-ID"],
+        "model": {"name": "test", "version": "1.2.3"},
+        "results": [
+            {
+                "filename": "0.png",
+                "status": "ok",
+                "image": {
+                    "width": 80,
+                    "height": 60,
+                    "format": "PNG",
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                },
+                "prediction": {
+                    "melanoma": {
+                        "probability": pytest.approx(probability(160), abs=1e-5),
+                        "threshold": 0.5,
+                        "decision": "at_or_above_threshold",
+                    },
+                    "age": {
+                        "label": "45-59",
+                        "years": 52.0,
+                        "probabilities": {
+                            "0-29": 0.1,
+                            "30-44": 0.2,
+                            "45-59": 0.4,
+                            "60-74": 0.2,
+                            "75+": 0.1,
+                        },
+                    },
+                    "site": {"label": "torso", "probabilities": {"head/neck": 0.25, "torso": 0.75}},
+                },
+                "quality": {"ood_score": 100.0, "in_distribution": True, "warnings": ["blurred"]},
+            }
+        ],
+    }
+
+
+def test_several_files_keep_the_order_of_the_upload(client: TestClient) -> None:
+    reds = (200, 10, 128, 90)
+    body = client.post("/predict", files=form(*map(flat, reds))).json()
+    found = [r["prediction"]["melanoma"]["probability"] for r in body["results"]]
+    assert found == pytest.approx([probability(red) for red in reds], abs=1e-5)
+    assert [r["filename"] for r in body["results"]] == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def test_below_the_threshold(client: TestClient) -> None:
+    body = client.post("/predict", files=form(flat(100))).json()
+    assert body["results"][0]["prediction"]["melanoma"]["decision"] == "below_threshold"
+
+
+@pytest.mark.parametrize("content_type", ["image/png", "application/octet-stream"])
+def test_a_raw_body_has_no_file_name(client: TestClient, content_type: str) -> None:
+    answer = client.post("/predict", content=flat(1), headers={"Content-Type": content_type})
+    assert answer.status_code == 200
+    assert answer.json()["results"][0]["filename"] is None
+
+
+def test_a_bad_file_fails_alone(client: TestClient) -> None:
+    answer = client.post("/predict", files=form(flat(1), b"text", lesion()))
+    assert answer.status_code == 200
+    first, second, third = answer.json()["results"]
+    assert (first["status"], second["status"], third["status"]) == ("ok", "error", "ok")
+    assert second["filename"] == "1.png"
+    assert second["error"]["type"] == "urn:mmtl:problem:unsupported-image"
+
+
+def test_an_explanation_is_a_picture_of_what_was_seen(client: TestClient) -> None:
+    answer = client.post("/predict?explain=true", files=form(lesion(0, 640, 480)))
+    explanation = answer.json()["results"][0]["explanation"]
+    picture = Image.open(BytesIO(base64.b64decode(explanation["overlay"])))
+    assert explanation["media_type"] == "image/png"
+    assert (picture.format, picture.size) == ("PNG", (512, 384))
+
+
+def test_strange_pictures_are_flagged(client: TestClient) -> None:
+    green = encode(np.full((64, 64, 3), (10, 220, 10), np.uint8), "PNG")
+    quality = client.post("/predict", files=form(green)).json()["results"][0]["quality"]
+    assert quality["in_distribution"] is False
+    assert "out_of_distribution" in quality["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "kind"),
+    [
+        (b"", 400, "empty-image"),
+        (b"some text", 415, "unsupported-image"),
+        (lesion()[:3000], 422, "corrupt-image"),
+        (huge_png(), 413, "image-too-large"),
+    ],
+)
+def test_an_only_file_that_fails_is_the_answer(
+    client: TestClient, content: bytes, status: int, kind: str
+) -> None:
+    as_file = client.post("/predict", files=form(content))
+    as_body = client.post("/predict", content=content, headers={"Content-Type": "image/jpeg"})
+    for answer in (as_file, as_body):
+        check_problem(answer, status, kind)
+
+
+def test_when_all_files_fail_each_has_its_problem_inside(client: TestClient) -> None:
+    answer = client.post("/predict", files=form(b"text", huge_png()))
+    check_problem(answer, 422, "all-files-failed")
+    types = [result["error"]["type"] for result in answer.json()["results"]]
+    assert types == ["urn:mmtl:problem:unsupported-image", "urn:mmtl:problem:image-too-large"]
+
+
+def test_a_wrong_field_name_is_named(client: TestClient) -> None:
+    answer = client.post("/predict", files=form(flat(1), field="image"))
+    check_problem(answer, 422, "unexpected-field")
+    assert "`image`" in answer.json()["detail"]
+    check_problem(
+        client.post("/predict", data={"files": "text"}, files=form(flat(1))),
+        422,
+        "unexpected-field",
+    )
+
+
+def test_a_form_without_files(client: TestClient) -> None:
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    check_problem(client.post("/predict", content=b"--x--\r\n", headers=headers), 400, "no-files")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Type": "multipart/form-data"},
+        {"Content-Type": "multipart/form-data; boundary=x"},
+    ],
+)
+def test_a_form_that_cannot_be_read(client: TestClient, headers: dict) -> None:
+    answer = client.post("/predict", content=b"nonsense", headers=headers)
+    check_problem(answer, 400, "malformed-form")
+
+
+def test_too_many_files(client: TestClient) -> None:
+    for count in (5, 9):
+        answer = client.post("/predict", files=form(*[flat(1)] * count))
+        check_problem(answer, 413, "too-many-files")
+
+
+def test_too_many_bytes_by_header_or_by_what_comes(client: TestClient) -> None:
+    def unannounced():
+        for _ in range(40):
+            yield bytes(100_000)
+
+    headers = {"Content-Type": "image/jpeg"}
+    for content in (bytes(4_000_000), unannounced()):
+        answer = client.post("/predict", content=content, headers=headers)
+        check_problem(answer, 413, "body-too-large")
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "image/gif", ""])
+def test_another_content_type(client: TestClient, content_type: str) -> None:
+    answer = client.post("/predict", content=flat(1), headers={"Content-Type": content_type})
+    check_problem(answer, 415, "unsupported-media-type")
+
+
+def test_a_parameter_that_does_not_fit(client: TestClient) -> None:
+    answer = client.post("/predict?explain=perhaps", files=form(flat(1)))
+    check_problem(answer, 422, "invalid-parameter")
+
+
+def test_no_upload_touches_the_disk(
+    settings: Settings, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tempfile
+
+    # A folder that is not there: whoever tries to write a temporary file fails.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    large = encode(np.random.default_rng(0).integers(0, 255, (700, 900, 3)).astype(np.uint8), "PNG")
+    assert 1_500_000 < len(large) < settings.max_bytes
+    with started(settings) as client:
+        assert client.post("/predict", files=form(large)).status_code == 200
+
+
+def check_problem(answer, status: int, kind: str) -> None:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    body = answer.json()
+    assert body["type"] == f"urn:mmtl:problem:{kind}"
+    assert body["status"] == status
+    assert body["title"]
+    assert body["detail"].endswith(".")
+    assert answer.headers["X-Request-ID"]

@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import pytest
+
+from app.settings import DEFAULT_BUNDLE, SettingsError, load_settings
+
+
+def test_defaults() -> None:
+    settings = load_settings()
+    assert (settings.host, settings.port, settings.device) == ("127.0.0.1", 8000, "auto")
+    assert settings.bundle == DEFAULT_BUNDLE
+    assert settings.limits.max_pixels == 100_000_000
+    assert settings.limits.max_pixels_in_full == 30_000_000
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMTL_PORT", "9000")
+    monkeypatch.setenv("MMTL_BUNDLE", "/some/where")
+    monkeypatch.setenv("MMTL_CORS_ORIGINS", '["https://viewer.example"]')
+    settings = load_settings()
+    assert settings.port == 9000
+    assert settings.bundle == Path("/some/where")
+    assert settings.cors_origins == ("https://viewer.example",)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("MMTL_PROT", "1", r"MMTL_PROT is not a setting\. Did you mean MMTL_PORT\?"),
+        ("MMTL_MAXBYTES", "1", "Did you mean MMTL_MAX_BYTES"),
+        ("MMTL_PORT", "http", r"MMTL_PORT: .*integer"),
+        ("MMTL_DEVICE", "gpu", r"MMTL_DEVICE: "),
+        ("MMTL_DEADLINE_SECONDS", "0", r"MMTL_DEADLINE_SECONDS: .*greater than 0"),
+        ("MMTL_QUEUE_SIZE", "1", r"MMTL_QUEUE_SIZE must be at least MMTL_MAX_FILES"),
+        ("MMTL_CORS_ORIGINS", "https://viewer.example", "cors_origins"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=sentence) as caught:
+        load_settings()
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,80 @@
+import json
+
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.settings import Settings
+from app.telemetry import configure_logs
+from tests.conftest import started
+from tests.lesions import encode, flat
+
+
+def samples(client: TestClient) -> dict[tuple[str, frozenset[str]], float]:
+    text = client.get("/metrics").text
+    return {
+        (sample.name, frozenset(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def key(name: str, *labels: str) -> tuple[str, frozenset[str]]:
+    return name, frozenset(labels)
+
+
+def test_every_label_is_there_before_the_first_request(client: TestClient) -> None:
+    found = samples(client)
+    for stage in ("decode", "queue", "inference"):
+        assert found[key("mmtl_stage_duration_seconds_count", stage)] == 0
+    assert found[key("mmtl_images_total", "ok")] == 0
+    assert found[key("mmtl_rejected_total", "saturated")] == 0
+    assert found[key("mmtl_predicted_total", "site", "torso")] == 0
+    assert found[key("mmtl_predicted_total", "melanoma", "below_threshold")] == 0
+    assert found[key("mmtl_queue_depth")] == 0
+    assert found[key("mmtl_out_of_distribution_total")] == 0
+    info = next(labels for name, labels in found if name == "mmtl_model_info")
+    assert {"test", "1.2.3", "onnx", "cpu"} < info
+
+
+def test_requests_and_images_are_counted(client: TestClient) -> None:
+    import numpy as np
+
+    green = encode(np.full((64, 64, 3), (250, 220, 10), np.uint8), "PNG")
+    client.post("/predict", files=[("files", flat(10)), ("files", green), ("files", b"text")])
+    client.post("/predict", content=b"x", headers={"Content-Type": "text/plain"})
+    client.request("BREW", "/somewhere")
+    found = samples(client)
+    assert found[key("mmtl_images_total", "ok")] == 2
+    assert found[key("mmtl_images_total", "error")] == 1
+    assert found[key("mmtl_rejected_total", "unsupported-image")] == 1
+    assert found[key("mmtl_rejected_total", "unsupported-media-type")] == 1
+    assert found[key("mmtl_out_of_distribution_total")] == 1
+    assert found[key("mmtl_predicted_total", "melanoma", "at_or_above_threshold")] == 1
+    assert found[key("mmtl_melanoma_probability_count")] == 2
+    assert found[key("mmtl_stage_duration_seconds_count", "decode")] == 3
+    assert found[key("mmtl_batch_size_sum")] == 2
+    requests = "mmtl_http_request_duration_seconds_count"
+    assert found[key(requests, "POST", "/predict", "200")] == 1
+    assert found[key(requests, "POST", "/predict", "415")] == 1
+    assert found[key(requests, "other", "unmatched", "404")] == 1
+    assert found[key("mmtl_queue_depth")] == 0
+
+
+@pytest.mark.usefixtures("logs_as_before")
+def test_logs_tell_what_happened_and_nothing_of_the_patient(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logs("INFO")
+    with started(settings) as client:
+        client.post(
+            "/predict",
+            files={"files": ("Jane-Doe-1970.png", flat(200))},
+            headers={"X-Request-ID": "abc"},
+        )
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    line = next(line for line in lines if line.get("request_id") == "abc")
+    assert (line["route"], line["status"], line["images"]) == ("/predict", 200, 1)
+    assert {"decode_ms", "queue_ms", "inference_ms", "milliseconds"} <= line.keys()
+    assert not any("Jane" in json.dumps(line) for line in lines)
+    assert not any(key in line for key in ("probability", "filename", "sha256"))

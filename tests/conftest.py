@@ -1,0 +1,75 @@
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+from fastapi.testclient import TestClient
+
+from app.main import create_app
+from app.settings import Settings
+from tests.bundles import make_bundle
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("MMTL_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundles") / "test").folder
+
+
+@pytest.fixture
+def settings(bundle_folder: Path) -> Settings:
+    return Settings(bundle=bundle_folder, threads=1, max_files=4, max_bytes=3_000_000)
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    with started(settings) as running:
+        yield running
+
+
+def started(settings: Settings) -> TestClient:
+    """A client whose service is ready as soon as it is entered."""
+
+    class Ready(TestClient):
+        def __enter__(self) -> "Ready":
+            super().__enter__()
+            while self.get("/health/ready").status_code != 200:
+                pass
+            return self
+
+    return Ready(create_app(settings), raise_server_exceptions=False)
+
+
+@pytest.fixture
+def logs_as_before() -> Iterator[None]:
+    """Undo what `configure_logs` does to the whole process."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    structlog.reset_defaults()
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the development data is not here")
+    return SHARED_DATA

@@ -1,0 +1,157 @@
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from models.bundle import (
+    BundleError,
+    Calibration,
+    Task,
+    check_golden,
+    golden_batch,
+    golden_image,
+    load_bundle,
+    melanoma_probability,
+    save_bundle,
+)
+from tests.bundles import expected_outputs, make_bundle
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    loaded = load_bundle(made.folder)
+    assert loaded == made
+    assert loaded.path(loaded.artifact("onnx")).name == "model.onnx"
+
+
+def test_a_changed_artifact_is_refused(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    (made.folder / "model.onnx").write_bytes(b"another")
+    with pytest.raises(BundleError, match=r"SHA-256 .*fetch or export it again"):
+        load_bundle(made.folder)
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a bundle"):
+        load_bundle(tmp_path)
+
+
+def test_a_bundle_without_any_artifact_is_refused(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    (made.folder / "model.onnx").unlink()
+    with pytest.raises(BundleError, match="none of the artifacts"):
+        load_bundle(made.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"format_version": 99}, "format_version"),
+        ({"surprise": 1}, "surprise"),
+        ({"prevalence": 1.5}, "prevalence"),
+        ({"tasks": []}, "tasks"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused_in_one_sentence(
+    tmp_path: Path, change: dict, sentence: str
+) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    path = made.folder / "bundle.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(BundleError, match=sentence) as caught:
+        load_bundle(made.folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_artifact_may_not_lie_outside_the_bundle(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    path = made.folder / "bundle.json"
+    path.write_text(path.read_text().replace("model.onnx", "../model.onnx"))
+    with pytest.raises(BundleError, match="file"):
+        load_bundle(made.folder)
+
+
+def test_asking_for_another_format_names_those_that_are_there(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="has no torchscript artifact; it has onnx"):
+        make_bundle(tmp_path / "bundle").artifact("torchscript")
+
+
+def test_saving_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    manifest = made.manifest.model_copy(update={"version": "2.0.0"})
+    files = {"model.onnx": made.folder / "model.onnx", "note.md": b"text"}
+    save_bundle(made.folder, manifest, files)
+    assert load_bundle(made.folder).manifest.version == "2.0.0"
+    assert sorted(p.name for p in made.folder.iterdir()) == ["bundle.json", "model.onnx", "note.md"]
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    with pytest.raises(BundleError, match="is not a bundle"):
+        save_bundle(tmp_path, manifest, files)
+
+
+def test_a_save_that_fails_leaves_the_old_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    files = {"model.onnx": b"not what the manifest says"}
+    with pytest.raises(BundleError, match="SHA-256"):
+        save_bundle(made.folder, made.manifest, files)
+    rename = Path.rename
+
+    def fails_on_the_new_one(self: Path, target: Path) -> Path:
+        if self.suffix == ".part":
+            raise OSError("disk full")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_on_the_new_one)
+    with pytest.raises(OSError, match="disk full"):
+        save_bundle(made.folder, made.manifest, {"model.onnx": made.folder / "model.onnx"})
+    monkeypatch.undo()
+    assert load_bundle(made.folder) == made
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "model.onnx"]
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2), st.floats(0.01, 10), st.floats(-10, 10))
+def test_calibration_keeps_the_order_and_stays_a_probability(
+    logits: list[float], slope: float, intercept: float
+) -> None:
+    ordered = np.sort(np.array(logits))
+    found = melanoma_probability(ordered, Calibration(slope=slope, intercept=intercept))
+    assert np.all((found >= 0) & (found <= 1))
+    assert np.all(np.diff(found) >= 0)
+
+
+def test_calibration_is_platt_scaling() -> None:
+    found = melanoma_probability(np.array([0.0, 2.0]), Calibration(slope=0.5, intercept=-1.0))
+    np.testing.assert_allclose(found, [1 / (1 + np.e), 0.5])
+
+
+def test_ordinal_tasks_need_rising_edges() -> None:
+    labels = ("young", "old")
+    assert Task(name="age", kind="ordinal", labels=labels, bin_edges=(50,)).bin_edges == (50,)
+    for edges in (None, (), (1, 2)):
+        with pytest.raises(ValidationError, match="bin_edges"):
+            Task(name="age", kind="ordinal", labels=labels, bin_edges=edges)
+
+
+def test_golden_images_are_the_same_everywhere() -> None:
+    image = golden_image(1, 160, 160)
+    assert image.shape == (160, 160, 3)
+    assert hashlib.sha256(image.tobytes()).hexdigest()[:16] == "52317a2c75f81871"
+
+
+def test_a_network_that_answers_otherwise_is_refused(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    outputs = expected_outputs(golden_batch(made.manifest))
+    artifact = made.artifact("onnx")
+    check_golden(made.manifest, artifact, outputs)
+    outputs["melanoma_logit"] = outputs["melanoma_logit"] + 0.1
+    with pytest.raises(BundleError, match=r"melanoma_logit by 0\.1"):
+        check_golden(made.manifest, artifact, outputs)
+    outputs["melanoma_logit"][:] = np.nan
+    with pytest.raises(BundleError, match="melanoma_logit by nan"):
+        check_golden(made.manifest, artifact, outputs)

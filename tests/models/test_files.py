@@ -1,0 +1,24 @@
+from pathlib import Path
+
+import pytest
+
+from models.files import write_atomically
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    for content in ("one", "two"):
+        with write_atomically(path) as temporary:
+            temporary.write_text(content)
+        assert path.read_text() == content
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(OSError, match="read-only"), write_atomically(path) as temporary:
+        temporary.write_text("half")
+        raise OSError("read-only")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

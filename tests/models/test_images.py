@@ -1,0 +1,176 @@
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from models.images import (
+    FORMATS,
+    CorruptImageError,
+    EmptyImageError,
+    ImageError,
+    ImageTooLargeError,
+    Limits,
+    UnsupportedImageError,
+    decode,
+)
+from tests.lesions import draw_lesion, encode, flat, huge_png, lesion
+
+
+def reference(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Height and width of `size`; what Pillow gives for an image that needs no cropping."""
+    return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_every_format_gives_the_same_picture(image_format: str) -> None:
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    options = {"quality": 98, "subsampling": 0} if image_format == "JPEG" else options
+    pixels = draw_lesion(1)
+    found = decode(encode(pixels, image_format, **options), 48, 64)
+    difference = np.abs(found.pixels.astype(int) - reference(pixels, (48, 64)))
+    assert found.format == image_format
+    assert (found.width, found.height) == (200, 150)
+    assert difference.max() <= (6 if image_format == "JPEG" else 0)
+
+
+def test_a_large_jpeg_is_decoded_at_a_smaller_scale_and_looks_the_same() -> None:
+    pixels = draw_lesion(2, 1600, 1200)
+    found = decode(encode(pixels, quality=95), 160, 160)
+    difference = np.abs(found.pixels.astype(int) - reference(pixels, (160, 160)))
+    assert (found.width, found.height) == (1600, 1200)
+    assert difference.mean() < 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    shown = Image.fromarray(draw_lesion(3, 120, 90))
+    # How a camera stores what is shown under each orientation (EXIF 2.32, tag 0x0112).
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = shown.transpose(undo[orientation]) if orientation in undo else shown
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = decode(encode(np.asarray(stored), "PNG", exif=exif), 40, 60)
+    assert (found.width, found.height) == (120, 90)
+    assert np.abs(found.pixels.astype(int) - reference(np.asarray(shown), (40, 60))).max() <= 1
+
+
+# Pillow says so once; the service has it in its log.
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_damaged_exif_block_does_not_refuse_the_picture() -> None:
+    data = encode(draw_lesion(4), exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff")
+    assert decode(data, 32, 32).pixels.shape == (32, 32, 3)
+
+
+def test_what_is_wider_than_4_to_3_loses_its_ends() -> None:
+    wide = np.zeros((60, 200, 3), np.uint8)
+    wide[:, 60:140] = 200  # the middle 4:3 box
+    found = decode(encode(wide, "PNG"), 32, 32).pixels
+    assert np.all(found[:, 1:-1] == 200)  # the outermost columns are blended with what is beside
+
+
+def test_transparency_is_laid_on_white() -> None:
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    assert decode(encode(np.asarray(clear), "PNG"), 32, 32).pixels.min() == 255
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA"])
+def test_other_colour_modes_become_rgb(mode: str) -> None:
+    from io import BytesIO
+
+    buffer = BytesIO()
+    image = Image.fromarray(draw_lesion(5)).convert(mode)
+    image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
+    assert decode(buffer.getvalue(), 32, 32).pixels.shape == (32, 32, 3)
+
+
+def test_sixteen_bit_greyscale_keeps_its_range() -> None:
+    grey = np.full((64, 64), 40_000, np.uint16)
+    assert np.all(decode(encode(grey, "PNG"), 32, 32).pixels == 40_000 >> 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"", EmptyImageError),
+        (b"not an image", UnsupportedImageError),
+        (b"GIF89a" + bytes(100), UnsupportedImageError),
+        (lesion()[:2000], CorruptImageError),
+        (flat(1)[:60], CorruptImageError),
+        (huge_png(), ImageTooLargeError),
+    ],
+    ids=["empty", "text", "gif", "truncated-jpeg", "truncated-png", "declares-900-megapixels"],
+)
+def test_what_cannot_be_used_has_its_own_error(data: bytes, error: type[ImageError]) -> None:
+    with pytest.raises(error) as caught:
+        decode(data, 32, 32)
+    assert str(caught.value).endswith((".", ")."))
+
+
+def test_several_pages_are_refused() -> None:
+    from io import BytesIO
+
+    buffer = BytesIO()
+    page = Image.fromarray(draw_lesion(0))
+    page.save(buffer, "TIFF", save_all=True, append_images=[page])
+    with pytest.raises(UnsupportedImageError, match="several frames"):
+        decode(buffer.getvalue(), 32, 32)
+
+
+def test_bytes_and_pixels_are_limited_before_decoding() -> None:
+    data = lesion(0, 200, 150)
+    with pytest.raises(ImageTooLargeError, match="bytes"):
+        decode(data, 32, 32, Limits(max_bytes=100))
+    with pytest.raises(ImageTooLargeError, match="megapixels"):
+        decode(data, 32, 32, Limits(max_pixels=29_999))
+    assert decode(data, 32, 32, Limits(max_pixels=30_000, max_pixels_in_full=1))
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"image_format": "PNG"}])
+def test_what_is_decoded_in_full_has_the_lower_limit(options: dict) -> None:
+    data = encode(draw_lesion(0), **options)
+    with pytest.raises(ImageTooLargeError):
+        decode(data, 32, 32, Limits(max_pixels_in_full=29_999))
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_raise_anything_but_an_image_error(data: bytes) -> None:
+    with pytest.raises(ImageError):
+        decode(data, 32, 32)
+
+
+@given(
+    st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "BMP"]),
+    st.integers(0, 10_000),
+    st.integers(0, 255),
+    st.integers(0, 10_000),
+)
+def test_a_flipped_byte_or_a_cut_gives_pixels_or_an_image_error(
+    image_format: str, place: int, value: int, cut: int
+) -> None:
+    data = bytearray(encode(draw_lesion(0, 40, 30), image_format))
+    data[place % len(data)] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow comments on damaged metadata
+        try:
+            found = decode(bytes(data[: max(len(data) - cut % 400, 1)]), 32, 32)
+        except ImageError:
+            return
+    assert found.pixels.shape == (32, 32, 3)
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(32, 64), st.integers(32, 64))
+def test_any_size_fits_any_target(width: int, height: int, to_width: int, to_height: int) -> None:
+    found = decode(flat(200, width, height), to_height, to_width)
+    assert found.pixels.shape == (to_height, to_width, 3)
+    assert np.all(found.pixels == (200, 100, 50))

@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from models.bundle import AGE_GRID
+from training.data.manifest import Diagnosis, Record, Sex, Site
+from training.losses import MISSING, Targets, encode_targets, multi_task_loss
+from training.network import HEADS, MultiTaskNetwork, ServedNetwork, age_distribution
+
+EDGES = (30.0, 45.0, 60.0, 75.0)
+
+
+def small_network() -> MultiTaskNetwork:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=8), nn.ReLU())
+    return MultiTaskNetwork(backbone, 8, 6, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).eval()
+
+
+@pytest.fixture
+def served() -> ServedNetwork:
+    return ServedNetwork(small_network(), EDGES, torch.zeros(6), torch.eye(6)).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (3, 64, 48, 3), dtype=torch.uint8)
+
+
+@torch.inference_mode()
+def test_the_outputs_are_those_of_the_contract(served, images: torch.Tensor) -> None:
+    outputs = served(images)
+    assert tuple(outputs) == ServedNetwork.OUTPUTS
+    shapes = {name: tuple(value.shape) for name, value in outputs.items()}
+    assert shapes == {
+        "melanoma_logit": (3,),
+        "age": (3, 5),
+        "age_years": (3,),
+        "site": (3, 6),
+        "sex": (3, 2),
+        "diagnosis": (3, 7),
+        "melanoma_map": (3, 8, 6),
+        "ood_score": (3,),
+    }
+    for name in ("age", "site", "sex", "diagnosis"):
+        torch.testing.assert_close(outputs[name].sum(dim=1), torch.ones(3))
+
+
+@torch.inference_mode()
+def test_the_heat_map_is_the_logit_taken_apart(served, images: torch.Tensor) -> None:
+    outputs = served(images)
+    bias = served.network.heads["melanoma"].bias
+    torch.testing.assert_close(
+        outputs["melanoma_map"].mean(dim=(1, 2)) + bias, outputs["melanoma_logit"]
+    )
+
+
+@torch.inference_mode()
+def test_what_is_served_is_what_was_fitted(served, images: torch.Tensor) -> None:
+    logits = served.network(images.permute(0, 3, 1, 2))
+    outputs = served(images)
+    torch.testing.assert_close(outputs["melanoma_logit"], logits["melanoma"][:, 0])
+    torch.testing.assert_close(outputs["site"], logits["site"].softmax(1))
+    ages = age_distribution(logits["age"])
+    torch.testing.assert_close(outputs["age_years"], ages @ torch.tensor(AGE_GRID).float())
+    grid = np.array(AGE_GRID)
+    torch.testing.assert_close(outputs["age"][:, 1], ages[:, (grid >= 30) & (grid < 45)].sum(1))
+    torch.testing.assert_close(outputs["age"][:, 4], ages[:, grid >= 75].sum(1))
+
+
+@given(st.lists(st.floats(-60, 60), min_size=18, max_size=18))
+def test_any_logits_give_an_age_distribution(logits: list[float]) -> None:
+    found = age_distribution(torch.tensor([logits], dtype=torch.float64))
+    assert found.min() >= 0
+    assert float(found.sum()) == pytest.approx(1)
+
+
+def targets(**classes: list[int]) -> Targets:
+    full = {name: [MISSING] * len(next(iter(classes.values()))) for name in HEADS}
+    return Targets({name: torch.tensor(v) for name, v in {**full, **classes}.items()})
+
+
+def zero_logits(count: int) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(count, size) for name, size in HEADS.items()}
+
+
+def test_a_missing_label_does_not_count() -> None:
+    logits = zero_logits(3)
+    logits["site"][2] = 100 * torch.randn(6)
+    _, parts = multi_task_loss(logits, targets(site=[1, 4, MISSING]))
+    assert set(parts) == {"site"}
+    assert parts["site"] == pytest.approx(np.log(6))
+
+
+def test_no_label_at_all_is_no_loss() -> None:
+    total, parts = multi_task_loss(zero_logits(2), targets(melanoma=[MISSING, MISSING]))
+    assert (float(total), parts) == (0.0, {})
+
+
+def test_the_age_loss_is_the_distribution_s_log_likelihood() -> None:
+    torch.manual_seed(0)
+    logits = zero_logits(19)
+    logits["age"] = torch.randn(19, 18)
+    ages = torch.arange(19)
+    _, parts = multi_task_loss(logits, targets(age=ages.tolist()))
+    expected = -age_distribution(logits["age"])[ages, ages].log().mean()
+    assert parts["age"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_labels_are_encoded_in_the_order_of_the_vocabularies() -> None:
+    known = Record("a", "", "d", None, True, Diagnosis.MEL, 47.0, Sex.MALE, Site.TORSO)
+    found = encode_targets([known, Record("b", "", "d")]).classes
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "melanoma": [1, MISSING],
+        "age": [9, MISSING],  # 45, on the 5-year grid
+        "site": [3, MISSING],
+        "sex": [1, MISSING],
+        "diagnosis": [4, MISSING],
+    }

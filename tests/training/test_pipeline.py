@@ -1,0 +1,243 @@
+"""`mmtl-train prepare | fit | export | evaluate`, from drawn pictures to a served answer."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from torch import nn
+
+from app.settings import Settings
+from models.bundle import load_bundle
+from tests.conftest import started
+from tests.training.folders import draw_balanced, draw_ham10000
+from training import export as exporting
+from training import fit as fitting
+from training.cli import cli
+from training.cli import main as run_command_line
+from training.data.manifest import DataError, Split
+from training.export import export
+from training.fit import fit, warmup_cosine
+from training.prepare import prepare
+from training.run import Config, Run, rows
+
+CONFIG = Config(
+    size=64,
+    epochs=8,
+    batch_size=8,
+    learning_rate=5e-3,
+    warmup_epochs=0.5,
+    ema_decay=0.5,
+    patience=8,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_backbone():
+    """What is learned here can be learned by two convolutions, in seconds."""
+
+    def build(pretrained: bool = True):
+        backbone = nn.Sequential(
+            nn.Conv2d(3, 16, 5, stride=4), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=3), nn.ReLU()
+        )
+        return backbone, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "build_lite0", build)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    ham = draw_ham10000(folder / "ham10000", 80)
+    draw_balanced(folder / "balanced", ham)
+    (folder / "originals").mkdir()
+    shutil.copy(ham / "HAM10000_images" / "ISIC_0000001.jpg", folder / "originals")
+    (folder / "other").mkdir()
+    shutil.copy(ham / "HAM10000_images" / "ISIC_0000002.jpg", folder / "other" / "photo_x.jpg")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Run:
+    run = Run(tmp_path_factory.mktemp("runs") / "run")
+    prepare(data, run, CONFIG)
+    fit(run, workers=0)
+    return run
+
+
+@pytest.fixture(scope="module")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory, data: Path, fitted: Run) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "bundle"
+    arguments = ["--run", str(fitted.folder), "--bundle", str(folder)]
+    cli(["export", *arguments], standalone_mode=False)
+    cli(["evaluate", str(data), *arguments], standalone_mode=False)
+    return folder
+
+
+def test_prepare_leaves_the_held_out_lesions_out(fitted: Run) -> None:
+    records, pixels = fitted.load_data()
+    assert pixels.shape == (162, 64, 64, 3)
+    used = {records[row].lesion for row in rows(records, Split.TRAIN)}
+    used |= {records[row].lesion for row in rows(records, Split.VALIDATION)}
+    # The images 4 and 10 stand in the balanced set; their lesions have a second image each.
+    assert not used & {"HAM_0000002", "HAM_0000005"}
+    assert len(rows(records, Split.TEST, "balanced")) == 2
+
+
+def test_fit_writes_a_log_and_the_best_weights(fitted: Run) -> None:
+    with fitted.log.open() as file:
+        log = list(csv.DictReader(file))
+    assert [row["epoch"] for row in log] == [str(epoch) for epoch in range(1, 9)]
+    assert max(float(row["validation_auroc"]) for row in log) > 0.8
+    assert all(np.isfinite(float(value)) for row in log for value in row.values())
+    assert fitted.best.is_file()
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(
+    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = Run(tmp_path / "again")
+    shutil.copytree(fitted.folder, again.folder)
+    for path in (again.checkpoint, again.best, again.log):
+        path.unlink()
+    one_epoch = fitting.train_one_epoch
+
+    def killed_in_the_fourth(state, *arguments):
+        if state.epoch == 3:
+            raise KeyboardInterrupt
+        return one_epoch(state, *arguments)
+
+    monkeypatch.setattr(fitting, "train_one_epoch", killed_in_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        fit(again, workers=0)
+    monkeypatch.undo()
+    fit(again, workers=1)  # the number of workers does not change what is drawn
+    ours, theirs = (torch.load(r.best, weights_only=True) for r in (again, fitted))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+
+
+def test_a_run_keeps_its_configuration_and_its_data(fitted: Run, data: Path) -> None:
+    with pytest.raises(DataError, match=r"another configuration \(epochs 8 -> 3\)"):
+        prepare(data, fitted, Config(**{**_as_dict(CONFIG), "epochs": 3}))
+
+
+def test_what_is_missing_is_said_in_a_sentence(tmp_path: Path, data: Path) -> None:
+    run = Run(tmp_path / "run")
+    with pytest.raises(DataError, match="is not a run folder"):
+        fit(run)
+    with pytest.raises(DataError, match="ham10000 does not exist"):
+        prepare(tmp_path, run, CONFIG)
+    prepare(data, run, CONFIG)
+    with pytest.raises(DataError, match="Run `mmtl-train fit` first"):
+        export(run, tmp_path / "bundle")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, run.folder)
+    run.checkpoint.unlink()
+    monkeypatch.setattr(
+        fitting, "multi_task_loss", lambda *_: (torch.tensor(torch.nan, requires_grad=True), {})
+    )
+    with pytest.raises(DataError, match="not finite"):
+        fit(run, workers=0)
+
+
+def test_every_artifact_is_written_and_verified(bundle_folder: Path) -> None:
+    bundle = load_bundle(bundle_folder)
+    formats = [artifact.format for artifact in bundle.manifest.artifacts]
+    assert formats == ["onnx", "torch_export", "torchscript"]
+    assert sorted(path.name for path in bundle_folder.iterdir()) == [
+        "MODEL_CARD.md",
+        "bundle.json",
+        "metrics.json",
+        "model.onnx",
+        "model.pt2",
+        "model.torchscript.pt",
+    ]
+
+
+def test_an_artifact_that_disagrees_is_not_written(
+    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = exporting.open_runner
+
+    def wrong(*arguments):
+        run = right(*arguments)
+        return lambda images: {name: value + 0.01 for name, value in run(images).items()}
+
+    monkeypatch.setattr(exporting, "open_runner", wrong)
+    with pytest.raises(DataError, match=r"model\.onnx differs from eager torch by 0\.01"):
+        export(fitted, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("artifact", ["onnx", "torch_export", "torchscript"])
+def test_the_service_answers_what_evaluate_predicted(
+    bundle_folder: Path, fitted: Run, artifact: str
+) -> None:
+    with (fitted.folder / "predictions.csv").open() as file:
+        predicted = {row["image"]: float(row["probability"]) for row in csv.DictReader(file)}
+    records, _ = fitted.load_data()
+    settings = Settings(bundle=bundle_folder, artifact=artifact, trust_torch=True, max_batch=2)
+    with started(settings) as client:
+        for row in rows(records, Split.TEST, "HAM10000")[:5]:
+            probability = _probability(client, Path(records[row].path))
+            assert probability == pytest.approx(predicted[records[row].image], abs=1e-3)
+
+
+def test_the_figures_and_the_card_say_what_was_measured(bundle_folder: Path) -> None:
+    metrics = json.loads((bundle_folder / "metrics.json").read_text())
+    card = (bundle_folder / "MODEL_CARD.md").read_text()
+    test = metrics["HAM10000 test"]
+    auroc = test["melanoma"]["auroc"]
+    assert auroc["low"] <= auroc["value"] <= auroc["high"]
+    assert {"accuracy", "majority_accuracy", "metadata_only_accuracy"} < test["age"].keys()
+    assert metrics["balanced validation"]["all"]["images"] == 2
+    assert metrics["originals"]["images"] == 1
+    assert metrics["out of distribution"]["flagged"]["other: photo"]["images"] == 1
+    assert f"{auroc['value']:.3f}" in card
+    assert "Not the paper's test set" in card
+    assert "CC BY-NC" in card
+
+
+def test_an_expected_error_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mmtl-train", "fit", "--run", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        run_command_line()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        f"mmtl-train: {tmp_path} is not a run folder. Run `mmtl-train prepare` first.\n"
+    )
+
+
+def test_warm_up_rises_and_the_cosine_falls() -> None:
+    rates = [warmup_cosine(epoch / 10, 1, 5) for epoch in range(51)]
+    assert rates[0] == pytest.approx(0, abs=2e-3)
+    assert rates[10] == 1
+    assert rates[30] == pytest.approx(0.5)
+    assert rates[50] == pytest.approx(0)
+    assert np.all(np.diff(rates[:11]) > 0)
+    assert np.all(np.diff(rates[10:]) < 0)
+
+
+def _probability(client: TestClient, path: Path) -> float:
+    answer = client.post("/predict", files={"files": path.read_bytes()}).json()
+    return answer["results"][0]["prediction"]["melanoma"]["probability"]
+
+
+def _as_dict(config: Config) -> dict:
+    return {name: getattr(config, name) for name in Config.__slots__}
