@@ -48,7 +48,7 @@ $(uv): requirements/bootstrap.txt
 	@touch $@
 
 $(VENV)/.cpu: requirements/cpu.txt pyproject.toml | $(uv)
-	@$(install) -r requirements/cpu.txt
+	@$(install) --compile-bytecode -r requirements/cpu.txt
 	@$(editable)
 	@touch $@
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import sys
+from math import ceil
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -66,6 +67,8 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        # What was admitted has its deadline; a caller who never ends an upload has this.
+        timeout_graceful_shutdown=ceil(settings.deadline_seconds) + 5,
     )
 
 

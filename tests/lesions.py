@@ -14,6 +14,9 @@ def draw_lesion(
     """A brown blot on skin; a malignant one is larger, ragged and of several colours."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    # Placed and stretched at random, so that no two pictures are near-duplicates.
+    x, y = x - generator.uniform(-0.35, 0.35), y - generator.uniform(-0.35, 0.35)
+    x = x * generator.uniform(0.7, 1.4)
     angle = np.arctan2(y, x)
     edge = 0.35 + 0.2 * malignant
     for waves in (2, 3, 5, 7):

@@ -114,11 +114,11 @@ Data fingerprint `{manifest.training_data.fingerprint[:16]}`, artifact
 
 
 def _balanced(report: Report) -> str:
-    if "balanced validation" not in report:
+    if not report.get("balanced validation", {}).get("groups"):
         return ""
     table = report["balanced validation"]
     paper = table["paper"]
-    parts = {name: values for name, values in table.items() if name not in ("caution", "paper")}
+    parts = table["groups"]
     heads = " | ".join(
         f"{name} ({values['images']} images, {values['melanomas']} melanomas)"
         for name, values in parts.items()

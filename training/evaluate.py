@@ -23,11 +23,11 @@ from models.bundle import Artifact, Bundle, Metric, melanoma_probability
 from models.files import write_atomically
 from models.images import decode
 from training.data.cache import Pixels
-from training.data.manifest import Record, Sex, Site, Split, fingerprint
+from training.data.manifest import DataError, Record, Sex, Site, Split, fingerprint
 from training.export import AGE_EDGES, Runner, onnx_runner, run_batches
 from training.losses import MISSING, encode_targets
 from training.run import Run, rows
-from training.statistics import REPLICATES, Clusters
+from training.statistics import LEAST_IMAGES, REPLICATES, Clusters
 
 SEED = 0
 BATCH_SIZE = 32
@@ -62,11 +62,20 @@ def evaluate(bundle: Bundle, run: Run, data: Path) -> Report:
 
     Returns:
         What `metrics.json` holds.
+
+    Raises:
+        DataError: The test split is too small to be judged.
     """
     artifact = bundle.artifact("onnx")
     runner = onnx_runner(bundle.path(artifact))
     records, pixels = run.load_data()
     predictions = Predictions(runner, artifact, records, pixels)
+    tested = rows(records, Split.TEST, "HAM10000")
+    if not predictions.can_be_judged(tested):
+        raise DataError(
+            f"{run.manifest}: the HAM10000 test split needs at least {LEAST_IMAGES} images with "
+            "and without melanoma to be evaluated."
+        )
     report: Report = {
         "bundle": {"name": bundle.manifest.name, "version": bundle.manifest.version},
         "artifact_sha256": artifact.sha256,
@@ -76,21 +85,24 @@ def evaluate(bundle: Bundle, run: Run, data: Path) -> Report:
         "interval": "95 %, percentile bootstrap over components (lesions)",
         "data_fingerprint": fingerprint(records),
         "images": {str(split): len(rows(records, split, "HAM10000")) for split in Split},
-        "HAM10000 test": predictions.report(rows(records, Split.TEST, "HAM10000")),
+        "HAM10000 test": predictions.report(tested),
     }
     balanced = rows(records, Split.TEST, "balanced")
     if balanced:
-        sources = sorted({records[row].dataset for row in balanced})
+        groups = {"all": balanced}
+        for row in balanced:
+            groups.setdefault(records[row].dataset, []).append(row)
         report["balanced validation"] = {
             "caution": BALANCED_CAUTION,
             "paper": PAPER,
-            "all": predictions.table_4(balanced),
-            **{
-                source: predictions.table_4(
-                    [row for row in balanced if records[row].dataset == source]
-                )
-                for source in sources
+            "groups": {
+                name: predictions.table_4(members)
+                for name, members in groups.items()
+                if predictions.can_be_judged(members)
             },
+            "not evaluated": [
+                name for name, members in groups.items() if not predictions.can_be_judged(members)
+            ],
         }
     shape = (pixels.shape[1], pixels.shape[2])
     if (data / "originals").is_dir():
@@ -169,15 +181,17 @@ class Predictions:
         clusters = self._clusters(known)
         probability = self.probability[known]
         measures: dict[str, Callable[[Classes, Floats], float]] = {
-            "auroc": lambda y, p: float(roc_auc_score(y, p)),
-            "average_precision": lambda y, p: float(average_precision_score(y, p)),
-            "sensitivity": lambda y, p: float((p[y == 1] >= self.threshold).mean()),
-            "specificity": lambda y, p: float((p[y == 0] < self.threshold).mean()),
-            "brier": lambda y, p: float(((p - y) ** 2).mean()),
+            "auroc": roc_auc_score,
+            "average_precision": average_precision_score,
+            "sensitivity": lambda y, p: (p[y == 1] >= self.threshold).mean(),
+            "specificity": lambda y, p: (p[y == 0] < self.threshold).mean(),
+            "brier": lambda y, p: ((p - y) ** 2).mean(),
             "expected_calibration_error": expected_calibration_error,
         }
         melanoma: Report = {
-            name: asdict(clusters.bootstrap(_on(measure, truth.astype(int), probability), SEED))
+            name: asdict(
+                clusters.bootstrap(_of_both(measure, truth.astype(int), probability), SEED)
+            )
             for name, measure in measures.items()
         }
         melanoma["prevalence"] = float(truth.mean())
@@ -193,6 +207,11 @@ class Predictions:
             **{task: self._categorical(task, positions) for task in ("age", "site", "sex")},
             "diagnosis": self._categorical("diagnosis", positions),
         }
+
+    def can_be_judged(self, positions: list[int]) -> bool:
+        """Whether there are enough images of both classes for a figure to mean anything."""
+        melanoma = self.targets["melanoma"][positions]
+        return min((melanoma == 1).sum(), (melanoma == 0).sum()) >= LEAST_IMAGES
 
     def table_4(self, positions: list[int]) -> Report:
         """The paper's Table 4: class and age, accuracy and F1, in every reading of F1."""
@@ -213,14 +232,14 @@ class Predictions:
             "melanomas": int(truth.sum()),
             "class_accuracy": asdict(clusters.bootstrap(_on(accuracy_score, truth, found), SEED)),
             "class_accuracy_50_50": asdict(
-                clusters.bootstrap(_on(accuracy_50_50, truth, found), SEED)
+                clusters.bootstrap(_of_both(accuracy_50_50, truth, found), SEED)
             ),
             "class_f1": _f1_readings(truth, found, "binary"),
             "class_f1_50_50_macro": float(
                 f1_score(truth, found, average="macro", sample_weight=weights)
             ),
             "auroc": asdict(
-                clusters.bootstrap(_on(roc_auc_score, truth, self.probability[known]), SEED)
+                clusters.bootstrap(_of_both(roc_auc_score, truth, self.probability[known]), SEED)
             ),
             "class_majority_accuracy": float(max(truth.mean(), 1 - truth.mean())),
             "class_metadata_only": {
@@ -377,6 +396,14 @@ def flagged_shares(
 def _on(
     measure: Callable[..., float], truth: NDArray[Any], found: NDArray[Any]
 ) -> Callable[[NDArray[np.intp]], float]:
+    return lambda chosen: float(measure(truth[chosen], found[chosen]))
+
+
+def _of_both(
+    measure: Callable[..., float], truth: NDArray[Any], found: NDArray[Any]
+) -> Callable[[NDArray[np.intp]], float]:
+    """A measure that is not defined on a resample with one class only."""
+
     def of(chosen: NDArray[np.intp]) -> float:
         if len(np.unique(truth[chosen])) < 2:
             return float("nan")

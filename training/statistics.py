@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 REPLICATES = 1000
 CONFIDENCE = 0.95
-# So many images of every class are needed before a figure means anything.
+# Of each class: with fewer, a figure means nothing, and is not given.
 LEAST_IMAGES = 10
 
 Positions = NDArray[np.intp]

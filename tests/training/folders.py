@@ -6,6 +6,8 @@ from pathlib import Path
 from tests.lesions import lesion
 
 DIAGNOSES = ("nv", "nv", "mel", "bkl", "bcc", "nv", "mel", "akiec", "df", "vasc")
+# Two in ten of the lesions are melanomas (see DIAGNOSES); of these, half.
+BALANCED_LESIONS = [number for number in range(100) if number % 10 in (0, 1, 2, 6)]
 SITES = ("back", "face", "hand", "foot", "acral", "genital", "unknown")
 
 
@@ -36,24 +38,28 @@ def draw_ham10000(folder: Path, lesions: int = 60) -> Path:
 
 
 def draw_balanced(folder: Path, ham: Path) -> Path:
-    """A balanced set that holds two of HAM10000's images, and one row without pixels."""
+    """A balanced set of the first image of some of HAM10000's lesions, and a row without pixels."""
+    with (ham / "HAM10000_metadata.csv").open() as file:
+        known = {row["image_id"]: row["dx"] for row in csv.DictReader(file)}
     rows = []
-    for name, label in (("ISIC_0000004", 1), ("ISIC_0000010", 0), ("ISIC_9999999", 0)):
-        end = "mel" if label else "oth"
-        file = f"ISIC2019_{name[5:]}_{end}.jpg"
-        source = ham / "HAM10000_images" / f"{name}.jpg"
-        if source.is_file():
-            target = folder / "train_balanced_224x224" / "val" / end / file
+    for number in (*BALANCED_LESIONS, 4_999_999):
+        name = f"ISIC_{2 * number:07d}"
+        label = int(known.get(name) == "mel")
+        file_name = f"ISIC{2017 if number == BALANCED_LESIONS[0] else 2019}_{name[5:]}_"
+        file_name += "mel.jpg" if label else "oth.jpg"
+        if name in known:
+            end = "mel" if label else "oth"
+            target = folder / "train_balanced_224x224" / "val" / end / file_name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(source.read_bytes())
+            target.write_bytes((ham / "HAM10000_images" / f"{name}.jpg").read_bytes())
         rows.append(
             {
-                "image": file,
+                "image": file_name,
                 "isic_id": name,
                 "class": str(label),
-                "lesion_id": f"IL_{name[-3:]}",
+                "lesion_id": f"IL_{number:07d}",
                 "sex": "male",
-                "age_approx": "55.0",
+                "age_approx": str(20.0 + 5 * (number % 12)),
                 "anatom_site_general": "anterior torso",
                 "diagnosis": "melanoma" if label else "nevus",
             }

@@ -14,7 +14,7 @@ from torch import nn
 from app.settings import Settings
 from models.bundle import load_bundle
 from tests.conftest import started
-from tests.training.folders import draw_balanced, draw_ham10000
+from tests.training.folders import BALANCED_LESIONS, draw_balanced, draw_ham10000
 from training import export as exporting
 from training import fit as fitting
 from training.cli import cli
@@ -54,7 +54,7 @@ def _small_backbone():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    ham = draw_ham10000(folder / "ham10000", 80)
+    ham = draw_ham10000(folder / "ham10000", 160)
     draw_balanced(folder / "balanced", ham)
     (folder / "originals").mkdir()
     shutil.copy(ham / "HAM10000_images" / "ISIC_0000001.jpg", folder / "originals")
@@ -82,12 +82,12 @@ def bundle_folder(tmp_path_factory: pytest.TempPathFactory, data: Path, fitted: 
 
 def test_prepare_leaves_the_held_out_lesions_out(fitted: Run) -> None:
     records, pixels = fitted.load_data()
-    assert pixels.shape == (162, 64, 64, 3)
+    assert pixels.shape == (360, 64, 64, 3)
     used = {records[row].lesion for row in rows(records, Split.TRAIN)}
     used |= {records[row].lesion for row in rows(records, Split.VALIDATION)}
-    # The images 4 and 10 stand in the balanced set; their lesions have a second image each.
-    assert not used & {"HAM_0000002", "HAM_0000005"}
-    assert len(rows(records, Split.TEST, "balanced")) == 2
+    # The first image of each of these lesions stands in the balanced set; it has a second one.
+    assert not used & {f"HAM_{number:07d}" for number in BALANCED_LESIONS}
+    assert len(rows(records, Split.TEST, "balanced")) == 40
 
 
 def test_fit_writes_a_log_and_the_best_weights(fitted: Run) -> None:
@@ -204,7 +204,8 @@ def test_the_figures_and_the_card_say_what_was_measured(bundle_folder: Path) -> 
     auroc = test["melanoma"]["auroc"]
     assert auroc["low"] <= auroc["value"] <= auroc["high"]
     assert {"accuracy", "majority_accuracy", "metadata_only_accuracy"} < test["age"].keys()
-    assert metrics["balanced validation"]["all"]["images"] == 2
+    assert metrics["balanced validation"]["groups"]["all"]["images"] == 40
+    assert metrics["balanced validation"]["not evaluated"] == ["balanced (ISIC2017)"]
     assert metrics["originals"]["images"] == 1
     assert metrics["out of distribution"]["flagged"]["other: photo"]["images"] == 1
     assert f"{auroc['value']:.3f}" in card

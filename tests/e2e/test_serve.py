@@ -1,0 +1,208 @@
+"""The service as a process, started as a newcomer starts it, in an environment without torch."""
+
+import http.client
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from tests.lesions import encode, huge_png, lesion
+
+VENV = ".venv-e2e"
+BOUNDARY = "lesion"
+pytestmark = pytest.mark.timeout(600)
+
+
+def write_no_file() -> None:
+    """From here on every write to a file is an error: an upload that touches the disk shows."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+class Service:
+    """`make serve` on a free port."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        environment = {
+            **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+            "MMTL_PORT": str(self.port),
+        }
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            [ROOT / VENV / "bin" / "mmtl", "serve"],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=write_no_file,
+        )
+        while self.get("/health/ready")[0] != 200:
+            assert self.process.poll() is None, self.process.stderr.read()
+            assert time.monotonic() - self.started < 60
+            time.sleep(0.02)
+        self.seconds_to_ready = time.monotonic() - self.started
+
+    def request(
+        self, method: str, path: str, body: Any = None, content_type: str = ""
+    ) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, {"Content-Type": content_type})
+            answer = connection.getresponse()
+            content = answer.read()
+            is_json = "json" in (answer.headers["Content-Type"] or "")
+            return answer.status, json.loads(content) if is_json else content
+        except ConnectionRefusedError:
+            return 0, None
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> tuple[int, Any]:
+        return self.request("GET", path)
+
+    def post(self, *files: bytes, field: str = "files") -> tuple[int, Any]:
+        parts = [
+            f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{field}"; '
+            f'filename="{number}.jpg"\r\n\r\n'.encode()
+            + data
+            + b"\r\n"
+            for number, data in enumerate(files)
+        ]
+        body = b"".join(parts) + f"--{BOUNDARY}--\r\n".encode()
+        return self.request("POST", "/predict", body, f"multipart/form-data; boundary={BOUNDARY}")
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment() -> None:
+    """What `make serve` installs, beside the developers' environment."""
+    done = subprocess.run(
+        ["make", f"{VENV}/.cpu", f"VENV={VENV}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    running = Service()
+    yield running
+    running.process.kill()
+    running.process.communicate()
+
+
+def probability(result: dict[str, Any]) -> float:
+    return result["prediction"]["melanoma"]["probability"]
+
+
+def test_the_environment_has_no_torch() -> None:
+    code = "import importlib.util as u, sys; sys.exit(u.find_spec('torch') is not None)"
+    assert subprocess.run([ROOT / VENV / "bin" / "python", "-c", code]).returncode == 0
+
+
+def test_every_answer_belongs_to_its_image_in_order(service: Service) -> None:
+    pictures = [lesion(seed, 300, 225, malignant=seed % 2 == 0) for seed in range(24)]
+    alone = []
+    for picture in pictures:
+        status, body = service.post(picture)
+        assert status == 200
+        alone.append(probability(body["results"][0]))
+    assert len(set(alone)) > 20  # so that a mix-up would show
+
+    def post_some(start: int) -> None:
+        chosen = [(start + 5 * step) % len(pictures) for step in range(1 + start % 7)]
+        status, body = service.post(*[pictures[number] for number in chosen])
+        assert status == 200
+        found = [probability(result) for result in body["results"]]
+        assert found == pytest.approx([alone[number] for number in chosen], abs=1e-4)
+        assert [r["filename"] for r in body["results"]] == [f"{n}.jpg" for n in range(len(chosen))]
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(post_some, range(48)))
+
+
+def test_bad_input_has_its_own_problem_and_costs_no_memory(service: Service) -> None:
+    good = lesion(0, 800, 600)
+    for _ in range(3):
+        assert service.post(good, good)[0] == 200
+    before = service.memory()
+    jpeg, form = "image/jpeg", f"multipart/form-data; boundary={BOUNDARY}"
+    cases = {
+        "empty-image": lambda: service.request("POST", "/predict", b"", jpeg),
+        "unsupported-image": lambda: service.post(b"just some text"),
+        "corrupt-image": lambda: service.post(good[: len(good) // 2]),
+        "image-too-large": lambda: service.post(huge_png()),
+        "unexpected-field": lambda: service.post(good, field="image"),
+        "body-too-large": lambda: service.request("POST", "/predict", bytes(100_000_000), form),
+        "unsupported-media-type": lambda: service.request("POST", "/predict", good, "text/plain"),
+    }
+    for _ in range(5):
+        for kind, send in cases.items():
+            status, body = send()
+            assert 400 <= status < 500
+            assert body["type"] == f"urn:mmtl:problem:{kind}"
+        assert service.post(good)[0] == 200
+    assert service.memory() - before < 60_000_000
+
+
+def test_a_large_upload_never_touches_the_disk(service: Service) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (2, 700, 900, 3), np.uint8)
+    pictures = [encode(picture, "PNG") for picture in noise]
+    assert all(len(picture) > 1_000_000 for picture in pictures)
+    status, body = service.post(*pictures)
+    assert status == 200
+    assert [result["status"] for result in body["results"]] == ["ok", "ok"]
+
+
+def test_a_stop_answers_what_was_sent(service: Service) -> None:
+    picture = lesion(3, 1200, 900)
+    with ThreadPoolExecutor(6) as threads:
+        answers = [threads.submit(service.post, *[picture] * 4) for _ in range(6)]
+        while service.get("/metrics")[1].count(b"mmtl_queue_depth 0.0"):
+            pass
+        service.process.send_signal(signal.SIGTERM)
+        for answer in answers:
+            try:
+                status, _ = answer.result()
+            except (ConnectionError, http.client.RemoteDisconnected):
+                continue  # came after the door was shut
+            assert status in (200, 503, 0)
+        assert 200 in [a.result()[0] for a in answers if a.exception() is None]
+    service.process.wait(20)
+    assert service.process.returncode in (0, -signal.SIGTERM)
+    log = service.process.stderr.read()
+    assert "Traceback" not in log
+
+
+def test_real_images_are_answered(service: Service, shared_data: Path) -> None:
+    for path in sorted((shared_data / "originals").glob("*.jpg"))[::5]:
+        status, body = service.post(path.read_bytes())
+        assert status == 200
+        assert 0 <= probability(body["results"][0]) <= 1
+
+
+def test_settings_that_do_not_fit_stop_it_with_a_sentence() -> None:
+    done = subprocess.run(
+        [ROOT / VENV / "bin" / "mmtl", "serve"],
+        env={"PATH": os.environ["PATH"], "MMTL_PROT": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "mmtl: MMTL_PROT is not a setting. Did you mean MMTL_PORT?\n"
