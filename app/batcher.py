@@ -107,7 +107,9 @@ class Batcher:
         self._metrics = metrics
         self._admitted = 0
         self._queue: deque[_Job] = deque()
+        self._running: list[_Job] = []
         self._changed = threading.Condition()
+        self._draining = False
         self._closed = False
         self._warm = threading.Event()
         self._runner = threading.Thread(target=self._run, name="mmtl-runner", daemon=True)
@@ -116,11 +118,20 @@ class Batcher:
     @property
     def ready(self) -> bool:
         """Whether images are taken: warmed up, alive and not closing."""
-        return self._warm.is_set() and self._runner.is_alive() and not self._closed
+        return self._warm.is_set() and self.alive and not self._draining and not self._closed
+
+    @property
+    def alive(self) -> bool:
+        """Whether the runner is running, warm or not."""
+        return self._runner.is_alive()
 
     def start(self) -> None:
         """Start the runner, which warms up before it is ready."""
         self._runner.start()
+
+    def drain(self) -> None:
+        """Admit no more requests, and answer those that are. Safe in a signal handler."""
+        self._draining = True
 
     def close(self, timeout: float | None = None) -> None:
         """Take no more images, run those that wait, and stop the runner."""
@@ -141,7 +152,7 @@ class Batcher:
             Saturated: There is no place for all of them.
         """
         with self._changed:
-            if self._closed:
+            if self._closed or self._draining:
                 raise Draining
             if not self.ready:
                 raise NotReady
@@ -168,7 +179,7 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise Draining
-            if not self.ready:
+            if not self.alive:
                 raise NotReady
             self._queue.append(job)
             self._changed.notify()
@@ -184,7 +195,11 @@ class Batcher:
             log.error("runner died", error=type(error).__name__, reason=str(error))
             raise
         finally:
-            self._refuse_all(Draining() if self._closed else NotReady())
+            reason = Draining() if self._closed else NotReady()
+            for job in self._running:
+                if not job.future.done():
+                    job.future.set_exception(reason)
+            self._refuse_all(reason)
 
     def _warm_up(self) -> None:
         started = time.monotonic()
@@ -208,12 +223,16 @@ class Batcher:
                 job = self._queue.popleft()
                 if job.take(now):
                     jobs.append(job)
+            self._running = jobs
             return jobs
 
     def _infer(self, jobs: list[_Job]) -> None:
         started = time.monotonic()
         try:
             outputs = self._engine.run(np.stack([job.pixels for job in jobs]))
+            rows = [
+                {name: values[row] for name, values in outputs.items()} for row in range(len(jobs))
+            ]
         except Exception as error:
             if len(jobs) == 1:
                 log.error("inference failed", error=type(error).__name__, reason=str(error))
@@ -222,20 +241,14 @@ class Batcher:
                 for job in jobs:
                     self._infer([job])
             return
-        except BaseException:  # the runner dies of it, but not without a word to these
-            for job in jobs:
-                job.future.set_exception(NotReady())
-            raise
         took = time.monotonic() - started
         self._metrics.batch_size.observe(len(jobs))
-        for row, job in enumerate(jobs):
-            job.future.set_result(
-                Answer(
-                    {name: values[row] for name, values in outputs.items()},
-                    started - job.queued,
-                    took,
-                )
-            )
+        for job, row in zip(jobs, rows, strict=True):
+            if all(np.isfinite(values).all() for values in row.values()):
+                job.future.set_result(Answer(row, started - job.queued, took))
+            else:
+                log.error("inference failed", error="NotFinite", reason="an output is not finite")
+                job.future.set_exception(InferenceFailed())
 
     def _refuse_all(self, reason: Refused) -> None:
         with self._changed:

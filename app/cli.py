@@ -6,6 +6,7 @@ import logging
 import sys
 from math import ceil
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -13,8 +14,10 @@ import uvicorn
 from rich.console import Console
 from rich.table import Table
 
+from app.batcher import Batcher
 from app.engines import EngineError, load_engine
 from app.main import build_api, create_app
+from app.problems import Problem
 from app.schemas import Failure, PredictResponse, Success
 from app.settings import PREFIX, Settings, SettingsError, load_settings
 from app.telemetry import configure_logs
@@ -23,7 +26,7 @@ from app.uploads import Upload
 from models.bundle import BundleError, load_bundle
 
 NOTICE = "Research software, not a medical device."
-_EXPECTED = (BundleError, EngineError, SettingsError)
+_EXPECTED = (BundleError, EngineError, SettingsError, Problem)
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=f"Serve M-MTL. {NOTICE}")
 bundle_cli = typer.Typer(no_args_is_help=True, help="Look at a bundle.")
@@ -60,7 +63,7 @@ def serve(
         return
     # Uvicorn's own lines of every request would repeat ours.
     logging.getLogger("uvicorn.access").disabled = True
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
@@ -70,6 +73,23 @@ def serve(
         # What was admitted has its deadline; a caller who never ends an upload has this.
         timeout_graceful_shutdown=ceil(settings.deadline_seconds) + 5,
     )
+    server = Server(config, app.state.predictor.batcher)
+    server.run()
+    if not server.started:
+        raise SystemExit(1)  # uvicorn has logged why: a port in use, most often
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, which tells the batcher of a stop before it waits for open requests."""
+
+    def __init__(self, config: uvicorn.Config, batcher: Batcher):
+        super().__init__(config)
+        self._batcher = batcher
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On SIGINT and SIGTERM."""
+        self._batcher.drain()
+        super().handle_exit(sig, frame)
 
 
 @cli.command()
@@ -81,11 +101,7 @@ def predict(
     """Answer for image files, as the service would; exits with 1 if one could not be used."""
     settings = load_settings()
     configure_logs("ERROR")
-    try:
-        uploads = [Upload(path.name, path.read_bytes()) for path in images]
-    except OSError as error:
-        fail(f"{error.filename} cannot be read: {error.strerror}.")
-    answer = asyncio.run(_predict(settings, uploads, explain))
+    answer = asyncio.run(_predict(settings, images, explain))
     if as_json:
         print(answer.model_dump_json(exclude_unset=True, indent=2))
     else:
@@ -94,18 +110,28 @@ def predict(
         raise SystemExit(1)
 
 
-async def _predict(settings: Settings, uploads: list[Upload], explain: bool) -> PredictResponse:
+async def _predict(settings: Settings, images: list[Path], explain: bool) -> PredictResponse:
     app = create_app(settings)
     predictor = app.state.predictor
     trace = Trace("command-line")
     results = []
     async with app.router.lifespan_context(app):
         while not predictor.batcher.ready:
+            if not predictor.batcher.alive:
+                raise EngineError("The network failed while it was warmed up.")
             await asyncio.sleep(0.005)
-        for start in range(0, len(uploads), settings.max_files):
-            part = uploads[start : start + settings.max_files]
+        for start in range(0, len(images), settings.max_files):
+            part = [read(path) for path in images[start : start + settings.max_files]]
             results += await predictor.predict(part, explain, trace)
     return PredictResponse(request_id=trace.request_id, model=predictor.model, results=results)
+
+
+def read(path: Path) -> Upload:
+    """A file as if it had been posted; one that cannot be read ends the program."""
+    try:
+        return Upload(path.name, path.read_bytes())
+    except OSError as error:
+        fail(f"{path} cannot be read: {error.strerror}.")
 
 
 def _print_table(answer: PredictResponse) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.images import MAX_ASPECT, DecodedImage, decode
+from models.images import DEFAULT_LIMITS, MAX_ASPECT, DecodedImage, Limits, decode
 
 LONG_SIDE = 512
 # Contribution to the logit, per place, at which a colour is full. It is fixed, so that two pictures
@@ -17,13 +17,19 @@ MOST_OPAQUE = 0.6
 _RAISES, _LOWERS = np.array([214, 39, 40], np.float32), np.array([31, 119, 180], np.float32)
 
 
-def draw_overlay(data: bytes, image: DecodedImage, contributions: NDArray[np.float32]) -> str:
+def draw_overlay(
+    data: bytes,
+    image: DecodedImage,
+    contributions: NDArray[np.float32],
+    limits: Limits = DEFAULT_LIMITS,
+) -> str:
     """Draw what raised (red) and lowered (blue) the melanoma logit over what the network saw.
 
     Args:
         data: The encoded image, already decoded once without error.
         image: That decoding.
         contributions: `melanoma_map`, float32 [h, w].
+        limits: That the image was decoded under.
 
     Returns:
         A PNG of at most `LONG_SIDE` pixels a side, in base64.
@@ -32,7 +38,7 @@ def draw_overlay(data: bytes, image: DecodedImage, contributions: NDArray[np.flo
     height = min(float(image.height), image.width * MAX_ASPECT)
     scale = LONG_SIDE / max(width, height)
     size = max(round(height * scale), 1), max(round(width * scale), 1)
-    picture = decode(data, *size).pixels.astype(np.float32)
+    picture = decode(data, *size, limits).pixels.astype(np.float32)
     heat = Image.fromarray(contributions.astype(np.float32)).resize(
         size[::-1], Image.Resampling.BICUBIC
     )

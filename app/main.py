@@ -13,6 +13,7 @@ from app.predictor import Predictor
 from app.routes import health, metrics, model, predict, web
 from app.settings import Settings
 from app.telemetry import Metrics, Telemetry
+from app.uploads import Held
 from models.bundle import load_bundle
 
 DESCRIPTION = (
@@ -42,14 +43,19 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         predictor.start()
-        yield
-        predictor.close()
+        try:
+            yield
+        finally:
+            predictor.close()
 
     app = build_api(lifespan)
     app.state.settings = settings
     app.state.predictor = predictor
     app.state.metrics = measured
+    app.state.held = Held(settings.max_bytes_in_flight)
+    app.add_middleware(Telemetry, metrics=measured, model_version=facts.version)
     if settings.cors_origins:
+        # Outside of Telemetry, so that a browser can read the answer to a failure too.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
@@ -57,7 +63,6 @@ def create_app(settings: Settings) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["X-Request-ID", "X-Model-Version", "Server-Timing", "Retry-After"],
         )
-    app.add_middleware(Telemetry, metrics=measured, model_version=facts.version)
     return app
 
 

@@ -111,9 +111,21 @@ class Predictor:
         self.batcher.start()
 
     def close(self) -> None:
-        """Answer what was admitted, then stop."""
-        self.batcher.close()
-        self._decoders.shutdown()
+        """Stop; what is still queued is run first, as long as its deadline allows."""
+        self.batcher.close(self._deadline_seconds)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    def check_open(self) -> None:
+        """Refuse a request before its body is read.
+
+        Raises:
+            Problem: The network is not ready, or the service is shutting down.
+        """
+        try:
+            with self.batcher.reserve(1):
+                pass
+        except batching.Refused as refusal:
+            raise problem_of(type(refusal)) from None
 
     async def predict(self, uploads: list[Upload], explain: bool, trace: Trace) -> list[Result]:
         """The result of each image, in order.
@@ -157,25 +169,29 @@ class Predictor:
     async def _success(
         self, upload: Upload, explain: bool, deadline: float, trace: Trace
     ) -> Success:
-        started = time.monotonic()
         loop = asyncio.get_running_loop()
-        try:
-            image, digest = await loop.run_in_executor(self._decoders, self._decode, upload.data)
-        except ImageError as error:
-            raise Problem.of_image(error) from None
-        finally:
-            self._spent(trace, "decode", time.monotonic() - started)
+        asked = time.monotonic()
+        decoding = loop.run_in_executor(self._decoders, self._decode, upload.data)
+        image, digest, began, ended = await decoding
+        self._spent(trace, "decode", ended - began)
+        if isinstance(image, ImageError):
+            raise Problem.of_image(image)
         try:
             answer = await self.batcher.submit(image.pixels, deadline)
         except batching.InferenceFailed as refusal:
             raise problem_of(type(refusal)) from None
-        self._spent(trace, "queue", answer.queue_seconds)
+        self._spent(trace, "queue", began - asked + answer.queue_seconds)
         self._spent(trace, "inference", answer.inference_seconds)
         prediction, quality = self._interpret(image, answer.outputs)
         fields: dict[str, Explanation] = {}
         if explain:
             overlay = await loop.run_in_executor(
-                self._decoders, draw_overlay, upload.data, image, answer.outputs["melanoma_map"]
+                self._decoders,
+                draw_overlay,
+                upload.data,
+                image,
+                answer.outputs["melanoma_map"],
+                self._limits,
             )
             fields["explanation"] = Explanation(media_type="image/png", overlay=overlay)
         return Success(
@@ -189,9 +205,18 @@ class Predictor:
             **fields,
         )
 
-    def _decode(self, data: bytes) -> tuple[DecodedImage, str]:
-        image = decode(data, self._input.height, self._input.width, self._limits)
-        return image, hashlib.sha256(data).hexdigest()
+    def _decode(self, data: bytes) -> tuple[DecodedImage | ImageError, str, float, float]:
+        """In a decoder's thread: the image or its error, the digest, and when it began and ended.
+
+        From being asked to the beginning, the image waited for a thread: that is queueing.
+        """
+        began = time.monotonic()
+        image: DecodedImage | ImageError
+        try:
+            image = decode(data, self._input.height, self._input.width, self._limits)
+        except ImageError as error:
+            image = error
+        return image, hashlib.sha256(data).hexdigest(), began, time.monotonic()
 
     def _spent(self, trace: Trace, stage: str, seconds: float) -> None:
         trace.spent(stage, seconds)

@@ -47,6 +47,7 @@ TOO_MANY_FILES = Kind("too-many-files", 413, "The request holds too many images"
 UNEXPECTED_FIELD = Kind("unexpected-field", 422, "A form field has another name than `files`")
 MALFORMED_FORM = Kind("malformed-form", 400, "The multipart body cannot be read")
 BODY_TOO_LARGE = Kind("body-too-large", 413, "The request has too many bytes")
+UPLOAD_TOO_SLOW = Kind("upload-too-slow", 408, "The request took too long to arrive")
 UNSUPPORTED_MEDIA_TYPE = Kind(
     "unsupported-media-type", 415, "The request's content type is not supported"
 )
@@ -73,6 +74,7 @@ KINDS = {
         UNEXPECTED_FIELD,
         MALFORMED_FORM,
         BODY_TOO_LARGE,
+        UPLOAD_TOO_SLOW,
         UNSUPPORTED_MEDIA_TYPE,
         ALL_FILES_FAILED,
         INVALID_PARAMETER,

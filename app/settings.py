@@ -63,6 +63,12 @@ class Settings(BaseSettings):
     max_bytes: int = Field(64_000_000, ge=1)
     """Most bytes in one request, all its images together."""
 
+    max_bytes_in_flight: int = Field(1_000_000_000, ge=1)
+    """Most bytes of uploads held in memory at once, over all requests; more answer 503."""
+
+    upload_seconds: float = Field(60.0, gt=0)
+    """Longest an upload may take; slower ones answer 408."""
+
     max_pixels: int = Field(100_000_000, ge=1)
     """Most pixels of a baseline JPEG, which is never decoded in full."""
 
@@ -79,6 +85,8 @@ class Settings(BaseSettings):
     def _one_request_fits(self) -> "Settings":
         if self.queue_size < self.max_files:
             raise ValueError("MMTL_QUEUE_SIZE must be at least MMTL_MAX_FILES")
+        if self.max_bytes_in_flight < self.max_bytes:
+            raise ValueError("MMTL_MAX_BYTES_IN_FLIGHT must be at least MMTL_MAX_BYTES")
         return self
 
     @property

@@ -212,3 +212,5 @@ def configure_logs(level: str) -> None:
     )
     logging.basicConfig(handlers=[handler], level=level, force=True)
     logging.captureWarnings(True)
+    for name in ("PIL", "python_multipart"):  # at DEBUG they log what a file says of its patient
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,8 +1,8 @@
 """A request's body to images in memory: multipart or raw, bounded, never written to disk."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from python_multipart.multipart import parse_options_header
@@ -29,17 +29,48 @@ class Upload:
     data: bytes
 
 
+class Held:
+    """Bytes of uploads that are in memory, over all requests.
+
+    Args:
+        most: That may be.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._bytes = 0
+
+    def take(self, count: int) -> None:
+        """Hold more.
+
+        Raises:
+            Problem: There is no room.
+        """
+        if self._bytes + count > self._most:
+            raise Problem(
+                problems.SATURATED, "Too many uploads at once. Try again after Retry-After seconds."
+            )
+        self._bytes += count
+
+    def give_back(self, count: int) -> None:
+        """Hold less."""
+        self._bytes -= count
+
+
 class Body:
-    """A request's body, read once, up to a limit.
+    """A request's body, read once, up to a limit; `release` when it is no longer needed.
 
     Args:
         request: Whose body it is.
         most: Bytes.
+        held: Counts them with those of other requests.
     """
 
-    def __init__(self, request: Request, most: int):
+    def __init__(self, request: Request, most: int, held: Held):
         self._request = request
         self._most = most
+        self._held = held
+        self._total = 0
         self._ended = False
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -55,13 +86,18 @@ class Body:
         declared = self._request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > self._most:
             raise too_large
-        total = 0
         while not self._ended:
             chunk = await self._receive()
-            total += len(chunk)
-            if total > self._most:
+            if self._total + len(chunk) > self._most:
                 raise too_large
+            self._held.take(len(chunk))
+            self._total += len(chunk)
             yield chunk
+
+    def release(self) -> None:
+        """The body is no longer in memory."""
+        self._held.give_back(self._total)
+        self._total = 0
 
     async def drop_rest(self) -> None:
         """Read and forget what is still coming, within limits.
@@ -86,28 +122,64 @@ class Body:
         return chunk
 
 
-async def read_uploads(request: Request, settings: Settings) -> list[Upload]:
-    """Read the images of a request.
+@asynccontextmanager
+async def open_uploads(
+    request: Request, settings: Settings, held: Held
+) -> AsyncIterator[list[Upload]]:
+    """The images of a request, in memory while the block runs.
 
     Raises:
-        Problem: The body is too large, of another content type, cannot be read, or holds no image.
+        Problem: The body is too large, too slow, of another content type, cannot be read, or holds
+            no image; or too much is in memory already.
         ClientDisconnect: The caller went before the body's end.
     """
-    body = Body(request, settings.max_bytes)
+    body = Body(request, settings.max_bytes, held)
+    try:
+        yield await _read(request, body, settings)
+    finally:
+        body.release()
+
+
+async def _read(request: Request, body: Body, settings: Settings) -> list[Upload]:
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     try:
-        if media_type == "multipart/form-data":
-            return await _read_form(request, body, settings)
-        if media_type in MEDIA_TYPES or media_type == "application/octet-stream":
-            return [await _read_raw(body)]
+        async with asyncio.timeout(settings.upload_seconds):
+            if media_type == "multipart/form-data":
+                return await _read_form(request, body, settings)
+            if media_type in MEDIA_TYPES or media_type == "application/octet-stream":
+                return [await _read_raw(body)]
         raise Problem(
             problems.UNSUPPORTED_MEDIA_TYPE,
             f"Send multipart/form-data with the field `{FIELD}`, or one image as the body with "
             f"the content type {', '.join(MEDIA_TYPES)}.",
         )
+    except TimeoutError:
+        raise Problem(
+            problems.UPLOAD_TOO_SLOW,
+            f"The request has to arrive within {settings.upload_seconds:g} seconds.",
+        ) from None
     except Problem:
         await body.drop_rest()
         raise
+
+
+class _Parser(MultiPartParser):
+    """Starlette's parser, which takes a body that is cut short for a form with fewer files."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+    async def parse(self) -> FormData:
+        self.stream = self._to_its_end(self.stream)
+        return await super().parse()
+
+    async def _to_its_end(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async for chunk in stream:
+            yield chunk
+        if not self.ended:
+            raise MultiPartException("The form ends before its closing boundary.")
 
 
 async def _read_raw(body: Body) -> Upload:
@@ -121,7 +193,7 @@ async def _read_form(request: Request, body: Body, settings: Settings) -> list[U
     _, options = parse_options_header(request.headers["content-type"])
     if not options.get(b"boundary"):
         raise Problem(problems.MALFORMED_FORM, "The Content-Type header names no boundary.")
-    parser = MultiPartParser(
+    parser = _Parser(
         request.headers,
         body.chunks(),
         # One more than allowed, so that the problem is ours; a field that is no file is refused.
@@ -161,7 +233,9 @@ async def _upload(name: str, value: UploadFile | str) -> Upload:
             f"The form has the field `{name[:60]}`, which is not {what}: send each image as a file "
             f"in the field `{FIELD}`.",
         )
-    return Upload(value.filename or "", await value.read())
+    # A caller's charset may decode to what UTF-8 cannot say again.
+    filename = (value.filename or "").encode("utf-8", "replace").decode()
+    return Upload(filename, await value.read())
 
 
 def _too_many(settings: Settings) -> Problem:

@@ -237,7 +237,13 @@ def load_bundle(folder: Path) -> Bundle:
     if not present:
         raise BundleError(f"{folder} holds none of the artifacts that {MANIFEST} lists.")
     for artifact in present:
-        if (found := sha256_of(bundle.path(artifact))) != artifact.sha256:
+        try:
+            found = sha256_of(bundle.path(artifact))
+        except OSError as error:
+            raise BundleError(
+                f"{bundle.path(artifact)} cannot be read: {error.strerror}."
+            ) from None
+        if found != artifact.sha256:
             raise BundleError(
                 f"{bundle.path(artifact)} is not the file that the manifest describes (SHA-256 "
                 f"{found[:12]}…, expected {artifact.sha256[:12]}…): fetch or export it again."
@@ -246,7 +252,10 @@ def load_bundle(folder: Path) -> Bundle:
 
 
 def save_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes | Path]) -> Bundle:
-    """Write a bundle, replacing one that is there; another process sees the old one or the new.
+    """Write a bundle, replacing one that is there in one rename.
+
+    A crash leaves the old bundle or the new one (the old one, between the two renames, under a name
+    that ends in `.old`).
 
     Args:
         folder: Of the bundle.
@@ -273,17 +282,17 @@ def save_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes | Pa
         for file in new.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        if folder.exists():
-            folder.rename(old)
         try:
+            if folder.exists():
+                folder.rename(old)
             new.rename(folder)
-        except OSError:
-            if old.exists():
+        except BaseException:
+            if old.exists() and not folder.exists():
                 old.rename(folder)
             raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return Bundle(folder, manifest)
 
 

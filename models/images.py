@@ -28,6 +28,7 @@ MAX_ASPECT = 4 / 3
 # checked on the header, before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
+_DAMAGED = "The image is damaged or cut short: its pixels cannot be decoded. Send it again."
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -162,24 +163,29 @@ def _fit(image: Image.Image, height: int, width: int, limits: Limits) -> Decoded
     if image.mode in ("I", "F"):
         raise UnsupportedImageError("Images of 32 bits a channel are not supported; send 8 or 16.")
 
+    try:
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise UnsupportedImageError("The image has several frames or pages; send one.")
+        if image_format != "JPEG":
+            # Before the orientation is read: PNG's getexif() decodes the pixels, and what fails
+            # there once is not tried again.
+            image.load()
+    except ImageError:
+        raise
+    except _PARSE_ERRORS:
+        raise CorruptImageError(_DAMAGED) from None
     orientation = _orientation(image)
     swaps = orientation in _SWAPS_SIDES
     shown_width, shown_height = image.size[::-1] if swaps else image.size
     target = (height, width) if swaps else (width, height)
     try:
-        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-            raise UnsupportedImageError("The image has several frames or pages; send one.")
         if image_format == "JPEG":
             image.draft("RGB", target)
         resized = _to_rgb(image).resize(
             target, Image.Resampling.BILINEAR, box=_centred_box(image.size)
         )
-    except ImageError:
-        raise
     except _PARSE_ERRORS:
-        raise CorruptImageError(
-            "The image is damaged or cut short: its pixels cannot be decoded. Send it again."
-        ) from None
+        raise CorruptImageError(_DAMAGED) from None
     if orientation in _TRANSPOSE:
         resized = resized.transpose(_TRANSPOSE[orientation])
     return DecodedImage(np.asarray(resized), shown_width, shown_height, image_format)

@@ -41,10 +41,17 @@ def fit_calibration(logits: Floats, melanoma: Bools) -> Calibration:
 def choose_threshold(
     probabilities: Floats, melanoma: Bools, sensitivity: float = SENSITIVITY
 ) -> float:
-    """The highest threshold at which this share of the melanomas is at or above it."""
-    found = np.sort(np.asarray(probabilities)[melanoma])[::-1]
+    """A threshold at which this share of the melanomas, and no more than needed, is above it.
+
+    It lies half-way to the next lower probability of any image: on an image's own probability, the
+    rounding of another runtime would decide on which side that image falls.
+    """
+    probabilities = np.asarray(probabilities, np.float64)
+    found = np.sort(probabilities[melanoma])[::-1]
     needed = int(np.ceil(sensitivity * len(found) - 1e-9))
-    return float(found[max(needed, 1) - 1])
+    last = found[max(needed, 1) - 1]
+    below = probabilities[probabilities < last]
+    return float((last + below.max()) / 2) if below.size else float(last)
 
 
 def fit_feature_distance(features: Floats) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from models.bundle import MANIFEST, Bundle, save_bundle
+from training.calibrate import IN_DISTRIBUTION
 from training.evaluate import Report, headline
 
 METRICS = "metrics.json"
@@ -16,7 +17,7 @@ def save_figures(bundle: Bundle, report: Report) -> Bundle:
     kept = {
         path.name: path
         for path in bundle.folder.iterdir()
-        if path.name not in (MANIFEST, METRICS, CARD)
+        if path.is_file() and path.name not in (MANIFEST, METRICS, CARD)
     }
     metrics = (json.dumps(_rounded(report), indent=2) + "\n").encode()
     updated = Bundle(bundle.folder, manifest)
@@ -34,6 +35,7 @@ def model_card(bundle: Bundle, report: Report) -> str:
         f"{source.licence}, <{source.url}>"
         for source in manifest.training_data.sources
     )
+    names = " and ".join(source.name for source in manifest.training_data.sources)
     tasks = "\n".join(
         f"| {task.name} | {task.kind} | {', '.join(task.labels)} |" for task in manifest.tasks
     )
@@ -90,8 +92,14 @@ replicates over lesions (seed {report["seed"]}).
 |---|---|
 {melanoma}
 
-Age, sex and site alone, without the image, reach an AUROC of
-{test["melanoma"]["metadata_only_auroc"]:.3f}.
+Beside these: {test["melanoma"]["prevalence"]:.1%} of the test images are melanomas, which is the
+average precision without skill, and more than the share that the probability is calibrated to
+(lesions of the balanced set were left out of training and validation, and are mostly melanomas).
+Always answering the test prevalence would give a Brier score of
+{test["melanoma"]["brier_of_the_prevalence"]:.3f}. Age, sex and site alone, without the image,
+reach an AUROC of {test["melanoma"]["metadata_only_auroc"]:.3f}. Calibration in the large is the
+mean probability less the share of melanomas. The expected calibration error over 15 equal-width
+bins is {test["melanoma"]["expected_calibration_error"]:.3f}.
 
 | task | images | accuracy (95 % interval) | majority class | metadata only | macro F1 |
 |---|---|---|---|---|---|
@@ -102,9 +110,8 @@ Mean absolute error of the age: {_interval(error)} years; always answering the m
 {_balanced(report)}{_originals(report)}{_out_of_distribution(report)}
 ## Limits
 
-- Trained on HAM10000 only: images of 600 x 450 pixels reduced to 200 x 150, from two clinics, of
-  mostly light skin. Skin type is not recorded, so nothing can be said about how errors differ by
-  it.
+- Learned from {names} only: few clinics, mostly light skin. Skin type is not recorded, so nothing
+  can be said about how errors differ by it.
 - Its seven diagnoses are all it knows: an invasive squamous cell carcinoma, for one, has no class.
 - The heat map shows what raised and lowered this network's logit, not where a lesion is malignant.
 
@@ -180,7 +187,7 @@ def _originals(report: Report) -> str:
     return f"""
 ## Size of the picture
 
-{sizes["images"]} originals of 1,000 to 6,000 pixels, each against its copy at
+{sizes["images"]} originals, each against its copy at
 {sizes["copy_width"]} pixels' width: the melanoma probability changes by
 {sizes["median_change_of_probability"]:.3f} at the median and by
 {sizes["largest_change_of_probability"]:.3f} at most.
@@ -197,8 +204,8 @@ def _out_of_distribution(report: Report) -> str:
     return f"""
 ## Strange pictures
 
-The threshold on `ood_score` lets 99 % of the validation images pass; nothing else was looked at to
-choose it.
+The threshold on `ood_score` lets {IN_DISTRIBUTION:.0%} of the validation images pass; nothing else
+was looked at to choose it.
 
 | images | number | flagged |
 |---|---|---|

@@ -28,6 +28,9 @@ def main() -> None:
     except (DataError, BundleError, WeightsError) as error:
         print(f"mmtl-train: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        print(f"mmtl-train: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 @cli.command()
@@ -36,7 +39,7 @@ def prepare(
     run: Folder = DEFAULT_RUN,
     epochs: Annotated[int, typer.Option(min=1)] = DEFAULTS.epochs,
     size: Annotated[int, typer.Option(min=64, max=512)] = DEFAULTS.size,
-    seed: Annotated[int, typer.Option(min=0)] = DEFAULTS.seed,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = DEFAULTS.seed,
     learning_rate: Annotated[float, typer.Option(min=1e-7)] = DEFAULTS.learning_rate,
 ) -> None:
     """Read the data, split it, cache its pixels and freeze the run's configuration."""

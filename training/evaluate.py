@@ -1,6 +1,7 @@
 """A bundle's held-out figures, each with its interval and beside its baselines."""
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from io import BytesIO
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
     accuracy_score,
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from models.bundle import Artifact, Bundle, Metric, melanoma_probability
 from models.files import write_atomically
-from models.images import decode
+from models.images import ImageError, decode
 from training.data.cache import Pixels
 from training.data.manifest import DataError, Record, Sex, Site, Split, fingerprint
 from training.export import AGE_EDGES, Runner, onnx_runner, run_batches
@@ -39,13 +40,7 @@ PAPER = {
     "age_accuracy": 0.8253,
     "age_f1": 0.6078,
 }
-BALANCED_CAUTION = (
-    "Not the paper's test set: 495 of its 1,962 rows have pixels here, 61 % of them melanoma and "
-    "none of the 733 from ISIC 2020. They are copies of HAM10000 and ISIC 2017 images; those and "
-    "every image of the same lesion were left out of training and tuning. The paper's own split "
-    "shares 38 % of its rows' lesions with its training set, and does not say which of several "
-    "readings of F1 it means."
-)
+PAPER_IMAGES = 1962
 
 Floats = NDArray[np.floating]
 Classes = NDArray[np.int64]
@@ -57,18 +52,24 @@ def evaluate(bundle: Bundle, run: Run, data: Path) -> Report:
 
     Args:
         bundle: Its ONNX artifact is what is run.
-        run: Its manifest and pixels; its validation and training rows fit the baselines.
+        run: That the bundle was exported from; its training rows fit the baselines.
         data: The data folder, for `originals/` and `other/` where they are there.
 
     Returns:
         What `metrics.json` holds.
 
     Raises:
-        DataError: The test split is too small to be judged.
+        DataError: The test split is too small to be judged, the bundle belongs to another run, or
+            an image of `data` cannot be read.
     """
     artifact = bundle.artifact("onnx")
-    runner = onnx_runner(bundle.path(artifact))
     records, pixels = run.load_data()
+    if bundle.manifest.training_data.fingerprint != fingerprint(records):
+        raise DataError(
+            f"{bundle.folder} was fitted on other data than {run.folder} holds: its test images "
+            "may be among them. Evaluate it with its own run."
+        )
+    runner = onnx_runner(bundle.path(artifact))
     predictions = Predictions(runner, artifact, records, pixels)
     tested = rows(records, Split.TEST, "HAM10000")
     if not predictions.can_be_judged(tested):
@@ -84,7 +85,12 @@ def evaluate(bundle: Bundle, run: Run, data: Path) -> Report:
         "replicates": REPLICATES,
         "interval": "95 %, percentile bootstrap over components (lesions)",
         "data_fingerprint": fingerprint(records),
-        "images": {str(split): len(rows(records, split, "HAM10000")) for split in Split},
+        "images": {
+            f"{dataset} {split}": images
+            for (dataset, split), images in sorted(
+                Counter((record.dataset, str(record.split)) for record in records).items()
+            )
+        },
         "HAM10000 test": predictions.report(tested),
     }
     balanced = rows(records, Split.TEST, "balanced")
@@ -93,7 +99,7 @@ def evaluate(bundle: Bundle, run: Run, data: Path) -> Report:
         for row in balanced:
             groups.setdefault(records[row].dataset, []).append(row)
         report["balanced validation"] = {
-            "caution": BALANCED_CAUTION,
+            "caution": balanced_caution([records[row] for row in balanced]),
             "paper": PAPER,
             "groups": {
                 name: predictions.table_4(members)
@@ -115,13 +121,28 @@ def evaluate(bundle: Bundle, run: Run, data: Path) -> Report:
     return report
 
 
+def balanced_caution(records: Sequence[Record]) -> str:
+    """What must stand beside every figure on the balanced set."""
+    melanomas = sum(bool(record.melanoma) for record in records)
+    return (
+        f"Not the paper's test set: {len(records):,} of its {PAPER_IMAGES:,} images have pixels "
+        f"here, {melanomas / len(records):.0%} of them melanoma instead of 50 %, and none of those "
+        "from ISIC 2020. They, and every image of the same lesion, were left out of training and "
+        "tuning; the paper's own split shares lesions between training and test."
+    )
+
+
 def headline(report: Report) -> tuple[Metric, ...]:
     """The figures that the manifest repeats."""
     test = report["HAM10000 test"]
     rows_ = [
         ("melanoma AUROC", test["melanoma"]["auroc"], test["images"]),
-        ("melanoma sensitivity", test["melanoma"]["sensitivity"], test["images"]),
-        ("melanoma specificity", test["melanoma"]["specificity"], test["images"]),
+        ("melanoma sensitivity", test["melanoma"]["sensitivity"], test["melanomas"]),
+        (
+            "melanoma specificity",
+            test["melanoma"]["specificity"],
+            test["images"] - test["melanomas"],
+        ),
     ] + [
         (f"{task} accuracy", test[task]["accuracy"], test[task]["images"])
         for task in ("age", "site", "sex", "diagnosis")
@@ -186,7 +207,7 @@ class Predictions:
             "sensitivity": lambda y, p: (p[y == 1] >= self.threshold).mean(),
             "specificity": lambda y, p: (p[y == 0] < self.threshold).mean(),
             "brier": lambda y, p: ((p - y) ** 2).mean(),
-            "expected_calibration_error": expected_calibration_error,
+            "calibration_in_the_large": lambda y, p: p.mean() - y.mean(),
         }
         melanoma: Report = {
             name: asdict(
@@ -194,7 +215,13 @@ class Predictions:
             )
             for name, measure in measures.items()
         }
+        # Without an interval: resampling widens the gaps of the bins, so that a percentile interval
+        # would lie above the figure itself.
+        melanoma["expected_calibration_error"] = expected_calibration_error(
+            truth.astype(int), probability
+        )
         melanoma["prevalence"] = float(truth.mean())
+        melanoma["brier_of_the_prevalence"] = float(truth.mean() * (1 - truth.mean()))
         melanoma["threshold"] = self.threshold
         melanoma["metadata_only_auroc"] = float(
             roc_auc_score(truth, self._from_metadata("melanoma", known)[:, 1])
@@ -211,7 +238,7 @@ class Predictions:
     def can_be_judged(self, positions: list[int]) -> bool:
         """Whether there are enough images of both classes for a figure to mean anything."""
         melanoma = self.targets["melanoma"][positions]
-        return min((melanoma == 1).sum(), (melanoma == 0).sum()) >= LEAST_IMAGES
+        return min(int((melanoma == 1).sum()), int((melanoma == 0).sum())) >= LEAST_IMAGES
 
     def table_4(self, positions: list[int]) -> Report:
         """The paper's Table 4: class and age, accuracy and F1, in every reading of F1."""
@@ -251,14 +278,14 @@ class Predictions:
         return report
 
     def scores(self, records: list[Record]) -> dict[str, Floats]:
-        """Out-of-distribution scores by dataset, of the images nothing was trained on."""
+        """Out-of-distribution scores by dataset and split, of the images nothing was fitted on."""
         by_dataset: dict[str, list[int]] = {}
         for row in self.positions:
             by_dataset.setdefault(f"{records[row].dataset} {records[row].split}", []).append(row)
         return {name: self.outputs["ood_score"][rows_] for name, rows_ in by_dataset.items()}
 
     def save(self, path: Path) -> None:
-        """Write one row an image: what `mmtl bundle recalibrate` and any further analysis need."""
+        """Write one row an image, for whatever further analysis."""
         with write_atomically(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(
@@ -340,13 +367,19 @@ def expected_calibration_error(truth: Classes, probability: Floats) -> float:
 def compare_sizes(
     runner: Runner, artifact: Artifact, folder: Path, shape: tuple[int, int]
 ) -> Report:
-    """The melanoma probability of each original, and of its copy at 200 pixels' width."""
+    """The melanoma probability of each original, and of its copy at 200 pixels' width.
+
+    Raises:
+        DataError: There is none, or one cannot be read.
+    """
     pairs = []
     for path in sorted(folder.glob("*.jpg")):
         data = path.read_bytes()
-        both = np.stack([decode(version, *shape).pixels for version in (data, thumbnail(data))])
+        both = np.stack([read_pixels(path, version, shape) for version in (data, thumbnail(data))])
         logits = runner(both)["melanoma_logit"]
         pairs.append(melanoma_probability(logits, artifact.calibration))
+    if not pairs:
+        raise DataError(f"{folder} holds no .jpg files.")
     change = np.abs(np.diff(np.array(pairs), axis=1)).ravel()
     return {
         "images": len(change),
@@ -356,11 +389,24 @@ def compare_sizes(
     }
 
 
+def read_pixels(path: Path, data: bytes, shape: tuple[int, int]) -> Pixels:
+    """Decode an image of the data folder.
+
+    Raises:
+        DataError: It cannot be.
+    """
+    try:
+        return decode(data, *shape).pixels
+    except ImageError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
 def thumbnail(data: bytes) -> bytes:
     """A JPEG's copy at 200 pixels' width, as a viewer would save it."""
     with Image.open(BytesIO(data)) as image:
-        height = round(image.height * THUMBNAIL_WIDTH / image.width)
-        small = image.convert("RGB").resize((THUMBNAIL_WIDTH, height), Image.Resampling.LANCZOS)
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        height = round(upright.height * THUMBNAIL_WIDTH / upright.width)
+        small = upright.resize((THUMBNAIL_WIDTH, height), Image.Resampling.LANCZOS)
     buffer = BytesIO()
     small.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
@@ -377,7 +423,7 @@ def flagged_shares(
     kinds: dict[str, list[float]] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix in (".jpg", ".png"):
-            pixels = decode(path.read_bytes(), *shape).pixels[None]
+            pixels = read_pixels(path, path.read_bytes(), shape)[None]
             kind = "other: " + path.name.split("_")[0]
             kinds.setdefault(kind, []).append(float(runner(pixels)["ood_score"][0]))
     measured = {**scores, **{kind: np.array(values) for kind, values in kinds.items()}}

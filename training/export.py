@@ -2,7 +2,9 @@
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,7 +35,8 @@ from training import calibrate
 from training.data import ham10000
 from training.data.cache import Pixels
 from training.data.manifest import DataError, Diagnosis, Record, Sex, Site, Split, fingerprint
-from training.fit import batches, build_network
+from training.data.origins import ORIGINS
+from training.fit import batches, build_network, identity_of, load_tensors
 from training.network import MultiTaskNetwork, ServedNetwork
 from training.run import Run, rows
 
@@ -61,7 +64,7 @@ CHECKED_IMAGES = 100
 BATCH_SIZES = (1, 8)
 GOLDEN_SEEDS = (0, 1, 2)
 WEIGHTS_LICENCE = (
-    "The weights were learned from images under CC BY-NC 4.0: non-commercial use only. "
+    "The weights were learned from images under CC BY-NC: non-commercial use only. "
     "The code is Apache-2.0."
 )
 
@@ -80,19 +83,23 @@ def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
         DataError: The run is not fitted, or an artifact disagrees with eager torch.
     """
     records, pixels = run.load_data()
-    validation = rows(records, Split.VALIDATION)
-    network = load_fitted(run)
+    validation = [
+        row
+        for row in rows(records, Split.VALIDATION, ham10000.NAME)
+        if records[row].melanoma is not None
+    ]
+    network = load_fitted(run, records)
     mean, whitening = calibrate.fit_feature_distance(
         pooled_features(network, pixels, rows(records, Split.TRAIN))
     )
     served = ServedNetwork(network, AGE_EDGES, mean, whitening).eval()
-    outputs = run_batches(eager(served), pixels, validation, 64)
     melanoma = np.array([bool(records[row].melanoma) for row in validation])
-    calibration = calibrate.fit_calibration(outputs["melanoma_logit"], melanoma)
-    probabilities = melanoma_probability(outputs["melanoma_logit"], calibration)
-    threshold = calibrate.choose_threshold(probabilities, melanoma)
     with TemporaryDirectory() as temporary:
         files = write_artifacts(served, Path(temporary), pixels[:1])
+        outputs = run_batches(onnx_runner(files["onnx"]), pixels, validation, 32)
+        calibration = calibrate.fit_calibration(outputs["melanoma_logit"], melanoma)
+        probabilities = melanoma_probability(outputs["melanoma_logit"], calibration)
+        threshold = calibrate.choose_threshold(probabilities, melanoma)
         checked = np.linspace(0, len(records) - 1, min(CHECKED_IMAGES, len(records))).astype(int)
         differences = compare_artifacts(served, files, pixels, checked.tolist())
         golden = np.stack([golden_image(seed, *pixels.shape[1:3]) for seed in GOLDEN_SEEDS])
@@ -145,31 +152,35 @@ def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
     return bundle, differences
 
 
-def load_fitted(run: Run) -> MultiTaskNetwork:
+def load_fitted(run: Run, records: list[Record]) -> MultiTaskNetwork:
     """The run's best network, on the CPU, in evaluation mode.
 
     Raises:
-        DataError: The run has none.
+        DataError: The run has none, or was fitted on other data than `records`.
     """
-    if not run.best.is_file():
-        raise DataError(f"{run.best} does not exist. Run `mmtl-train fit` first.")
-    network = build_network(run.load_config(), pretrained=False)
-    network.load_state_dict(torch.load(run.best, map_location="cpu", weights_only=True))
+    if not (run.best.is_file() and run.checkpoint.is_file()):
+        raise DataError(f"{run.folder} is not fitted. Run `mmtl-train fit` first.")
+    config = run.load_config()
+    if load_tensors(run.checkpoint)["identity"] != identity_of(config, records):
+        raise DataError(
+            f"{run.folder} was fitted on other data than its manifest names. "
+            f"Delete {run.checkpoint} and fit again."
+        )
+    network = build_network(config, pretrained=False)
+    network.load_state_dict(load_tensors(run.best))
     return network.eval()
 
 
 def training_data(records: list[Record]) -> TrainingData:
     """What the weights were learned from."""
-    used = [record for record in records if record.split in (Split.TRAIN, Split.VALIDATION)]
+    used = Counter(
+        record.dataset for record in records if record.split in (Split.TRAIN, Split.VALIDATION)
+    )
     return TrainingData(
         fingerprint=fingerprint(records),
-        sources=(
-            DataSource(
-                name=ham10000.NAME,
-                licence=ham10000.LICENCE,
-                url=ham10000.SOURCE,
-                images=len(used),
-            ),
+        sources=tuple(
+            DataSource(name=name, images=images, **asdict(ORIGINS[name]))
+            for name, images in sorted(used.items())
         ),
         licence=WEIGHTS_LICENCE,
     )

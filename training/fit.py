@@ -3,8 +3,10 @@
 import csv
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from models.files import write_atomically
 from training.augment import seeded, training_transform
 from training.backbones import build_lite0
 from training.data.cache import Pixels
-from training.data.manifest import DataError, Split, fingerprint
+from training.data.manifest import DataError, Record, Split, fingerprint
 from training.losses import Targets, encode_targets, multi_task_loss
 from training.network import MultiTaskNetwork
 from training.run import Config, Run, rows
@@ -81,7 +83,7 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     state = _State(build_network(config, pretrained), config, len(train), device)
-    identity = {"config": asdict(config), "data": fingerprint(records)}
+    identity = identity_of(config, records)
     state.resume(run, identity)
     images = AugmentedImages(pixels, train, config)
     while not state.finished:
@@ -134,8 +136,8 @@ def train_one_epoch(
         loss, parts = multi_task_loss(logits, targets.take(positions).to(state.device))
         if not math.isfinite(loss.item()):
             raise DataError(
-                f"The loss of epoch {images.epoch + 1} is not finite. Lower --learning-rate; "
-                "the last whole epoch is kept."
+                f"The loss of epoch {images.epoch + 1} is not finite; the last whole epoch is "
+                "kept. Prepare another run with a lower --learning-rate."
             )
         state.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own gap
@@ -178,6 +180,24 @@ def batches(pixels: Pixels, positions: list[int], size: int) -> Iterator[Tensor]
     for start in range(0, len(positions), size):
         batch: NDArray[np.uint8] = np.stack([pixels[i] for i in positions[start : start + size]])
         yield torch.from_numpy(batch)
+
+
+def identity_of(config: Config, records: Sequence[Record]) -> dict[str, Any]:
+    """What a checkpoint belongs to: configuration and data."""
+    return {"config": asdict(config), "data": fingerprint(records)}
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `torch.save` wrote.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
+        raise DataError(f"{path} is damaged ({error}). Delete it and fit again.") from None
+    return saved
 
 
 class _State:
@@ -227,7 +247,7 @@ class _State:
     def resume(self, run: Run, identity: dict[str, Any]) -> None:
         if not run.checkpoint.is_file():
             return
-        saved = torch.load(run.checkpoint, map_location=self.device, weights_only=True)
+        saved = load_tensors(run.checkpoint, self.device)
         if saved["identity"] != identity:
             raise DataError(
                 f"{run.checkpoint} was made with another configuration or other data. "

@@ -9,8 +9,6 @@ from training.data.manifest import DataError, save_manifest
 from training.data.splits import assign, near_duplicates
 from training.run import Config, Run
 
-ISIC_2017 = "ISIC2017"
-
 
 def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     """Read HAM10000 (and ISIC 2017 and the balanced set, where they are there), split and cache it.
@@ -29,13 +27,15 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     """
     if not (data / "ham10000").is_dir():
         raise DataError(f"{data}/ham10000 does not exist. Give the folder that holds ham10000/.")
-    run.save_config(config)
     training = ham10000.read(data / "ham10000")
     if (data / "isic2017").is_dir():
-        training += isic_cli.read(data / "isic2017", ISIC_2017)
+        training += isic_cli.read(data / "isic2017", isic_cli.ISIC_2017)
     held_out = (
         balanced.read_validation_table(data / "balanced") if (data / "balanced").is_dir() else []
     )
+    run.save_config(config)
+    # Until the new one is written there is none: pixels and labels of two preparations never meet.
+    run.manifest.unlink(missing_ok=True)
     # Rows with pixels first, so that they line up with the cache.
     held_out.sort(key=lambda record: not record.path)
     pictured = [record for record in held_out if record.path]

@@ -57,8 +57,16 @@ def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engin
                 "or serve the ONNX artifact."
             ) from None
         engine = PytorchEngine(bundle.path(artifact), artifact.format, settings.device, threads)
-    outputs = engine.run(golden_batch(bundle.manifest))
-    check_shapes(artifact, outputs, bundle.manifest.output_shapes())
+    images = golden_batch(bundle.manifest)
+    try:
+        outputs = engine.run(images)
+    except Exception as error:  # each runtime raises types of its own
+        reason = " ".join(str(error).split())[:200]
+        raise BundleError(f"{artifact.file} does not take the declared input: {reason}") from None
+    shapes = bundle.manifest.output_shapes()
+    check_shapes(
+        artifact, outputs, {name: (len(images), *shape[1:]) for name, shape in shapes.items()}
+    )
     check_golden(bundle.manifest, artifact, outputs)
     return engine
 

@@ -11,7 +11,7 @@ from app.predictor import Predictor
 from app.problems import MEDIA_TYPE, Problem, respond
 from app.schemas import Failure, PredictResponse, ProblemBody
 from app.trace import trace_of
-from app.uploads import FIELD, read_uploads
+from app.uploads import FIELD, open_uploads
 from models.images import MEDIA_TYPES
 
 router = APIRouter()
@@ -41,7 +41,7 @@ _PROBLEM: dict[str, Any] = {
 @router.post(
     "/predict",
     response_model=PredictResponse,
-    responses=dict.fromkeys((400, 413, 415, 422, 500, 503), _PROBLEM),
+    responses=dict.fromkeys((400, 408, 413, 415, 422, 500, 503), _PROBLEM),
     openapi_extra={"requestBody": _BODY},
     summary="Melanoma probability, age bin and anatomical site of dermoscopic images",
 )
@@ -58,8 +58,9 @@ async def predict(
     """
     predictor: Predictor = request.app.state.predictor
     trace = trace_of(request.scope)
-    uploads = await read_uploads(request, request.app.state.settings)
-    results = await _while_connected(request, predictor.predict(uploads, explain, trace))
+    predictor.check_open()
+    async with open_uploads(request, request.app.state.settings, request.app.state.held) as uploads:
+        results = await _while_connected(request, predictor.predict(uploads, explain, trace))
     if results is None:
         return Response(status_code=499)  # nobody is there to read it
     errors = [result.error for result in results if isinstance(result, Failure)]
@@ -72,6 +73,7 @@ async def predict(
     problem = Problem(
         problems.ALL_FILES_FAILED, f"None of the {len(errors)} images could be used; see results."
     )
+    trace.problems.append(problem.kind.name)
     fields = problem.body().model_dump(exclude_unset=True)
     return respond(problem, ProblemBody(**fields, results=results))
 

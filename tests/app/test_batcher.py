@@ -19,6 +19,7 @@ from app.telemetry import Metrics
 from tests.bundles import SIDE, make_bundle
 
 POISON = 66
+INFINITE = 77
 pytestmark = pytest.mark.anyio
 
 
@@ -42,7 +43,8 @@ class Engine:
                 raise self.error
             if POISON in firsts:
                 raise ValueError("poison")
-        return {"first": images[:, 0, 0, 0].astype(np.float32)}
+        values = images[:, 0, 0, 0].astype(np.float32)
+        return {"first": np.where(values == INFINITE, np.inf, values)}
 
 
 @pytest.fixture
@@ -140,6 +142,17 @@ async def test_a_failed_batch_is_retried_one_by_one(batcher: Batcher, engine: En
     assert await ask(batcher, 42) == 42
 
 
+async def test_an_answer_that_is_not_finite_fails_alone(batcher: Batcher, engine: Engine) -> None:
+    first = await hold(engine, batcher)
+    others = [asyncio.create_task(ask(batcher, value)) for value in (43, INFINITE)]
+    await asyncio.sleep(0.01)
+    engine.gate.set()
+    good, bad = await asyncio.gather(*others, return_exceptions=True)
+    assert good == 43
+    assert isinstance(bad, InferenceFailed)
+    await first
+
+
 async def test_a_dead_runner_refuses_everyone_and_hangs_no_one(
     batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +170,15 @@ async def test_a_dead_runner_refuses_everyone_and_hangs_no_one(
         pass
     with pytest.raises(NotReady):
         await ask(batcher, 51)
+
+
+async def test_draining_admits_no_more_and_answers_what_was_admitted(batcher: Batcher) -> None:
+    with batcher.reserve(1):
+        batcher.drain()
+        assert not batcher.ready
+        with pytest.raises(Draining), batcher.reserve(1):
+            pass
+        assert await ask(batcher, 5) == 5
 
 
 def test_places_are_limited_and_given_back(batcher: Batcher) -> None:

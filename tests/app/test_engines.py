@@ -45,7 +45,15 @@ def test_a_network_that_does_not_fit_its_manifest_is_refused(tmp_path: Path) -> 
     made = make_bundle(tmp_path / "bundle")
     site = made.manifest.tasks[2].model_copy(update={"labels": ("a", "b", "c")})
     manifest = made.manifest.model_copy(update={"tasks": (*made.manifest.tasks[:2], site)})
-    with pytest.raises(BundleError, match=r"output site has shape \(1, 2\), not \(None, 3\)"):
+    with pytest.raises(BundleError, match=r"output site has shape \(1, 2\), not \(1, 3\)"):
+        load(Bundle(made.folder, manifest))
+
+
+def test_an_input_of_another_size_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    size = made.manifest.input.model_copy(update={"height": 64})
+    manifest = made.manifest.model_copy(update={"input": size})
+    with pytest.raises(BundleError, match=r"model\.onnx does not take the declared input"):
         load(Bundle(made.folder, manifest))
 
 

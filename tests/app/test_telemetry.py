@@ -2,12 +2,13 @@ import json
 
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.settings import Settings
 from app.telemetry import configure_logs
 from tests.conftest import started
-from tests.lesions import encode, flat
+from tests.lesions import draw_lesion, encode, flat
 
 
 def samples(client: TestClient) -> dict[tuple[str, frozenset[str]], float]:
@@ -62,14 +63,17 @@ def test_requests_and_images_are_counted(client: TestClient) -> None:
 
 
 @pytest.mark.usefixtures("logs_as_before")
+@pytest.mark.parametrize("level", ["DEBUG", "INFO"])
 def test_logs_tell_what_happened_and_nothing_of_the_patient(
-    settings: Settings, capsys: pytest.CaptureFixture[str]
+    settings: Settings, capsys: pytest.CaptureFixture[str], level: str
 ) -> None:
-    configure_logs("INFO")
+    configure_logs(level)
+    exif = Image.Exif()
+    exif[0x010E] = "Jane Doe 1970"  # ImageDescription
     with started(settings) as client:
         client.post(
             "/predict",
-            files={"files": ("Jane-Doe-1970.png", flat(200))},
+            files={"files": ("Jane-Doe-1970.tiff", encode(draw_lesion(0), "TIFF", exif=exif))},
             headers={"X-Request-ID": "abc"},
         )
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]

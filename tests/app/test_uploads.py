@@ -1,5 +1,4 @@
 import asyncio
-import time
 
 import pytest
 from starlette.requests import ClientDisconnect, Request
@@ -7,7 +6,7 @@ from starlette.requests import ClientDisconnect, Request
 from app import uploads
 from app.problems import Problem
 from app.settings import Settings
-from app.uploads import read_uploads
+from app.uploads import Held, Upload, open_uploads
 
 pytestmark = pytest.mark.anyio
 
@@ -30,27 +29,62 @@ def part(body: bytes, more: bool = True) -> dict:
     return {"type": "http.request", "body": body, "more_body": more}
 
 
+async def read(request: Request, held: Held | None = None, **settings: object) -> list[Upload]:
+    async with open_uploads(request, Settings(**settings), held or Held(10**9)) as uploads:
+        return uploads
+
+
 async def test_what_still_comes_is_read_before_a_refusal() -> None:
     messages = [part(b"x")] * 3 + [part(b"x", more=False)]
-    started = time.monotonic()
-    with pytest.raises(Problem):
-        await read_uploads(request(messages, content_type="text/plain"), Settings())
-    assert time.monotonic() - started < 2
+    refused = request(messages, content_type="text/plain")
+    with pytest.raises(Problem, match="multipart/form-data"):
+        await read(refused)
+    with pytest.raises(TimeoutError):  # nothing is left
+        await asyncio.wait_for(refused.receive(), 0.05)
 
 
 async def test_a_sender_that_stalls_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploads, "_LINGER_SECONDS", 0.05)
     with pytest.raises(Problem):
-        await read_uploads(request([part(b"x")], content_type="text/plain"), Settings())
+        await read(request([part(b"x")], content_type="text/plain"))
 
 
 async def test_a_sender_that_waits_for_100_continue_is_answered_at_once() -> None:
     stalled = request([], content_type="text/plain", expect="100-continue")
     with pytest.raises(Problem):
-        await asyncio.wait_for(read_uploads(stalled, Settings()), 1)
+        await asyncio.wait_for(read(stalled), 1)
 
 
 async def test_a_caller_who_goes_in_mid_upload() -> None:
+    held = Held(10)
     gone = request([part(b"x"), {"type": "http.disconnect"}], content_type="image/jpeg")
     with pytest.raises(ClientDisconnect):
-        await read_uploads(gone, Settings())
+        await read(gone, held)
+    held.take(10)  # what was held has been given back
+
+
+async def test_an_upload_has_to_arrive_in_time() -> None:
+    with pytest.raises(Problem, match=r"within 0\.05 seconds") as caught:
+        await read(request([part(b"x")], content_type="image/jpeg"), upload_seconds=0.05)
+    assert caught.value.kind.status == 408
+
+
+async def test_all_uploads_together_are_bounded() -> None:
+    held = Held(10)
+    body = [part(b"123456", more=False)]
+    async with open_uploads(request(body, content_type="image/jpeg"), Settings(), held):
+        with pytest.raises(Problem) as caught:
+            await read(request(body, content_type="image/jpeg"), held)
+        assert caught.value.kind.name == "saturated"
+    assert await read(request(body, content_type="image/jpeg"), held) == [Upload(None, b"123456")]
+
+
+async def test_a_form_that_is_cut_short_is_refused() -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+    whole = head + b"one\r\n" + head + b"two\r\n--x--\r\n"
+    content_type = "multipart/form-data; boundary=x"
+    assert len(await read(request([part(whole, more=False)], content_type=content_type))) == 2
+    for end in (len(whole) - 30, len(whole) - 10):
+        cut = request([part(whole[:end], more=False)], content_type=content_type)
+        with pytest.raises(Problem, match="before its closing boundary"):
+            await read(cut)

@@ -174,7 +174,8 @@ def test_a_stop_answers_what_was_sent(service: Service) -> None:
     picture = lesion(3, 1200, 900)
     with ThreadPoolExecutor(6) as threads:
         answers = [threads.submit(service.post, *[picture] * 4) for _ in range(6)]
-        while service.get("/metrics")[1].count(b"mmtl_queue_depth 0.0"):
+        until = time.monotonic() + 5
+        while b"mmtl_queue_depth 0.0" in service.get("/metrics")[1] and time.monotonic() < until:
             pass
         service.process.send_signal(signal.SIGTERM)
         for answer in answers:

@@ -117,6 +117,14 @@ def test_what_cannot_be_used_has_its_own_error(data: bytes, error: type[ImageErr
     assert str(caught.value).endswith((".", ")."))
 
 
+def test_a_png_damaged_in_the_middle_is_refused() -> None:
+    data = bytearray(encode(draw_lesion(0, 400, 300), "PNG"))
+    middle = len(data) // 3
+    data[middle : middle + 200] = bytes(200)
+    with pytest.raises(CorruptImageError):
+        decode(bytes(data), 32, 32)
+
+
 def test_several_pages_are_refused() -> None:
     from io import BytesIO
 

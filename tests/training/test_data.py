@@ -1,4 +1,5 @@
 import csv
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def test_ham10000_is_read_into_the_canonical_vocabulary(ham: Path) -> None:
         sex=None,
         site=Site.UPPER_EXTREMITY,
     )
-    assert {r.site for r in records} == {*Site, None} - {Site.PALMS_SOLES} | {Site.PALMS_SOLES}
+    assert {r.site for r in records} == {*Site, None}
     assert records[0].age is None
     assert {r.sex for r in records} == {Sex.MALE, Sex.FEMALE, None}
 
@@ -213,18 +214,17 @@ def test_an_unreadable_image_is_named_and_no_cache_is_left(tmp_path: Path) -> No
 
 def test_on_the_real_data_no_held_out_lesion_is_learned_from(shared_data: Path) -> None:
     training = ham10000.read(shared_data / "ham10000")
+    training += isic_cli.read(shared_data / "isic2017", isic_cli.ISIC_2017)
     held_out = balanced.read_validation_table(shared_data / "balanced")
     done, held = assign(training, held_out)
-    assert (len(training), len(held_out)) == (10_015, 1_962)
+    assert (len(training), len(held_out)) == (12_303, 1_962)
     lesion_of = {record.image: record.lesion for record in training}
-    touched = {lesion_of[record.image] for record in held if record.image in lesion_of}
-    for record in done:
-        if record.split in (Split.TRAIN, Split.VALIDATION):
-            assert record.lesion not in touched
-            assert not in_test_split(record.lesion)
-    assert {split: sum(r.split is split for r in done) for split in Split} == {
-        Split.TRAIN: 6431,
-        Split.VALIDATION: 1048,
-        Split.TEST: 1981,
-        Split.EXCLUDED: 555,
-    }
+    touched = {lesion_of[record.image] for record in held if record.image in lesion_of} - {None}
+    learned = [record for record in done if record.split in (Split.TRAIN, Split.VALIDATION)]
+    assert not {record.image for record in learned} & {record.image for record in held}
+    assert not {record.lesion for record in learned} & touched
+    assert not any(in_test_split(r.lesion) for r in learned if r.dataset == "HAM10000")
+    counts = Counter((record.dataset, record.split) for record in done)
+    assert counts["HAM10000", Split.TEST] == 1981
+    assert counts["HAM10000", Split.TRAIN] == 6431
+    assert counts["ISIC2017", Split.TRAIN] > 2200

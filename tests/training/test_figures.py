@@ -38,9 +38,16 @@ def test_the_threshold_is_the_highest_that_is_sensitive_enough(rows: list, wante
         return
     threshold = choose_threshold(probabilities, melanoma, wanted)
     found = probabilities[melanoma]
-    assert (found >= threshold).mean() >= wanted - 1e-6
-    above = found[found > threshold]
-    assert len(above) / len(found) < wanted
+    above = found[found >= threshold]
+    assert len(above) / len(found) >= wanted - 1e-6
+    fewer = above[above > above.min()]
+    assert len(fewer) / len(found) < wanted
+
+
+def test_the_threshold_keeps_off_every_image() -> None:
+    probabilities = np.array([0.1, 0.2, 0.4, 0.5])
+    assert choose_threshold(probabilities, np.array([0, 1, 0, 1], bool), 0.5) == pytest.approx(0.45)
+    assert choose_threshold(probabilities, np.array([0, 1, 0, 1], bool), 1.0) == pytest.approx(0.15)
 
 
 def test_the_distance_is_mahalanobis() -> None:

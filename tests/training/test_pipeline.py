@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from training import export as exporting
 from training import fit as fitting
 from training.cli import cli
 from training.cli import main as run_command_line
-from training.data.manifest import DataError, Split
+from training.data.manifest import DataError, Split, save_manifest
+from training.evaluate import evaluate
 from training.export import export
 from training.fit import fit, warmup_cosine
 from training.prepare import prepare
@@ -40,7 +42,7 @@ CONFIG = Config(
 def _small_backbone():
     """What is learned here can be learned by two convolutions, in seconds."""
 
-    def build(pretrained: bool = True):
+    def build(pretrained: bool = True, frozen_stages: int = 0, drop_path: float = 0.0):
         backbone = nn.Sequential(
             nn.Conv2d(3, 16, 5, stride=4), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=3), nn.ReLU()
         )
@@ -135,8 +137,32 @@ def test_what_is_missing_is_said_in_a_sentence(tmp_path: Path, data: Path) -> No
     with pytest.raises(DataError, match="ham10000 does not exist"):
         prepare(tmp_path, run, CONFIG)
     prepare(data, run, CONFIG)
-    with pytest.raises(DataError, match="Run `mmtl-train fit` first"):
+    with pytest.raises(DataError, match=r"is not fitted\. Run `mmtl-train fit` first"):
         export(run, tmp_path / "bundle")
+
+
+def test_a_bundle_is_evaluated_with_its_own_run_only(
+    bundle_folder: Path, fitted: Run, data: Path, tmp_path: Path
+) -> None:
+    other = Run(tmp_path / "other")
+    shutil.copytree(fitted.folder, other.folder)
+    records, _ = other.load_data()
+    save_manifest(other.manifest, [replace(records[0], split=Split.EXCLUDED), *records[1:]])
+    with pytest.raises(DataError, match="fitted on other data"):
+        evaluate(load_bundle(bundle_folder), other, data)
+    with pytest.raises(DataError, match="fitted on other data"):
+        export(other, tmp_path / "bundle")
+
+
+def test_a_damaged_file_is_named(fitted: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, run.folder)
+    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"checkpoint\.pt is damaged .* Delete it and fit again"):
+        fit(run, workers=0)
+    run.cache.write_bytes(run.cache.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"pixels\.npy is damaged"):
+        fit(run, workers=0)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
@@ -188,7 +214,11 @@ def test_the_service_answers_what_evaluate_predicted(
     bundle_folder: Path, fitted: Run, artifact: str
 ) -> None:
     with (fitted.folder / "predictions.csv").open() as file:
-        predicted = {row["image"]: float(row["probability"]) for row in csv.DictReader(file)}
+        predicted = {
+            row["image"]: float(row["probability"])
+            for row in csv.DictReader(file)
+            if row["dataset"] == "HAM10000"
+        }
     records, _ = fitted.load_data()
     settings = Settings(bundle=bundle_folder, artifact=artifact, trust_torch=True, max_batch=2)
     with started(settings) as client:
@@ -209,7 +239,7 @@ def test_the_figures_and_the_card_say_what_was_measured(bundle_folder: Path) -> 
     assert metrics["originals"]["images"] == 1
     assert metrics["out of distribution"]["flagged"]["other: photo"]["images"] == 1
     assert f"{auroc['value']:.3f}" in card
-    assert "Not the paper's test set" in card
+    assert "Not the paper's test set: 40 of its 1,962 images" in card
     assert "CC BY-NC" in card
 
 

@@ -1,5 +1,6 @@
 """The pixels of a manifest, exactly as serving would decode them, in one memory-mapped file."""
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,9 @@ def build_cache(path: Path, records: Sequence[Record], height: int, width: int) 
         pixels = np.lib.format.open_memmap(
             temporary, mode="w+", dtype=np.uint8, shape=(len(records), height, width, 3)
         )
+        # Taken from the disk now: writing into a hole of a mapped file on a full disk is a SIGBUS.
+        with temporary.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
         with ThreadPoolExecutor() as pool:
             decoded = tqdm(pool.map(read, records), "decode", len(records), unit="image")
             for position, image in enumerate(decoded):
@@ -47,11 +51,14 @@ def open_cache(path: Path, count: int) -> Pixels:
     """Open what `build_cache` wrote.
 
     Raises:
-        DataError: It is missing, or holds another number of images than `count`.
+        DataError: It is missing, damaged, or holds another number of images than `count`.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist. Run `mmtl-train prepare` first.")
-    pixels: Pixels = np.load(path, mmap_mode="r")
+    try:
+        pixels: Pixels = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        raise DataError(f"{path} is damaged. Run `mmtl-train prepare` again.") from None
     if pixels.ndim != 4 or len(pixels) != count:
         raise DataError(
             f"{path} holds {len(pixels)} images, the manifest {count}. "

@@ -5,6 +5,8 @@ from pathlib import Path
 from training.data.manifest import DataError, Diagnosis, Record, Sex, Site
 from training.data.tables import read_rows
 
+ISIC_2017 = "ISIC2017"
+
 _DIAGNOSES: dict[str, Diagnosis | None] = {
     "melanoma": Diagnosis.MEL,
     "nevus": Diagnosis.NV,
