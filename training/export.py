@@ -2,9 +2,7 @@
 
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,7 +33,6 @@ from training import calibrate
 from training.data import ham10000
 from training.data.cache import Pixels
 from training.data.manifest import DataError, Diagnosis, Record, Sex, Site, Split, fingerprint
-from training.data.origins import ORIGINS
 from training.fit import batches, build_network, identity_of, load_tensors
 from training.network import MultiTaskNetwork, ServedNetwork
 from training.run import Run, rows
@@ -84,9 +81,7 @@ def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
     """
     records, pixels = run.load_data()
     validation = [
-        row
-        for row in rows(records, Split.VALIDATION, ham10000.NAME)
-        if records[row].melanoma is not None
+        row for row in rows(records, Split.VALIDATION) if records[row].melanoma is not None
     ]
     network = load_fitted(run, records)
     mean, whitening = calibrate.fit_feature_distance(
@@ -173,16 +168,15 @@ def load_fitted(run: Run, records: list[Record]) -> MultiTaskNetwork:
 
 def training_data(records: list[Record]) -> TrainingData:
     """What the weights were learned from."""
-    used = Counter(
-        record.dataset for record in records if record.split in (Split.TRAIN, Split.VALIDATION)
+    used = [record for record in records if record.split in (Split.TRAIN, Split.VALIDATION)]
+    source = DataSource(
+        name=ham10000.NAME,
+        licence=ham10000.LICENCE,
+        url=ham10000.SOURCE,
+        images=len(used),
     )
     return TrainingData(
-        fingerprint=fingerprint(records),
-        sources=tuple(
-            DataSource(name=name, images=images, **asdict(ORIGINS[name]))
-            for name, images in sorted(used.items())
-        ),
-        licence=WEIGHTS_LICENCE,
+        fingerprint=fingerprint(records), sources=(source,), licence=WEIGHTS_LICENCE
     )
 
 

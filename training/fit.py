@@ -54,7 +54,7 @@ def build_network(config: Config, pretrained: bool = True) -> MultiTaskNetwork:
         training.backbones.WeightsError: The pretrained weights are missing.
     """
     torch.manual_seed(config.seed)
-    backbone, channels, mean, std = build_lite0(pretrained, config.frozen_stages, config.drop_path)
+    backbone, channels, mean, std = build_lite0(pretrained)
     return MultiTaskNetwork(backbone, channels, config.trunk_channels, mean, std)
 
 
@@ -211,9 +211,8 @@ class _State:
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         averaging = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
         self.average = AveragedModel(self.network, multi_avg_fn=averaging, use_buffers=True)
-        fitted = [p for p in network.parameters() if p.requires_grad]
-        decay = [p for p in fitted if p.ndim > 1]
-        plain = [p for p in fitted if p.ndim <= 1]
+        decay = [p for p in network.parameters() if p.ndim > 1]
+        plain = [p for p in network.parameters() if p.ndim <= 1]
         groups: list[dict[str, Any]] = [
             {"params": decay, "weight_decay": config.weight_decay},
             {"params": plain, "weight_decay": 0.0},

@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from training.data import balanced, ham10000, isic_cli
+from training.data import balanced, ham10000
 from training.data.cache import build_cache
 from training.data.manifest import DataError, save_manifest
 from training.data.splits import assign, near_duplicates
@@ -11,11 +11,11 @@ from training.run import Config, Run
 
 
 def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
-    """Read HAM10000 (and ISIC 2017 and the balanced set, where they are there), split and cache it.
+    """Read HAM10000 (and the balanced set, where it is there), split it, and cache its pixels.
 
     Args:
-        data: The folder that holds `ham10000/` and, where they are there, `isic2017/` (for training
-            only) and `balanced/` (for testing only).
+        data: The folder that holds `ham10000/` and, where it is there, `balanced/`, which is only
+            tested on.
         run: Where the manifest and the cache go.
         config: Frozen into the run.
 
@@ -28,8 +28,6 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     if not (data / "ham10000").is_dir():
         raise DataError(f"{data}/ham10000 does not exist. Give the folder that holds ham10000/.")
     training = ham10000.read(data / "ham10000")
-    if (data / "isic2017").is_dir():
-        training += isic_cli.read(data / "isic2017", isic_cli.ISIC_2017)
     held_out = (
         balanced.read_validation_table(data / "balanced") if (data / "balanced").is_dir() else []
     )
@@ -40,7 +38,7 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     held_out.sort(key=lambda record: not record.path)
     pictured = [record for record in held_out if record.path]
     pixels = build_cache(run.cache, [*training, *pictured], config.size, config.size)
-    # Lesion ids of different datasets are different namespaces, so pictures are compared as well.
+    # Some images of the balanced set have no lesion id, so pictures are compared as well.
     training, held_out = assign(training, held_out, near_duplicates(pixels))
     records = [*training, *held_out[: len(pictured)]]
     save_manifest(run.manifest, records)

@@ -24,23 +24,18 @@ class Config:
         patience: Epochs without a better validation AUROC before training stops.
         ema_decay: Of the averaged weights that are evaluated and kept, per step.
         trunk_channels: Of the features that the heads share.
-        frozen_stages: First stages of the backbone that keep their pretrained weights; 0 fits all.
-            They cost the most per image and change the least.
-        drop_path: Stochastic depth of the backbone, in training.
     """
 
     seed: int = 0
     size: int = 160
-    epochs: int = 12
+    epochs: int = 14
     batch_size: int = 32
     learning_rate: float = 6e-4
     weight_decay: float = 0.02
     warmup_epochs: float = 1.0
-    patience: int = 5
+    patience: int = 4
     ema_decay: float = 0.998
     trunk_channels: int = 256
-    frozen_stages: int = 2
-    drop_path: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,16 +18,6 @@ def test_lite0_gives_a_grid_of_features() -> None:
     assert (mean, std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def test_frozen_stages_are_not_fitted_and_keep_their_statistics() -> None:
-    backbone = build_lite0(pretrained=False, frozen_stages=2)[0].train()
-    for part in (backbone.model.conv_stem, backbone.model.bn1, *backbone.model.blocks[:2]):
-        assert not part.training
-        assert not any(p.requires_grad for p in part.parameters())
-    assert backbone.model.blocks[2].training
-    assert all(p.requires_grad for p in backbone.model.blocks[2:].parameters())
-    assert build_lite0(pretrained=False)[0].train().model.bn1.training
-
-
 def test_weights_that_do_not_fit_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

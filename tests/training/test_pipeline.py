@@ -42,7 +42,7 @@ CONFIG = Config(
 def _small_backbone():
     """What is learned here can be learned by two convolutions, in seconds."""
 
-    def build(pretrained: bool = True, frozen_stages: int = 0, drop_path: float = 0.0):
+    def build(pretrained: bool = True):
         backbone = nn.Sequential(
             nn.Conv2d(3, 16, 5, stride=4), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=3), nn.ReLU()
         )
@@ -56,7 +56,7 @@ def _small_backbone():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    ham = draw_ham10000(folder / "ham10000", 160)
+    ham = draw_ham10000(folder / "ham10000", 320)
     draw_balanced(folder / "balanced", ham)
     (folder / "originals").mkdir()
     shutil.copy(ham / "HAM10000_images" / "ISIC_0000001.jpg", folder / "originals")
@@ -84,7 +84,7 @@ def bundle_folder(tmp_path_factory: pytest.TempPathFactory, data: Path, fitted: 
 
 def test_prepare_leaves_the_held_out_lesions_out(fitted: Run) -> None:
     records, pixels = fitted.load_data()
-    assert pixels.shape == (360, 64, 64, 3)
+    assert pixels.shape == (680, 64, 64, 3)
     used = {records[row].lesion for row in rows(records, Split.TRAIN)}
     used |= {records[row].lesion for row in rows(records, Split.VALIDATION)}
     # The first image of each of these lesions stands in the balanced set; it has a second one.

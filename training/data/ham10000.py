@@ -6,6 +6,8 @@ from training.data.manifest import DataError, Diagnosis, Record, Sex, Site
 from training.data.tables import read_rows
 
 NAME = "HAM10000"
+LICENCE = "CC BY-NC 4.0"
+SOURCE = "https://doi.org/10.7910/DVN/DBW86T"
 
 _DIAGNOSES: dict[str, Diagnosis | None] = {
     "akiec": Diagnosis.AKIEC,

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from training.data import ham10000
 from training.data.manifest import Record, Split
 
 TEST_MODULUS = 5
@@ -83,12 +82,12 @@ def assign(
 ) -> tuple[list[Record], list[Record]]:
     """Give every record its split and its component.
 
-    Test is the fixed fifth of HAM10000's lesions. Of what is left, everything that shares a
-    component with it or with `held_out` is excluded; a seventh of HAM10000's remaining components
-    validates, with whatever of other datasets is joined to them.
+    Test is the fixed fifth of `training`'s lesions. Of what is left, everything that shares a
+    component with it or with `held_out` is excluded; a seventh of the remaining components
+    validates.
 
     Args:
-        training: The records to divide.
+        training: The records to divide (HAM10000).
         held_out: Records that nothing may be trained or tuned on, with or without pixels.
         pairs: Near-duplicates, as positions in `training` followed by `held_out`.
 
@@ -103,17 +102,15 @@ def assign(
     touched = set(labels[len(training) :].tolist())
     # A component with one tested lesion is tested or left out as a whole: never trained on.
     numbered = list(zip(training, labels.tolist(), strict=False))
-    tested = {label for record, label in numbered if _is_tested(record)}
-    divided = {label for record, label in numbered if record.dataset == ham10000.NAME}
+    tested = {label for record, label in numbered if in_test_split(record.lesion or record.image)}
 
     def split(record: Record, label: int) -> Split:
-        if _is_tested(record):
+        if in_test_split(record.lesion or record.image):
             return Split.TEST
         if label in touched or label in tested:
             return Split.EXCLUDED
-        if label in divided and _hash("validation " + names[label]) % VALIDATION_MODULUS == 0:
-            return Split.VALIDATION
-        return Split.TRAIN
+        validates = _hash("validation " + names[label]) % VALIDATION_MODULUS == 0
+        return Split.VALIDATION if validates else Split.TRAIN
 
     done = [
         replace(record, split=split(record, label), component=names[label])
@@ -124,10 +121,6 @@ def assign(
         for record, label in zip(held_out, labels[len(training) :].tolist(), strict=True)
     ]
     return done, held
-
-
-def _is_tested(record: Record) -> bool:
-    return record.dataset == ham10000.NAME and in_test_split(record.lesion or record.image)
 
 
 def _hash(text: str) -> int:
