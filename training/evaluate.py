@@ -4,13 +4,11 @@ import csv
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
     accuracy_score,
@@ -22,17 +20,16 @@ from tqdm import tqdm
 
 from models.bundle import Artifact, Bundle, Metric, melanoma_probability
 from models.files import write_atomically
-from models.images import ImageError, decode
 from training.data.cache import Pixels
 from training.data.manifest import DataError, Record, Sex, Site, Split, fingerprint
 from training.export import AGE_EDGES, Runner, onnx_runner, run_batches
 from training.losses import MISSING, encode_targets
+from training.robustness import compare_sizes, flagged_shares
 from training.run import Run, rows
 from training.statistics import LEAST_IMAGES, REPLICATES, Clusters
 
 SEED = 0
 BATCH_SIZE = 32
-THUMBNAIL_WIDTH = 200
 CALIBRATION_BINS = 15
 PAPER = {
     "class_accuracy": 0.8625,
@@ -248,7 +245,6 @@ class Predictions:
         found = (self.probability[known] >= self.threshold).astype(int)
         baseline = self._from_metadata("melanoma", known)[:, 1]
         prior = float((self.targets["melanoma"][self.train] == 1).mean())
-        weights = _to_even(truth)
 
         def accuracy_50_50(y: Classes, p: Classes) -> float:
             return float((np.mean(p[y == 1] == 1) + np.mean(p[y == 0] == 0)) / 2)
@@ -262,9 +258,6 @@ class Predictions:
                 clusters.bootstrap(_of_both(accuracy_50_50, truth, found), SEED)
             ),
             "class_f1": _f1_readings(truth, found, "binary"),
-            "class_f1_50_50_macro": float(
-                f1_score(truth, found, average="macro", sample_weight=weights)
-            ),
             "auroc": asdict(
                 clusters.bootstrap(_of_both(roc_auc_score, truth, self.probability[known]), SEED)
             ),
@@ -364,81 +357,6 @@ def expected_calibration_error(truth: Classes, probability: Floats) -> float:
     return float(np.abs(gaps).sum() / len(truth))
 
 
-def compare_sizes(
-    runner: Runner, artifact: Artifact, folder: Path, shape: tuple[int, int]
-) -> Report:
-    """The melanoma probability of each original, and of its copy at 200 pixels' width.
-
-    Raises:
-        DataError: There is none, or one cannot be read.
-    """
-    pairs = []
-    for path in sorted(folder.glob("*.jpg")):
-        data = path.read_bytes()
-        both = np.stack([read_pixels(path, version, shape) for version in (data, thumbnail(data))])
-        logits = runner(both)["melanoma_logit"]
-        pairs.append(melanoma_probability(logits, artifact.calibration))
-    if not pairs:
-        raise DataError(f"{folder} holds no .jpg files.")
-    change = np.abs(np.diff(np.array(pairs), axis=1)).ravel()
-    return {
-        "images": len(change),
-        "copy_width": THUMBNAIL_WIDTH,
-        "median_change_of_probability": float(np.median(change)),
-        "largest_change_of_probability": float(change.max()),
-    }
-
-
-def read_pixels(path: Path, data: bytes, shape: tuple[int, int]) -> Pixels:
-    """Decode an image of the data folder.
-
-    Raises:
-        DataError: It cannot be.
-    """
-    try:
-        return decode(data, *shape).pixels
-    except ImageError as error:
-        raise DataError(f"{path}: {error}") from None
-
-
-def thumbnail(data: bytes) -> bytes:
-    """A JPEG's copy at 200 pixels' width, as a viewer would save it."""
-    with Image.open(BytesIO(data)) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        height = round(upright.height * THUMBNAIL_WIDTH / upright.width)
-        small = upright.resize((THUMBNAIL_WIDTH, height), Image.Resampling.LANCZOS)
-    buffer = BytesIO()
-    small.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-def flagged_shares(
-    runner: Runner,
-    artifact: Artifact,
-    folder: Path,
-    shape: tuple[int, int],
-    scores: dict[str, Floats],
-) -> Report:
-    """Share of images over the out-of-distribution threshold, by kind of image."""
-    kinds: dict[str, list[float]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".jpg", ".png"):
-            pixels = read_pixels(path, path.read_bytes(), shape)[None]
-            kind = "other: " + path.name.split("_")[0]
-            kinds.setdefault(kind, []).append(float(runner(pixels)["ood_score"][0]))
-    measured = {**scores, **{kind: np.array(values) for kind, values in kinds.items()}}
-    return {
-        "threshold": artifact.ood_threshold,
-        "flagged": {
-            name: {
-                "images": len(values),
-                "share": float((values > artifact.ood_threshold).mean()),
-            }
-            for name, values in measured.items()
-        },
-    }
-
-
 def _on(
     measure: Callable[..., float], truth: NDArray[Any], found: NDArray[Any]
 ) -> Callable[[NDArray[np.intp]], float]:
@@ -464,13 +382,6 @@ def _f1_readings(truth: Classes, found: Classes, first: str) -> Report:
         average: float(f1_score(truth, found, average=average, zero_division=0.0))
         for average in averages
     }
-
-
-def _to_even(truth: Classes) -> Floats:
-    """Weights that make both classes count alike."""
-    share = float(truth.mean())
-    weights: Floats = np.where(truth == 1, 0.5 / max(share, 1e-9), 0.5 / max(1 - share, 1e-9))
-    return weights
 
 
 def _spread(
