@@ -4,6 +4,9 @@ VENV ?= .venv
 DATA ?= ../shared/data
 RUN ?= runs/default
 
+# As pip does: behind a hospital's proxy the machine's own certificates are the ones that count.
+export UV_SYSTEM_CERTS := true
+
 uv := $(VENV)/bin/uv
 install := $(uv) pip install --quiet --python $(VENV)/bin/python --require-hashes
 editable := $(uv) pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
