@@ -147,7 +147,9 @@ def test_a_bundle_is_evaluated_with_its_own_run_only(
     other = Run(tmp_path / "other")
     shutil.copytree(fitted.folder, other.folder)
     records, _ = other.load_data()
-    save_manifest(other.manifest, [replace(records[0], split=Split.EXCLUDED), *records[1:]])
+    learned = rows(records, Split.TRAIN)[0]
+    records[learned] = replace(records[learned], split=Split.EXCLUDED)
+    save_manifest(other.manifest, records)
     with pytest.raises(DataError, match="fitted on other data"):
         evaluate(load_bundle(bundle_folder), other, data)
     with pytest.raises(DataError, match="fitted on other data"):
