@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -212,13 +213,19 @@ def write_artifacts(
         external_data=False,
         verbose=False,
     )
-    with warnings.catch_warnings():
-        # Deprecated upstream; written because users of TorchScript runtimes ask for it.
-        warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
-        warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)
-        traced = torch.jit.trace(served, images, strict=False)  # type: ignore[no-untyped-call]
+    with torchscript():
+        traced = torch.jit.trace(served, images, strict=False)  # type: ignore[no-untyped-call]  # torch's own gap
         torch.jit.save(traced, paths["torchscript"])
     return paths
+
+
+@contextmanager
+def torchscript() -> Iterator[None]:
+    """TorchScript without its warning: deprecated upstream, and still asked for by its users."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)
+        yield
 
 
 Runner = Callable[[NDArray[np.uint8]], Outputs]
@@ -252,10 +259,8 @@ def open_runner(artifact_format: ArtifactFormat, path: Path) -> Runner:
         return onnx_runner(path)
     if artifact_format == "torch_export":
         return eager(torch.export.load(path).module())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
-        warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)
-        return eager(torch.jit.load(path))  # type: ignore[no-untyped-call]
+    with torchscript():
+        return eager(torch.jit.load(path))  # type: ignore[no-untyped-call]  # torch's own gap
 
 
 def run_batches(
