@@ -116,7 +116,7 @@ class Predictor:
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     def check_open(self) -> None:
-        """Refuse a request before its body is read.
+        """Refuse a request whose body need not be read.
 
         Raises:
             Problem: The network is not ready, or the service is shutting down.

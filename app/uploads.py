@@ -1,7 +1,7 @@
 """A request's body to images in memory: multipart or raw, bounded, never written to disk."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -124,25 +124,34 @@ class Body:
 
 @asynccontextmanager
 async def open_uploads(
-    request: Request, settings: Settings, held: Held
+    request: Request, settings: Settings, held: Held, check_open: Callable[[], None]
 ) -> AsyncIterator[list[Upload]]:
     """The images of a request, in memory while the block runs.
 
+    Args:
+        request: Whose body they are.
+        settings: The limits.
+        held: Counts what is in memory, over all requests.
+        check_open: Raises a `Problem` where the body need not be read at all.
+
     Raises:
-        Problem: The body is too large, too slow, of another content type, cannot be read, or holds
-            no image; or too much is in memory already.
+        Problem: That of `check_open`; or the body is too large, too slow, of another content type,
+            cannot be read, or holds no image; or too much is in memory already.
         ClientDisconnect: The caller went before the body's end.
     """
     body = Body(request, settings.max_bytes, held)
     try:
-        yield await _read(request, body, settings)
+        yield await _read(request, body, settings, check_open)
     finally:
         body.release()
 
 
-async def _read(request: Request, body: Body, settings: Settings) -> list[Upload]:
+async def _read(
+    request: Request, body: Body, settings: Settings, check_open: Callable[[], None]
+) -> list[Upload]:
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     try:
+        check_open()
         async with asyncio.timeout(settings.upload_seconds):
             if media_type == "multipart/form-data":
                 return await _read_form(request, body, settings)

@@ -58,8 +58,9 @@ async def predict(
     """
     predictor: Predictor = request.app.state.predictor
     trace = trace_of(request.scope)
-    predictor.check_open()
-    async with open_uploads(request, request.app.state.settings, request.app.state.held) as uploads:
+    state = request.app.state
+    opened = open_uploads(request, state.settings, state.held, predictor.check_open)
+    async with opened as uploads:
         results = await _while_connected(request, predictor.predict(uploads, explain, trace))
     if results is None:
         return Response(status_code=499)  # nobody is there to read it

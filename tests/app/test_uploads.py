@@ -4,7 +4,7 @@ import pytest
 from starlette.requests import ClientDisconnect, Request
 
 from app import uploads
-from app.problems import Problem
+from app.problems import SATURATED, Problem
 from app.settings import Settings
 from app.uploads import Held, Upload, open_uploads
 
@@ -29,9 +29,26 @@ def part(body: bytes, more: bool = True) -> dict:
     return {"type": "http.request", "body": body, "more_body": more}
 
 
+def is_open() -> None:
+    """The service takes requests."""
+
+
 async def read(request: Request, held: Held | None = None, **settings: object) -> list[Upload]:
-    async with open_uploads(request, Settings(**settings), held or Held(10**9)) as uploads:
+    opened = open_uploads(request, Settings(**settings), held or Held(10**9), is_open)
+    async with opened as uploads:
         return uploads
+
+
+async def test_a_busy_service_refuses_in_a_way_that_a_sender_can_read() -> None:
+    def is_busy() -> None:
+        raise Problem(SATURATED, "busy")
+
+    refused = request([part(b"x"), part(b"x", more=False)], content_type="image/jpeg")
+    with pytest.raises(Problem, match="busy"):
+        async with open_uploads(refused, Settings(), Held(0), is_busy):
+            pass
+    with pytest.raises(TimeoutError):  # what was sent has been read, and nothing of it held
+        await asyncio.wait_for(refused.receive(), 0.05)
 
 
 async def test_what_still_comes_is_read_before_a_refusal() -> None:
@@ -72,7 +89,7 @@ async def test_an_upload_has_to_arrive_in_time() -> None:
 async def test_all_uploads_together_are_bounded() -> None:
     held = Held(10)
     body = [part(b"123456", more=False)]
-    async with open_uploads(request(body, content_type="image/jpeg"), Settings(), held):
+    async with open_uploads(request(body, content_type="image/jpeg"), Settings(), held, is_open):
         with pytest.raises(Problem) as caught:
             await read(request(body, content_type="image/jpeg"), held)
         assert caught.value.kind.name == "saturated"
