@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 check: lint
 	$(MAKE) test
 
-## Retrain, evaluate and export the shipped bundle from the data folder (hours on two cores).
+## Retrain, evaluate and export the shipped bundle from the data folder (about an hour on two cores).
 default-bundle: $(VENV)/.dev
 	$(VENV)/bin/mmtl-train prepare $(DATA) --run $(RUN)
 	$(VENV)/bin/mmtl-train fit --run $(RUN)

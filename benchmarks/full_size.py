@@ -3,7 +3,7 @@
 Starts the service as a process, posts one JPEG again and again, and decodes it in full in between,
 so that both are measured in one run on one machine. Also measures from process start to ready.
 
-    .venv/bin/python benchmarks/full_size.py IMAGE.jpg [--posts 20] [--write docs/full-size.md]
+    .venv/bin/python benchmarks/full_size.py IMAGE.jpg [--posts 20] > docs/full-size.md
 """
 
 import argparse
@@ -19,8 +19,6 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
-
-from models.files import write_atomically
 
 
 def start_service() -> tuple[subprocess.Popen[bytes], int, float]:
@@ -45,13 +43,30 @@ def start_service() -> tuple[subprocess.Popen[bytes], int, float]:
         time.sleep(0.01)
 
 
+def measure(port: int, data: bytes, times: int) -> tuple[list[float], list[float]]:
+    """Seconds of each post and of each full decode, in turns."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    posts, decodes = [], []
+    for _ in range(times):
+        started = time.perf_counter()
+        connection.request("POST", "/predict", data, {"Content-Type": "image/jpeg"})
+        answer = connection.getresponse()
+        answer.read()
+        posts.append(time.perf_counter() - started)
+        if answer.status != 200:
+            raise SystemExit(f"The service answered {answer.status}.")
+        started = time.perf_counter()
+        Image.open(BytesIO(data)).convert("RGB").load()
+        decodes.append(time.perf_counter() - started)
+    return posts, decodes
+
+
 def main() -> None:
-    """Measure and print; write where asked."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("image", type=Path)
     parser.add_argument("--posts", type=int, default=20)
     parser.add_argument("--starts", type=int, default=5)
-    parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
     data = arguments.image.read_bytes()
     width, height = Image.open(BytesIO(data)).size
@@ -63,22 +78,11 @@ def main() -> None:
         if len(ready) < arguments.starts:
             process.terminate()
             process.wait()
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    posts, decodes = [], []
-    for _ in range(arguments.posts):
-        started = time.perf_counter()
-        connection.request("POST", "/predict", data, {"Content-Type": "image/jpeg"})
-        answer = connection.getresponse()
-        answer.read()
-        posts.append(time.perf_counter() - started)
-        if answer.status != 200:
-            raise SystemExit(f"The service answered {answer.status}.")
-        started = time.perf_counter()
-        Image.open(BytesIO(data)).convert("RGB").load()
-        decodes.append(time.perf_counter() - started)
-    process.terminate()
-    process.wait()
-
+    try:
+        posts, decodes = measure(port, data, arguments.posts)
+    finally:
+        process.terminate()
+        process.wait()
     post, decode = statistics.median(posts), statistics.median(decodes)
     command = "benchmarks/full_size.py " + arguments.image.name
     text = f"""# A full-size original
@@ -95,10 +99,7 @@ turns, on {os.cpu_count()} cores of {platform.machine()}. Medians.
 | ratio | {post / decode:.2f} |
 | from process start to ready, {arguments.starts} starts | {1000 * statistics.median(ready):.0f} |
 """
-    print(text)
-    if arguments.write:
-        with write_atomically(arguments.write) as temporary:
-            temporary.write_text(text)
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How many images of each dataset every quality warning flags.
 
-.venv/bin/python benchmarks/quality_flags.py ../shared/data [--write docs/quality-flags.md]
+.venv/bin/python benchmarks/quality_flags.py ../shared/data > docs/quality-flags.md
 """
 
 import argparse
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from app.quality import find_warnings
 from app.schemas import QualityWarning
+from app.settings import DEFAULT_BUNDLE
 from models.bundle import load_bundle
-from models.files import write_atomically
 from models.images import decode
 
 FOLDERS = {
@@ -24,12 +24,11 @@ MOST = 2000
 
 
 def main() -> None:
-    """Count and print; write where asked."""
+    """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
-    size = load_bundle(Path("models/default")).manifest.input
+    size = load_bundle(DEFAULT_BUNDLE).manifest.input
     kinds = [kind for kind in QualityWarning if kind is not QualityWarning.OUT_OF_DISTRIBUTION]
     lines = [
         "# What the quality warnings flag",
@@ -51,11 +50,7 @@ def main() -> None:
             found.update(find_warnings(decode(path.read_bytes(), size.height, size.width)))
         shares = " | ".join(f"{found[kind] / len(chosen):.1%}" for kind in kinds)
         lines.append(f"| {name} | {len(chosen):,} | {shares} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.write:
-        with write_atomically(arguments.write) as temporary:
-            temporary.write_text(text)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from app import quality
 from app.quality import find_warnings
 from app.schemas import QualityWarning
 from models.images import DecodedImage
+from tests.conftest import ROOT
 from tests.lesions import draw_lesion
 
 
@@ -15,6 +17,18 @@ def found(pixels: np.ndarray, width: int = 640, height: int = 480) -> list[Quali
 @pytest.fixture
 def good() -> np.ndarray:
     return draw_lesion(0, 160, 160)
+
+
+def test_the_documented_thresholds_are_those_of_the_rules() -> None:
+    page = (ROOT / "docs" / "quality.md").read_text()
+    for words in (
+        f"Laplacian over the inner half of the picture below {quality.SHARPNESS:g}",
+        f"mean luma below {quality.DARK:g}",
+        f"mean luma of the inner half above {quality.BRIGHT:g}",
+        f"more than {100 * quality.BORDER_SHARE:g} % of the outermost twentieth",
+        f"darker than {quality.BORDER_DARK:g}",
+    ):
+        assert words in page
 
 
 def test_a_good_picture_has_none(good: np.ndarray) -> None:
