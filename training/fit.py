@@ -22,7 +22,9 @@ from models.files import write_atomically
 from training.augment import seeded, training_transform
 from training.backbones import build_lite0
 from training.data.cache import Pixels
-from training.data.manifest import DataError, Record, Split, fingerprint
+from training.data.layouts import ham10000
+from training.data.manifest import DataError, Record, fingerprint
+from training.data.vocabulary import Split
 from training.losses import Targets, encode_targets, multi_task_loss
 from training.network import MultiTaskNetwork
 from training.run import Config, Run, rows
@@ -54,7 +56,7 @@ def build_network(config: Config, pretrained: bool = True) -> MultiTaskNetwork:
         training.backbones.WeightsError: The pretrained weights are missing.
     """
     torch.manual_seed(config.seed)
-    backbone, channels, mean, std = build_lite0(pretrained)
+    backbone, channels, mean, std = build_lite0(pretrained, config.drop_path)
     return MultiTaskNetwork(backbone, channels, config.trunk_channels, mean, std)
 
 
@@ -75,7 +77,8 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
     config = run.load_config()
     records, pixels = run.load_data()
     targets = encode_targets(records)
-    train, validation = rows(records, Split.TRAIN), rows(records, Split.VALIDATION)
+    train = rows(records, Split.TRAIN)
+    validation = rows(records, Split.VALIDATION, ham10000.TITLE)
     if not train or len(set(targets.classes["melanoma"][validation].tolist()) - {-1}) < 2:
         raise DataError(
             f"{run.manifest} must have training images, and validation images with and without "

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from models.bundle import AGE_GRID
-from training.data.manifest import Diagnosis, Record, Sex, Site
+from training.data.manifest import Record
+from training.data.vocabulary import Sex, Site
+from training.network import DIAGNOSES
 
 MISSING = -1
 # Melanoma is what the network is for; the others regularise the trunk and are reported.
@@ -32,7 +34,7 @@ class Targets:
 
 def encode_targets(records: Sequence[Record]) -> Targets:
     """The labels of a manifest as class numbers, ages on ISIC's 5-year grid (nearest below)."""
-    sites, sexes, diagnoses = list(Site), list(Sex), list(Diagnosis)
+    sites, sexes, diagnoses = list(Site), list(Sex), list(DIAGNOSES)
 
     def encode(record: Record) -> tuple[int, ...]:
         age = MISSING
@@ -43,7 +45,7 @@ def encode_targets(records: Sequence[Record]) -> Targets:
             age,
             MISSING if record.site is None else sites.index(record.site),
             MISSING if record.sex is None else sexes.index(record.sex),
-            MISSING if record.diagnosis is None else diagnoses.index(record.diagnosis),
+            diagnoses.index(record.diagnosis) if record.diagnosis in diagnoses else MISSING,
         )
 
     table = torch.tensor([encode(record) for record in records]).reshape(-1, 5)

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.bundle import AGE_GRID
-from training.data.manifest import Diagnosis, Sex, Site
+from training.data.vocabulary import Diagnosis, Sex, Site
 
+# The seven classes of HAM10000, which has no invasive squamous cell carcinoma.
+DIAGNOSES = tuple(diagnosis for diagnosis in Diagnosis if diagnosis is not Diagnosis.SCC)
 # One entry a task: its head's number of outputs.
 HEADS: dict[str, int] = {
     "melanoma": 1,
     "age": len(AGE_GRID) - 1,
     "site": len(Site),
     "sex": len(Sex),
-    "diagnosis": len(Diagnosis),
+    "diagnosis": len(DIAGNOSES),
 }
 
 

@@ -1,23 +1,33 @@
 """From a data folder to a run folder: records, pixels, components and splits."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from training.data import balanced, ham10000
 from training.data.cache import build_cache
-from training.data.manifest import DataError, save_manifest
-from training.data.splits import assign, near_duplicates
+from training.data.components import components
+from training.data.duplicates import find_duplicates, thumbnails
+from training.data.layouts import balanced, gather, ham10000, read_datasets
+from training.data.manifest import DataError, Record, save_manifest
+from training.data.splits import assign_fixed
+from training.data.vocabulary import Split
 from training.run import Config, Run
 
+TRAINED_ON = (ham10000.TITLE, "isic2017")
 
-def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
-    """Read HAM10000 (and the balanced set, where it is there), split it, and cache its pixels.
+
+def prepare(
+    data: Path, run: Run, config: Config, trained_on: Sequence[str] = TRAINED_ON
+) -> Counter[tuple[str, str]]:
+    """Find every dataset below a folder, split what is to be used, and cache its pixels.
+
+    Datasets that are not trained on still say which images belong together.
 
     Args:
-        data: The folder that holds `ham10000/` and, where it is there, `balanced/`, which is only
-            tested on.
+        data: The folder that holds HAM10000 and, where they are there, other datasets.
         run: Where the manifest and the cache go.
         config: Frozen into the run.
+        trained_on: Names of the datasets to learn from. The balanced set's `val` is tested on.
 
     Returns:
         Number of images by (dataset, split).
@@ -25,21 +35,25 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     Raises:
         DataError: The data does not fit, or the run folder holds another configuration.
     """
-    if not (data / "ham10000").is_dir():
-        raise DataError(f"{data}/ham10000 does not exist. Give the folder that holds ham10000/.")
-    training = ham10000.read(data / "ham10000")
-    held_out = (
-        balanced.read_validation_table(data / "balanced") if (data / "balanced").is_dir() else []
-    )
+    records, listed = gather(read_datasets([data]))
+    used = [i for i, record in enumerate(records) if record.path and _is_used(record, trained_on)]
+    if not any(records[i].dataset == ham10000.TITLE for i in used):
+        raise DataError(
+            f"{data} holds no images of HAM10000, which the network is validated and tested on."
+        )
     run.save_config(config)
     # Until the new one is written there is none: pixels and labels of two preparations never meet.
     run.manifest.unlink(missing_ok=True)
-    # Rows with pixels first, so that they line up with the cache.
-    held_out.sort(key=lambda record: not record.path)
-    pictured = [record for record in held_out if record.path]
-    pixels = build_cache(run.cache, [*training, *pictured], config.size, config.size)
-    # Some images of the balanced set have no lesion id, so pictures are compared as well.
-    training, held_out = assign(training, held_out, near_duplicates(pixels))
-    records = [*training, *held_out[: len(pictured)]]
-    save_manifest(run.manifest, records)
-    return Counter((record.dataset, str(record.split)) for record in records)
+    pixels = build_cache(run.cache, [records[i] for i in used], config.size, config.size)
+    # Ids alone miss copies that a dataset holds under another name, so pictures are compared, too.
+    found = find_duplicates(thumbnails(lambda row: pixels[row], len(pixels)))
+    pairs = [(used[pair.one], used[pair.other]) for pair in found]
+    divided = assign_fixed(records, components(records, pairs, listed))
+    manifest = [divided[i] for i in used]
+    save_manifest(run.manifest, manifest)
+    return Counter((record.dataset, str(record.split)) for record in manifest)
+
+
+def _is_used(record: Record, trained_on: Sequence[str]) -> bool:
+    published = record.dataset.startswith(balanced.TITLE) and record.split is Split.TEST
+    return record.dataset in trained_on or published

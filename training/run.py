@@ -6,7 +6,8 @@ from pathlib import Path
 
 from models.files import write_atomically
 from training.data.cache import Pixels, open_cache
-from training.data.manifest import DataError, Record, Split, load_manifest
+from training.data.manifest import DataError, Record, load_manifest
+from training.data.vocabulary import Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Config:
         patience: Epochs without a better validation AUROC before training stops.
         ema_decay: Of the averaged weights that are evaluated and kept, per step.
         trunk_channels: Of the features that the heads share.
+        drop_path: Stochastic depth of the backbone, in training.
     """
 
     seed: int = 0
@@ -36,6 +38,7 @@ class Config:
     patience: int = 4
     ema_decay: float = 0.998
     trunk_channels: int = 256
+    drop_path: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)

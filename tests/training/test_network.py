@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.bundle import AGE_GRID
-from training.data.manifest import Diagnosis, Record, Sex, Site
+from training.data.manifest import Record
+from training.data.vocabulary import Diagnosis, Sex, Site
 from training.losses import MISSING, Targets, encode_targets, multi_task_loss
 from training.network import HEADS, MultiTaskNetwork, ServedNetwork, age_distribution
 

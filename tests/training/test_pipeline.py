@@ -20,7 +20,8 @@ from training import export as exporting
 from training import fit as fitting
 from training.cli import cli
 from training.cli import main as run_command_line
-from training.data.manifest import DataError, Split, save_manifest
+from training.data.manifest import DataError, save_manifest
+from training.data.vocabulary import Split
 from training.evaluate import evaluate
 from training.export import export
 from training.fit import fit, warmup_cosine
@@ -42,7 +43,7 @@ CONFIG = Config(
 def _small_backbone():
     """What is learned here can be learned by two convolutions, in seconds."""
 
-    def build(pretrained: bool = True):
+    def build(pretrained: bool = True, drop_path: float = 0.0):
         backbone = nn.Sequential(
             nn.Conv2d(3, 16, 5, stride=4), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=3), nn.ReLU()
         )
@@ -134,7 +135,7 @@ def test_what_is_missing_is_said_in_a_sentence(tmp_path: Path, data: Path) -> No
     run = Run(tmp_path / "run")
     with pytest.raises(DataError, match="is not a run folder"):
         fit(run)
-    with pytest.raises(DataError, match="ham10000 does not exist"):
+    with pytest.raises(DataError, match="holds no dataset in a layout"):
         prepare(tmp_path, run, CONFIG)
     prepare(data, run, CONFIG)
     with pytest.raises(DataError, match=r"is not fitted\. Run `mmtl-train fit` first"):

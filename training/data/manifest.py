@@ -3,55 +3,19 @@
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from enum import StrEnum
 from pathlib import Path
 
 from models.files import write_atomically
+from training.data.vocabulary import Diagnosis, Sex, Site, Split
+
+_ISIC_ID = re.compile(r"ISIC(?:20\d\d)?_(\d{7})(?!\d)", re.IGNORECASE)
 
 
 class DataError(Exception):
     """Data that cannot be used; the message names the file (and row) and says what to do."""
-
-
-class Site(StrEnum):
-    """Anatomical site, in the vocabulary of ISIC 2020 (`anatom_site_general_challenge`)."""
-
-    HEAD_NECK = "head/neck"
-    UPPER_EXTREMITY = "upper extremity"
-    LOWER_EXTREMITY = "lower extremity"
-    TORSO = "torso"
-    PALMS_SOLES = "palms/soles"
-    ORAL_GENITAL = "oral/genital"
-
-
-class Sex(StrEnum):
-    """Sex as recorded."""
-
-    FEMALE = "female"
-    MALE = "male"
-
-
-class Diagnosis(StrEnum):
-    """The seven classes of HAM10000 (Tschandl et al. 2018)."""
-
-    AKIEC = "actinic keratosis"
-    BCC = "basal cell carcinoma"
-    BKL = "benign keratosis"
-    DF = "dermatofibroma"
-    MEL = "melanoma"
-    NV = "nevus"
-    VASC = "vascular lesion"
-
-
-class Split(StrEnum):
-    """What an image may be used for."""
-
-    TRAIN = "train"
-    VALIDATION = "validation"
-    TEST = "test"
-    EXCLUDED = "excluded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +23,26 @@ class Record:
     """One image and what is known of it; None where it is not known.
 
     Attributes:
-        image: ISIC image id.
-        path: Of the image file.
+        image: ISIC image id, or a name of its own within the dataset.
+        path: Of the image file; empty where only the metadata is at hand.
         dataset: Name of the dataset that it was found in.
-        lesion: Lesion id, in the dataset's own namespace.
+        lesion: Lesion id, as the dataset has it.
+        patient: Patient id, as the dataset has it.
         melanoma: Whether the diagnosis is melanoma.
-        diagnosis: One of seven.
+        diagnosis: One of eight.
         age: `age_approx`, in years, in steps of 5.
         sex: As recorded.
         site: Anatomical site.
         split: What the image may be used for.
-        component: Images of one component (same lesion) are one cluster in splits and intervals.
+        component: Images of one component (same lesion, patient or picture) are one cluster in
+            splits and intervals; the smallest image id of them.
     """
 
     image: str
     path: str
     dataset: str
     lesion: str | None = None
+    patient: str | None = None
     melanoma: bool | None = None
     diagnosis: Diagnosis | None = None
     age: float | None = None
@@ -85,13 +52,22 @@ class Record:
     component: str = ""
 
 
-_COLUMNS = [field.name for field in fields(Record)]
+COLUMNS = tuple(field.name for field in fields(Record))
+
+
+def isic_id(name: str) -> str | None:
+    """The ISIC image id in a file name or cell, in its canonical spelling; None if there is none.
+
+    `ISIC_0000001_downsampled.jpg` and `ISIC2019_0000001_mel.jpg` are both of ISIC_0000001.
+    """
+    found = _ISIC_ID.match(name.strip())
+    return f"ISIC_{found[1]}" if found else None
 
 
 def save_manifest(path: Path, records: Sequence[Record]) -> None:
     """Write the manifest as CSV, whole or not at all."""
     with write_atomically(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for record in records:
             row = asdict(record)
@@ -107,21 +83,29 @@ def load_manifest(path: Path) -> list[Record]:
         DataError: The file is missing or a row does not fit the vocabulary.
     """
     if not path.is_file():
-        raise DataError(f"{path} does not exist. Run `mmtl-train prepare` first.")
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != _COLUMNS:
-            raise DataError(f"{path}: expected the columns {', '.join(_COLUMNS)}.")
-        return [_parse(path, number, row) for number, row in enumerate(reader, start=2)]
+        raise DataError(
+            f"{path} does not exist. Write it with `mmtl-train prepare` or `mmtl-train data split`."
+        )
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise DataError(f"{path}: expected the columns {', '.join(COLUMNS)}.")
+            return [_parse(path, number, row) for number, row in enumerate(reader, start=2)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is not a CSV file in UTF-8: {error}.") from None
 
 
 def _parse(path: Path, number: int, row: dict[str, str]) -> Record:
+    if None in row.values() or None in row:
+        raise DataError(f"{path}, row {number}: it has more or fewer cells than the header.")
     try:
         return Record(
             image=row["image"],
             path=row["path"],
             dataset=row["dataset"],
             lesion=row["lesion"] or None,
+            patient=row["patient"] or None,
             melanoma=bool(int(row["melanoma"])) if row["melanoma"] else None,
             diagnosis=Diagnosis(row["diagnosis"]) if row["diagnosis"] else None,
             age=float(row["age"]) if row["age"] else None,

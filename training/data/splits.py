@@ -1,22 +1,22 @@
-"""Who may learn from what: connected components across datasets, and the fixed splits over them."""
+"""Who may learn from what: splits of a manifest over its components."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import StratifiedGroupKFold
 
-from training.data.manifest import Record, Split
+from training.data.components import names_of
+from training.data.layouts import balanced, ham10000
+from training.data.manifest import DataError, Record
+from training.data.vocabulary import Split
 
 TEST_MODULUS = 5
 VALIDATION_MODULUS = 7
-# Correlation of 16 x 16 grey thumbnails above which two images show the same lesion in the same
-# frame. Every copy of a HAM10000 image in the balanced set lies above it.
-NEAR_DUPLICATE = 0.995
-_CHUNK = 1024
+# Parts that a division by fractions is made of: fractions are met to a twentieth.
+_PARTS = 20
 
 
 def in_test_split(lesion: str) -> bool:
@@ -24,118 +24,183 @@ def in_test_split(lesion: str) -> bool:
     return _hash(lesion) % TEST_MODULUS == 0
 
 
-def components(
-    records: Sequence[Record], pairs: Iterable[tuple[int, int]] = ()
-) -> NDArray[np.int32]:
-    """Number the groups of images that must stay together.
+def assign_fixed(records: Sequence[Record], labels: NDArray[np.int32]) -> list[Record]:
+    """The split that the shipped bundle is made on.
 
-    Two records are joined when they share an image id (across datasets), a lesion id (within a
-    dataset: lesion ids are not one namespace), or stand in `pairs`.
+    Test is the fixed fifth of HAM10000's lesions, and the balanced set's `val`. Of what is left,
+    everything that shares a component with these is excluded; a seventh of HAM10000's remaining
+    components validates, with whatever of other datasets is joined to them.
 
     Args:
         records: All images of all datasets at hand.
-        pairs: Positions of records known to be near-duplicates.
+        labels: Their components.
 
     Returns:
-        int32 [len(records)], the component of each.
+        The records, in order, with `split` and `component` filled in.
     """
-    nodes: dict[tuple[str, ...], int] = {}
-    edges = list(pairs)
-    for position, record in enumerate(records):
-        keys: list[tuple[str, ...]] = [("image", record.image)]
-        if record.lesion is not None:
-            keys.append(("lesion", record.dataset.split(" ")[0], record.lesion))
-        for key in keys:
-            edges.append((position, nodes.setdefault(key, len(records) + len(nodes))))
-    size = len(records) + len(nodes)
-    rows, columns = np.array(edges).T if edges else np.zeros((2, 0), int)
-    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(size, size))
-    labels: NDArray[np.int32] = connected_components(graph, directed=False)[1]
-    return labels[: len(records)]
+    names = names_of(records, labels)
+    tested = [_is_tested(record) for record in records]
+    # A component with one tested image is tested or left out as a whole: never trained on.
+    touched = {name for name, test in zip(names, tested, strict=True) if test}
+    divided = {
+        name
+        for name, record in zip(names, records, strict=True)
+        if record.dataset == ham10000.TITLE
+    }
 
-
-def near_duplicates(images: NDArray[np.uint8]) -> list[tuple[int, int]]:
-    """Pairs of near-identical pictures, found on 16 x 16 grey thumbnails.
-
-    Args:
-        images: uint8 [N, H, W, 3].
-
-    Returns:
-        Both positions of each pair, the lower one first.
-    """
-    thumbnails = _thumbnails(images)
-    pairs: list[tuple[int, int]] = []
-    for start in range(0, len(thumbnails), _CHUNK):
-        rows, columns = np.nonzero(
-            thumbnails[start : start + _CHUNK] @ thumbnails[start:].T > NEAR_DUPLICATE
-        )
-        above = columns > rows
-        found = np.stack([rows[above], columns[above]], axis=1) + start
-        pairs += [(int(one), int(other)) for one, other in found]
-    return pairs
-
-
-def assign(
-    training: Sequence[Record],
-    held_out: Sequence[Record],
-    pairs: Iterable[tuple[int, int]] = (),
-) -> tuple[list[Record], list[Record]]:
-    """Give every record its split and its component.
-
-    Test is the fixed fifth of `training`'s lesions. Of what is left, everything that shares a
-    component with it or with `held_out` is excluded; a seventh of the remaining components
-    validates.
-
-    Args:
-        training: The records to divide (HAM10000).
-        held_out: Records that nothing may be trained or tuned on, with or without pixels.
-        pairs: Near-duplicates, as positions in `training` followed by `held_out`.
-
-    Returns:
-        Both lists, in order, with `split` and `component` filled in. Held-out records are TEST.
-    """
-    everything = [*training, *held_out]
-    labels = components(everything, pairs)
-    names: dict[int, str] = {}
-    for record, label in zip(everything, labels.tolist(), strict=True):
-        names[label] = min(names.get(label, record.image), record.image)
-    touched = set(labels[len(training) :].tolist())
-    # A component with one tested lesion is tested or left out as a whole: never trained on.
-    numbered = list(zip(training, labels.tolist(), strict=False))
-    tested = {label for record, label in numbered if in_test_split(record.lesion or record.image)}
-
-    def split(record: Record, label: int) -> Split:
-        if in_test_split(record.lesion or record.image):
+    def split(test: bool, name: str) -> Split:
+        if test:
             return Split.TEST
-        if label in touched or label in tested:
+        if name in touched:
             return Split.EXCLUDED
-        validates = _hash("validation " + names[label]) % VALIDATION_MODULUS == 0
-        return Split.VALIDATION if validates else Split.TRAIN
+        if name in divided and _hash("validation " + name) % VALIDATION_MODULUS == 0:
+            return Split.VALIDATION
+        return Split.TRAIN
 
-    done = [
-        replace(record, split=split(record, label), component=names[label])
-        for record, label in numbered
+    return [
+        replace(record, split=split(test, name), component=name)
+        for record, test, name in zip(records, tested, names, strict=True)
     ]
-    held = [
-        replace(record, split=Split.TEST, component=names[label])
-        for record, label in zip(held_out, labels[len(training) :].tolist(), strict=True)
+
+
+def assign_published(
+    records: Sequence[Record],
+    labels: NDArray[np.int32],
+    clean: bool,
+    validation: float = 0.15,
+    seed: int = 0,
+) -> list[Record]:
+    """The paper's split: test is the balanced set's `val`, everything else may be learned from.
+
+    Args:
+        records: The balanced set, and whatever else is trained on.
+        labels: Their components.
+        clean: Exclude every image that shares a component with the test set. The paper did not.
+        validation: Share of what is left that validates, whole components at a time.
+        seed: Of that choice.
+
+    Raises:
+        DataError: There is no balanced `val` among the records.
+    """
+    names = names_of(records, labels)
+    tested = [_is_published_test(record) for record in records]
+    if not any(tested):
+        raise DataError(
+            "The paper's split needs the balanced set's `val` (valid-set-metadata.csv or its "
+            "folder) among the data."
+        )
+    touched = {name for name, test in zip(names, tested, strict=True) if test}
+    done = []
+    for record, name, test in zip(records, names, tested, strict=True):
+        left_out = clean and not test and name in touched
+        split = Split.TEST if test else Split.EXCLUDED if left_out else Split.TRAIN
+        done.append(replace(record, split=split, component=name))
+    free = [i for i, record in enumerate(done) if record.split is Split.TRAIN]
+    return _part(done, free, {Split.VALIDATION: validation}, seed)
+
+
+def divide(
+    records: Sequence[Record],
+    labels: NDArray[np.int32],
+    validation: float,
+    test: float,
+    seed: int = 0,
+) -> list[Record]:
+    """Train, validation and test, stratified by dataset and melanoma, whole components at a time.
+
+    Args:
+        records: Whatever their `split` was before.
+        labels: Their components.
+        validation: Share.
+        test: Share.
+        seed: Of the choice.
+
+    Raises:
+        DataError: The shares are too large, or there are too few components.
+    """
+    named = [
+        replace(record, split=Split.TRAIN, component=name)
+        for record, name in zip(records, names_of(records, labels), strict=True)
     ]
-    return done, held
+    shares = {Split.TEST: test, Split.VALIDATION: validation}
+    return _part(named, list(range(len(named))), shares, seed)
+
+
+def fold(
+    records: Sequence[Record], labels: NDArray[np.int32], folds: int, seed: int = 0
+) -> list[list[Record]]:
+    """K manifests: in each, another k-th of the components validates.
+
+    Raises:
+        DataError: There are fewer components than folds.
+    """
+    names = names_of(records, labels)
+    number = _numbers(records, names, folds, seed)
+    return [
+        [
+            replace(
+                record,
+                split=Split.VALIDATION if number[i] == held else Split.TRAIN,
+                component=names[i],
+            )
+            for i, record in enumerate(records)
+        ]
+        for held in range(folds)
+    ]
+
+
+def _part(
+    records: list[Record], free: list[int], shares: dict[Split, float], seed: int
+) -> list[Record]:
+    """Give shares of the records at `free` to other splits."""
+    wanted = {split: round(share * _PARTS) for split, share in shares.items()}
+    if any(share < 0 for share in shares.values()) or sum(wanted.values()) >= _PARTS:
+        raise DataError("The shares of validation and test must be at least 0, and below 1 in sum.")
+    if not any(wanted.values()):
+        return records
+    chosen = [records[i] for i in free]
+    numbers = _numbers(chosen, [record.component for record in chosen], _PARTS, seed)
+    bounds, done = 0, list(records)
+    for split, parts in wanted.items():
+        for position, number in zip(free, numbers.tolist(), strict=True):
+            if bounds <= number < bounds + parts:
+                done[position] = replace(records[position], split=split)
+        bounds += parts
+    return done
+
+
+def _numbers(
+    records: Sequence[Record], names: Sequence[str], parts: int, seed: int
+) -> NDArray[np.int64]:
+    """Which of `parts` equal parts each record is in (Stratified, Group K-Fold of scikit-learn)."""
+    if parts < 2 or len(set(names)) < parts:
+        raise DataError(
+            f"{len(set(names)):,} components (lesions, patients) cannot be parted in {parts}."
+        )
+    strata, stratum = np.unique(
+        [f"{record.dataset} {record.melanoma}" for record in records], return_inverse=True
+    )
+    numbers = np.empty(len(records), np.int64)
+    # A stratum with fewer images than parts is common (a small dataset), and needs no warning.
+    rare = np.bincount(stratum, minlength=len(strata)) < parts
+    stratum = np.where(rare[stratum], -1, stratum)
+    if (stratum == -1).sum() < parts:
+        stratum = np.where(stratum == -1, stratum.max(), stratum)
+    folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
+    for number, (_, held) in enumerate(folds.split(np.zeros(len(records)), stratum, names)):
+        numbers[held] = number
+    return numbers
+
+
+def _is_tested(record: Record) -> bool:
+    if record.dataset == ham10000.TITLE:
+        return in_test_split(record.lesion or record.image)
+    return _is_published_test(record)
+
+
+def _is_published_test(record: Record) -> bool:
+    return record.dataset.startswith(balanced.TITLE) and record.split is Split.TEST
 
 
 def _hash(text: str) -> int:
     return int(hashlib.sha256(text.encode()).hexdigest(), 16)
-
-
-def _thumbnails(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """float32 [N, 256], each of zero mean and unit length."""
-    count, height, width, _ = images.shape
-    grey = np.empty((count, 16, 16), np.float32)
-    rows, columns = np.arange(16) * height // 16, np.arange(16) * width // 16
-    for position in range(count):
-        plane = images[position].mean(axis=2, dtype=np.float32)
-        grey[position] = np.add.reduceat(np.add.reduceat(plane, rows, 0), columns, 1)
-    flat = grey.reshape(count, -1)
-    flat -= flat.mean(axis=1, keepdims=True)
-    flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
-    return flat

@@ -1,81 +1,180 @@
-"""CSV tables read with errors that name the file, the row and the column."""
+"""CSV tables as people have them, read with faults that name the file, the row and the column."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
 from training.data.manifest import DataError
+from training.data.vocabulary import Term, diagnosis_of
 
-Vocabulary = TypeVar("Vocabulary", bound=StrEnum)
-MISSING = frozenset({"", "unknown", "na", "nan", "none"})
+Value = TypeVar("Value")
+SUFFIXES = frozenset({".csv", ".tsv", ".tab"})
+MISSING = frozenset({"", "unknown", "na", "n/a", "nan", "none", "null", "unk"})
+OLDEST = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something in the data that is not as it should be.
+
+    Attributes:
+        kind: For counting: "bad value", "unknown value", "repeated row", ...
+        message: A sentence that names the file, and the row and column where there are.
+        fatal: Whether the data must not be used before it is mended.
+    """
+
+    kind: str
+    message: str
+    fatal: bool = True
+
+
+class Faults(list[Fault]):
+    """What was found wrong while reading."""
+
+    def add(self, kind: str, message: str, fatal: bool = True) -> None:
+        """Note a fault."""
+        self.append(Fault(kind, message, fatal))
+
+    def raise_fatal(self) -> None:
+        """Refuse data with fatal faults.
+
+        Raises:
+            DataError: There is one; the first is told.
+        """
+        fatal = [fault for fault in self if fault.fatal]
+        if fatal:
+            more = f" ({len(fatal) - 1:,} more: `mmtl-train data check`)" if len(fatal) > 1 else ""
+            raise DataError(f"{fatal[0].message}{more}")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a table, and where it stands."""
+    """A row of a table, and where it stands. A column may be given under several names."""
 
     path: Path
     number: int
-    cells: dict[str, str]
+    cells: Mapping[str, str | None]
+    faults: Faults
 
-    def text(self, column: str) -> str | None:
-        """The cell, stripped; None where it is empty or says that the value is unknown."""
-        value = (self.cells.get(column) or "").strip()
-        return None if value.lower() in MISSING else value
+    def text(self, *columns: str) -> str | None:
+        """The first of these cells that holds something; None where all say "unknown"."""
+        for column in columns:
+            value = (self.cells.get(column) or "").strip()
+            if value.lower() not in MISSING:
+                return value
+        return None
 
-    def age(self, column: str) -> float | None:
-        """The cell as an age in years.
-
-        Raises:
-            DataError: It is not a number from 0 to 120.
-        """
-        value = self.text(column)
+    def age(self, *columns: str) -> float | None:
+        """The cell as an age in years, 0 to 120."""
+        value = self.text(*columns)
         try:
             age = None if value is None else float(value)
         except ValueError:
             age = -1.0
-        if age is not None and not 0 <= age <= 120:
-            raise self.error(column, "an age in years")
+        if age is not None and not 0 <= age <= OLDEST:
+            self._bad(columns, value, "an age in years")
+            return None
         return age
 
-    def choice(self, column: str, choices: dict[str, Vocabulary | None]) -> Vocabulary | None:
-        """The cell, translated by `choices` (keys in lower case).
-
-        Raises:
-            DataError: It is not one of them.
-        """
-        value = self.text(column)
+    def choice(self, choices: Mapping[str, Value], *columns: str) -> Value | None:
+        """The cell, translated by `choices` (keys in lower case)."""
+        value = self.text(*columns)
         if value is None:
             return None
         if value.lower() not in choices:
-            raise self.error(column, f"one of {', '.join(choices)}")
+            self._bad(columns, value, f"one of {', '.join(choices)}")
+            return None
         return choices[value.lower()]
 
-    def error(self, column: str, expected: str) -> DataError:
-        """An error that names this cell."""
-        return DataError(
-            f"{self.path}, row {self.number}, column {column}: "
-            f"{self.cells.get(column)!r} is not {expected}."
-        )
+    def diagnosis(self, *columns: str) -> Term:
+        """The cell as a diagnosis in words. An unheard-of one is noted, and means nothing."""
+        value = self.text(*columns)
+        if value is None:
+            return Term(None, None)
+        term = diagnosis_of(value)
+        if not term.known:
+            self.faults.add(
+                "unknown value",
+                f"{self.where(columns, value)}: {value!r} is no diagnosis that is known here; the "
+                "image keeps its other labels.",
+                fatal=False,
+            )
+        return term
+
+    def required(self, *columns: str) -> str | None:
+        """The cell, which must not be empty."""
+        value = self.text(*columns)
+        if value is None:
+            self.faults.add("bad value", f"{self.where(columns)} is empty.")
+        return value
+
+    def where(self, columns: tuple[str, ...], value: str | None = None) -> str:
+        """File, row and column, for a message."""
+        held = [c for c in columns if (self.cells.get(c) or "").strip() == (value or "")]
+        present = [c for c in columns if c in self.cells]
+        return f"{self.path}, row {self.number}, column {(held or present or list(columns))[0]}"
+
+    def _bad(self, columns: tuple[str, ...], value: str | None, expected: str) -> None:
+        self.faults.add("bad value", f"{self.where(columns, value)}: {value!r} is not {expected}.")
 
 
-def read_rows(path: Path, columns: set[str]) -> Iterator[Row]:
-    """The rows of a CSV file that has at least these columns.
+def read_header(path: Path) -> frozenset[str]:
+    """The column names of a table, in lower case; none where it cannot be read."""
+    try:
+        with path.open(newline="", encoding=_encoding(path)) as file:
+            line = file.readline()
+        return frozenset(_names(next(csv.reader([line], delimiter=_delimiter(line)), [])))
+    except (OSError, UnicodeError, csv.Error):
+        return frozenset()
+
+
+def read_rows(path: Path, columns: set[str], faults: Faults) -> Iterator[Row]:
+    """The rows of a CSV file that has at least these columns (in lower case).
+
+    Commas, semicolons and tabs separate; UTF-8 and, with its mark, UTF-16 are read.
 
     Raises:
-        DataError: The file is missing, is not text in UTF-8, or lacks a column.
+        DataError: The file is missing, is not such text, or lacks a column.
     """
+    number = 1
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if missing := columns - set(reader.fieldnames or ()):
+        with path.open(newline="", encoding=_encoding(path)) as file:
+            line = file.readline()
+            delimiter = _delimiter(line)
+            names = _names(next(csv.reader([line], delimiter=delimiter), []))
+            if missing := columns - set(names):
                 raise DataError(f"{path}: the column {sorted(missing)[0]} is missing.")
-            for number, cells in enumerate(reader, start=2):
-                yield Row(path, number, cells)
+            if repeated := {name for name in names if name and names.count(name) > 1}:
+                raise DataError(f"{path}: the column {min(repeated)} stands twice.")
+            for number, cells in enumerate(csv.reader(file, delimiter=delimiter), start=2):
+                if any(cell.strip() for cell in cells):
+                    if len(cells) != len(names):
+                        faults.add(
+                            "bad row",
+                            f"{path}, row {number}: {len(cells)} cells, where the header has "
+                            f"{len(names)} columns.",
+                        )
+                        continue
+                    yield Row(path, number, dict(zip(names, cells, strict=True)), faults)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not a CSV file in UTF-8: {error}.") from None
+    except (UnicodeError, csv.Error) as error:
+        raise DataError(
+            f"{path}, after row {number}: it is not a CSV file in UTF-8: {error}."
+        ) from None
+
+
+def _encoding(path: Path) -> str:
+    with path.open("rb") as file:
+        mark = file.read(2)
+    return "utf-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def _delimiter(header: str) -> str:
+    return max(",;\t", key=header.count)
+
+
+def _names(cells: list[str]) -> list[str]:
+    return [cell.strip().lower() for cell in cells]

@@ -1,0 +1,134 @@
+"""`mmtl-train data`, as a researcher uses it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training.data.drawn import LAYOUTS, isic, picture
+from tests.training.folders import write_table
+from training.cli import main
+from training.data.layouts import load_layouts
+from training.data.manifest import load_manifest
+from training.data.vocabulary import Split
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mmtl-train", "data", *map(str, arguments)])
+        patch.setenv("COLUMNS", "200")
+        try:
+            main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("isic2019", "plain"):
+        (tmp_path / name).mkdir()
+        LAYOUTS[name][1](tmp_path / name)
+    return tmp_path
+
+
+def test_check_counts_and_names_what_is_wrong(folder: Path, capsys) -> None:
+    assert run(capsys, "check", folder)[0] == 0
+    damaged = next((folder / "plain" / "images").iterdir())
+    damaged.write_bytes(b"no image")
+    picture(folder / "others" / "photo.jpg", 1)
+    table = folder / "plain" / "labels.csv"
+    table.write_text(table.read_text().replace(",61,", ",old,", 1))
+    status, out, _ = run(capsys, "check", folder)
+    assert status == 1
+    assert "2 (2 to mend)" in out
+    assert f"{damaged}: The bytes are not an image" in out
+    assert f"{table}, row 2, column age: 'old' is not an age in years." in out
+    assert f"{folder / 'others'}: 1 images of no dataset." in out
+    _, out, _ = run(capsys, "check", folder, "--json", "--no-pixels")
+    found = json.loads(out)
+    assert [item["layout"] for item in found["datasets"]] == ["ISIC 2019", "plain CSV"]
+    assert found["datasets"][0]["known"] == {
+        "melanoma": 8,
+        "diagnosis": 8,
+        "age": 8,
+        "sex": 9,
+        "site": 9,
+        "lesion": 9,
+        "patient": 0,
+    }
+    assert found["datasets"][0]["melanomas"] == 1
+
+
+def test_annotate_joins_a_bare_folder_by_isic_id(folder: Path, capsys) -> None:
+    for number in (0, 3, 77):
+        picture(folder / "bare" / f"{isic(number)}_downsampled.jpg", number)
+    out = folder / "out.csv"
+    status, printed, _ = run(
+        capsys, "annotate", folder / "bare", "--with", folder / "isic2019", "-o", out
+    )
+    assert status == 0
+    assert f"2 of 3 images found in the metadata; wrote {out}." in printed
+    assert f"not found: {isic(77)}_downsampled.jpg" in printed
+    first, second, third = load_manifest(out)
+    assert (first.melanoma, second.diagnosis, third.melanoma) == (True, "actinic keratosis", None)
+    assert second.lesion == "BCN_0000001"
+
+
+def test_annotate_keeps_what_the_folder_says_and_tells_of_disagreement(
+    folder: Path, capsys
+) -> None:
+    for name in ("mel", "oth"):
+        (folder / "set" / name).mkdir(parents=True)
+    picture(folder / "set" / "oth" / "ISIC2019_0000000_oth.jpg", 0)
+    out = folder / "out.csv"
+    _, printed, _ = run(
+        capsys, "annotate", folder / "set", "--with", folder / "isic2019", "-o", out
+    )
+    (record,) = load_manifest(out)
+    assert record.melanoma is False
+    assert "ISIC_0000000: melanoma is False in balanced (ISIC2019) and before, True" in printed
+
+
+def test_audit_answers_as_a_table_and_as_json(folder: Path, capsys) -> None:
+    rows = [{"image": isic(1), "melanoma": "0"}, {"image": isic(50), "melanoma": "0"}]
+    (folder / "b").mkdir()
+    write_table(folder / "b" / "b.csv", rows)
+    arguments = ("audit", folder / "isic2019", folder / "b", "--csv", folder / "leaks.csv")
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0
+    assert "50.0%" in out
+    assert (folder / "leaks.csv").read_text().count("\n") == 2
+    found = json.loads(run(capsys, *arguments, "--json", "--no-pixels")[1])
+    assert (found["rows_by_image"], found["rows_b"], found["rows_a"]) == (1, 2, 9)
+    assert found["near_duplicate_pairs"] is None
+
+
+def test_split_writes_manifests(folder: Path, capsys) -> None:
+    rows = [
+        {"image": isic(n), "patient": f"IP_{n // 2}", "melanoma": str(n % 4 // 2)}
+        for n in range(200)
+    ]
+    write_table(folder / "many.csv", rows)
+    out = folder / "manifest.csv"
+    assert run(capsys, "split", folder / "many.csv", "-o", out)[0] == 0
+    assert {record.split for record in load_manifest(out)} == {
+        Split.TRAIN,
+        Split.VALIDATION,
+        Split.TEST,
+    }
+    assert run(capsys, "split", folder / "many.csv", "-o", out, "--folds", 3)[0] == 0
+    assert len(load_manifest(folder / "manifest-3.csv")) == 200
+    status, _, err = run(capsys, "split", folder / "many.csv", "--paper")
+    assert (status, "needs the balanced set's `val`" in err) == (2, True)
+    status, _, err = run(capsys, "split", folder / "many.csv", "--paper", "--clean")
+    assert err == "mmtl-train: Choose one of --paper, --clean and --folds.\n"
+
+
+def test_every_layout_says_what_a_bundle_must_say_of_its_data() -> None:
+    for layout in load_layouts():
+        assert layout.TITLE
+        assert layout.LICENCE

@@ -1,0 +1,84 @@
+"""What must stay together."""
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.data.components import components, names_of
+from training.data.layouts import gather, read_datasets
+from training.data.manifest import Record
+
+
+def isic(number: int) -> str:
+    return f"ISIC_{number:07d}"
+
+
+def test_records_are_joined_by_image_across_datasets_and_by_lesion_and_patient() -> None:
+    records = [
+        Record(isic(1), "", "A", lesion="HAM_0000001"),
+        Record(isic(2), "", "A", lesion="HAM_0000001"),
+        Record(isic(2), "", "B", lesion="IL_0000009"),
+        Record(isic(3), "", "B", lesion="IL_0000009"),
+        Record(isic(4), "", "B", patient="IP_0000004"),
+        Record(isic(5), "", "C", patient="IP_0000004"),
+    ]
+    assert components(records).tolist() == [0, 0, 0, 0, 1, 1]
+    assert len(set(components(records, by=("image", "lesion")).tolist())) == 3
+    assert names_of(records, components(records)) == [isic(1)] * 4 + [isic(4)] * 2
+
+
+def test_a_bare_id_means_something_within_its_dataset_only() -> None:
+    records = [
+        Record("a", "", "A", lesion="17"),
+        Record("a", "", "B", lesion="18"),
+        Record("b", "", "B", lesion="17"),
+        Record("c", "", "B", lesion="17"),
+    ]
+    first, second, third, fourth = components(records).tolist()
+    assert len({first, second, third}) == 3
+    assert third == fourth
+
+
+def test_pairs_and_listed_duplicates_join() -> None:
+    records = [Record(isic(n), "", "A") for n in range(5)]
+    found = components(records, [(0, 1)], [(isic(1), isic(3)), (isic(3), isic(9))]).tolist()
+    assert found[0] == found[1] == found[3]
+    assert len(set(found)) == 3
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 20), st.none() | st.integers(0, 8), st.none() | st.integers(0, 8)),
+        max_size=60,
+    )
+)
+def test_equal_ids_are_never_apart_whatever_the_order(rows: list) -> None:
+    records = [
+        Record(
+            isic(image),
+            "",
+            "A",
+            lesion=None if lesion is None else f"HAM_{lesion}",
+            patient=None if patient is None else f"IP_{patient}",
+        )
+        for image, lesion, patient in rows
+    ]
+    names = names_of(records, components(records))
+    for attribute in ("image", "lesion", "patient"):
+        by_value: dict[str, set[str]] = {}
+        for record, name in zip(records, names, strict=True):
+            if (value := getattr(record, attribute)) is not None:
+                by_value.setdefault(value, set()).add(name)
+        assert all(len(found) == 1 for found in by_value.values())
+    backwards = names_of(records[::-1], components(records[::-1]))
+    assert backwards[::-1] == names
+
+
+def test_on_the_real_tables_isic_2019_joins_ham10000(shared_data: Path) -> None:
+    folders = [shared_data / "ham10000", shared_data / "isic2019"]
+    records, _ = gather(read_datasets(folders))
+    names = names_of(records, components(records))
+    own = dict(zip([(r.dataset, r.image) for r in records], names, strict=True))
+    ham = [record for record in records if record.dataset == "HAM10000"]
+    assert all(own["ISIC 2019", r.image] == own["HAM10000", r.image] for r in ham)

@@ -1,0 +1,243 @@
+"""Every layout is recognised, and read into one vocabulary."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.training.data.drawn import LAYOUTS, draw_plain, isic, picture
+from tests.training.folders import draw_balanced, draw_ham10000
+from training.data.layouts import Dataset, gather, read_datasets
+from training.data.manifest import DataError, Record, save_manifest
+from training.data.vocabulary import Diagnosis, Sex, Site, Split
+
+
+def read(tmp_path: Path, name: str) -> Dataset:
+    title, draw, _ = LAYOUTS[name]
+    (tmp_path / name).mkdir()
+    draw(tmp_path / name)
+    (dataset,) = read_datasets([tmp_path / name])
+    assert title == dataset.layout.TITLE
+    return dataset
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_drawn_copy_is_recognised_and_its_images_found(tmp_path: Path, name: str) -> None:
+    dataset = read(tmp_path, name)
+    assert sum(bool(record.path) for record in dataset.records) == LAYOUTS[name][2]
+    assert all(Path(record.path).is_file() for record in dataset.records if record.path)
+    assert not any(fault.fatal for fault in dataset.faults)
+
+
+def test_many_datasets_are_found_below_one_folder(tmp_path: Path) -> None:
+    for name in ("isic2019", "kaggle10k", "plain"):
+        folder = tmp_path / "deep" / name
+        folder.mkdir(parents=True)
+        LAYOUTS[name][1](folder)
+    found = read_datasets([tmp_path])
+    assert [dataset.layout.TITLE for dataset in found] == ["ISIC 2019", "Kaggle 10k", "plain CSV"]
+
+
+def test_a_folder_without_a_dataset_says_what_is_known(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no dataset in a layout that is known.*HAM10000.*plain"):
+        read_datasets([tmp_path])
+    with pytest.raises(DataError, match="missing does not exist"):
+        read_datasets([tmp_path / "missing"])
+
+
+def test_ham10000_is_read_into_the_canonical_vocabulary(tmp_path: Path) -> None:
+    records = read(tmp_path, "ham10000").records
+    assert records[4] == Record(
+        image="ISIC_0000004",
+        path=str(tmp_path / "ham10000" / "HAM10000_images_part_1" / "ISIC_0000004.jpg"),
+        dataset="HAM10000",
+        lesion="HAM_0000002",
+        melanoma=True,
+        diagnosis=Diagnosis.MEL,
+        age=10.0,
+        sex=None,
+        site=Site.UPPER_EXTREMITY,
+    )
+    assert {record.site for record in records} == {*Site, None}
+    assert {record.sex for record in records} == {Sex.MALE, Sex.FEMALE, None}
+
+
+def test_isic_2019_joins_its_two_tables(tmp_path: Path) -> None:
+    records = read(tmp_path, "isic2019").records
+    assert [record.diagnosis for record in records] == [
+        Diagnosis.MEL,
+        Diagnosis.NV,
+        Diagnosis.BCC,
+        Diagnosis.AKIEC,
+        Diagnosis.BKL,
+        Diagnosis.DF,
+        Diagnosis.VASC,
+        Diagnosis.SCC,
+        None,
+    ]
+    assert [record.melanoma for record in records] == [True] + [False] * 7 + [None]
+    assert (records[1].image, records[1].lesion) == (isic(1), "BCN_0000000")
+    assert (records[0].age, records[1].age, records[1].site) == (None, 55.0, Site.TORSO)
+
+
+def test_isic_2020_joins_official_tables_and_lists_its_duplicates(tmp_path: Path) -> None:
+    dataset = read(tmp_path, "isic2020-official")
+    tested, first, *_ = dataset.records
+    assert (first.melanoma, first.lesion, first.patient) == (True, "IL_0000000", "IP_0000000")
+    assert first.path.endswith("resized_128/ISIC_0000000.png")
+    assert (tested.image, tested.melanoma, tested.patient) == (isic(90), None, "IP_0000009")
+    assert dataset.pairs == [(isic(0), isic(5))]
+
+
+def test_isic_2020_takes_lesions_from_v2_and_ages_from_kaggle(tmp_path: Path) -> None:
+    LAYOUTS["isic2020-kaggle"][1](tmp_path)
+    with (tmp_path / "train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {"lesion_id": "IL_0000001", "age_approx": "", "image_name": row["image_name"]}
+    write(tmp_path / "v2.csv", rows)
+    (dataset,) = read_datasets([tmp_path])
+    assert len(dataset.records) == 6
+    assert (dataset.records[0].age, dataset.records[0].lesion) == (45.0, "IL_0000001")
+
+
+@pytest.mark.parametrize("name", ["isic-cli-old", "isic-cli-new"])
+def test_isic_cli_is_read_with_old_and_new_columns(tmp_path: Path, name: str) -> None:
+    dataset = read(tmp_path, name)
+    assert [record.melanoma for record in dataset.records[:3]] == [True, False, False]
+    assert dataset.records[0].diagnosis is Diagnosis.MEL
+    assert dataset.records[0].dataset == name
+    if name == "isic-cli-new":
+        # A cyst is none of the eight, but benign; a clinical picture is no dermoscopic one.
+        assert dataset.records[2].diagnosis is None
+        assert {fault.kind for fault in dataset.faults} == {"unknown value", "not dermoscopic"}
+        assert dataset.records[0].patient == "IP_0000000"
+
+
+def test_the_balanced_table_keeps_the_rows_without_pixels(tmp_path: Path) -> None:
+    ham = draw_ham10000(tmp_path / "ham", 60)
+    (dataset,) = read_datasets([draw_balanced(tmp_path / "balanced", ham)])
+    assert [bool(record.path) for record in dataset.records] == [True] * 24 + [False] * 17
+    assert [record.melanoma for record in dataset.records[:4]] == [False, False, True, True]
+    assert dataset.records[0].site is Site.TORSO
+    assert {r.dataset for r in dataset.records} == {"balanced (ISIC2017)", "balanced (ISIC2019)"}
+    assert {record.split for record in dataset.records} == {Split.TEST}
+
+
+def test_the_balanced_folders_alone_tell_image_and_class(tmp_path: Path) -> None:
+    for part, name in (("train", "mel"), ("val", "mel")):
+        picture(tmp_path / part / name / f"ISIC2019_{len(part):07d}_{name}.jpg", 1)
+        (tmp_path / part / "oth").mkdir()
+    picture(tmp_path / "val" / "oth" / "stray.jpg", 1)
+    (dataset,) = read_datasets([tmp_path])
+    assert {(r.image, r.melanoma, r.split) for r in dataset.records} == {
+        (isic(5), True, Split.TRAIN),
+        (isic(3), True, Split.TEST),
+    }
+    assert "stray file" in {fault.kind for fault in dataset.faults}
+    (part,) = read_datasets([tmp_path / "val"])
+    assert {record.split for record in part.records} == {Split.TEST}
+
+
+def test_kaggle_names_are_its_own(tmp_path: Path) -> None:
+    records = read(tmp_path, "kaggle10k").records
+    assert {record.melanoma for record in records} == {True, False}
+    assert records[0].image == "test/benign/melanoma_1"
+    assert records[0].split is Split.TEST
+
+
+def test_a_plain_table_is_read_by_its_usual_names(tmp_path: Path) -> None:
+    first = read(tmp_path, "plain").records[0]
+    assert (first.melanoma, first.sex, first.site) == (True, Sex.FEMALE, Site.TORSO)
+    assert (first.age, first.patient, first.dataset) == (61.0, "0", "plain")
+
+
+def test_a_manifest_of_our_own_is_read_as_it_is(tmp_path: Path) -> None:
+    records = [Record("a", "", "d", melanoma=True, split=Split.TEST, component="a")]
+    save_manifest(tmp_path / "manifest.csv", records)
+    assert read_datasets([tmp_path / "manifest.csv"])[0].records == records
+
+
+def test_rows_of_one_image_that_disagree_are_refused(tmp_path: Path) -> None:
+    table = draw_plain(tmp_path)
+    table.write_text(table.read_text() + "images/clinic-0.png,no,61,F,back,0\n")
+    datasets = read_datasets([tmp_path])
+    with pytest.raises(DataError, match=r"clinic-0\.png stands in two rows, which disagree"):
+        gather(datasets)
+    table.write_text(table.read_text().replace("clinic-0.png,no", "clinic-0.png,yes"))
+    assert len(gather(read_datasets([tmp_path]))[0]) == 6
+
+
+TAMPERED = sorted(name for name in LAYOUTS if name != "kaggle10k")
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "latin-1", "cp037")
+cells = st.text(st.characters(codec="latin-1"), max_size=12) | st.sampled_from(
+    ["", "UNKNOWN", "nan", "-5", "1e9", "MELANOMA", "Torso ", "ISIC_0000001", "true", "Benign"]
+)
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@settings(max_examples=60)
+@given(st.data())
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_tampered_table_is_read_or_refused_in_a_sentence(tmp_path_factory, name, data) -> None:
+    folder = tmp_path_factory.mktemp("tampered") / name
+    folder.mkdir()
+    table = LAYOUTS[name][1](folder)
+    with table.open() as file:
+        header, *rows = list(csv.reader(file))
+    if data.draw(st.booleans(), label="drop a column"):
+        dropped = data.draw(st.integers(0, len(header) - 1), label="which")
+        header, rows = [
+            (part[:dropped] + part[dropped + 1 :]) if i == 0 else part
+            for i, part in enumerate([header, rows])
+        ]
+        rows = [row[:dropped] + row[dropped + 1 :] for row in rows]
+    if data.draw(st.booleans(), label="mix the case"):
+        header = [cell.upper() for cell in header]
+        rows = [[cell.title() for cell in row] for row in rows]
+    for _ in range(data.draw(st.integers(0, 3), label="cells")):
+        row = data.draw(st.integers(0, len(rows) - 1), label="row")
+        column = data.draw(st.integers(0, len(header) - 1), label="column")
+        rows[row][column] = data.draw(cells, label="cell")
+    if data.draw(st.booleans(), label="repeat a row"):
+        rows.append(data.draw(st.sampled_from(rows), label="which one"))
+    delimiter = data.draw(st.sampled_from(",;\t"), label="delimiter")
+    encoding = data.draw(st.sampled_from(ENCODINGS), label="encoding")
+    with table.open("w", newline="", encoding=encoding) as file:
+        csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+    try:
+        records, _ = gather(read_datasets([folder]))
+    except DataError as error:
+        sentence = str(error)
+        assert str(folder) in sentence
+        if " is not " in sentence and "CSV file" not in sentence:
+            assert table.name in sentence or ".csv" in sentence
+            assert ", row " in sentence
+            assert ", column " in sentence
+    else:
+        assert all(isinstance(record, Record) for record in records)
+        assert all(record.age is None or 0 <= record.age <= 120 for record in records)
+
+
+def test_the_real_folders_are_recognised(shared_data: Path) -> None:
+    found = {dataset.place.name: dataset for dataset in read_datasets([shared_data])}
+    assert {name: (d.layout.TITLE, len(d.records)) for name, d in found.items()} == {
+        "balanced": ("balanced", 9_810),
+        "ham10000": ("HAM10000", 10_015),
+        "isic2017": ("ISIC archive (isic-cli)", 2_288),
+        "isic2019": ("ISIC 2019", 25_331),
+        "isic2020": ("ISIC 2020", 44_108),
+        "originals": ("plain CSV", 20),
+    }
+    pictures = {name: sum(bool(r.path) for r in d.records) for name, d in found.items()}
+    assert pictures["balanced"] == 2_395
+    assert pictures["isic2020"] == 10_897
+    assert not any(dataset.faults for dataset in found.values())

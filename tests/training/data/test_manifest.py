@@ -1,0 +1,97 @@
+"""The manifest is read back as it was written; its fingerprint is of what can be learned."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.data.manifest import (
+    DataError,
+    Record,
+    fingerprint,
+    isic_id,
+    load_manifest,
+    save_manifest,
+)
+from training.data.vocabulary import Diagnosis, Sex, Site, Split, diagnosis_of
+
+words = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\x00"), min_size=1)
+records = st.builds(
+    Record,
+    image=words,
+    path=words,
+    dataset=words,
+    lesion=st.none() | words,
+    patient=st.none() | words,
+    melanoma=st.none() | st.booleans(),
+    diagnosis=st.none() | st.sampled_from(Diagnosis),
+    age=st.none() | st.floats(0, 120),
+    sex=st.none() | st.sampled_from(Sex),
+    site=st.none() | st.sampled_from(Site),
+    split=st.none() | st.sampled_from(Split),
+    component=words,
+)
+
+
+@given(st.lists(records, max_size=5))
+def test_a_manifest_is_read_back_as_it_was(tmp_path_factory, written: list[Record]) -> None:
+    path = tmp_path_factory.mktemp("manifest") / "manifest.csv"
+    save_manifest(path, written)
+    assert load_manifest(path) == written
+
+
+def test_a_manifest_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.csv"
+    with pytest.raises(DataError, match="Write it with `mmtl-train prepare`"):
+        load_manifest(path)
+    save_manifest(path, [Record("a", "a.jpg", "d")])
+    path.write_text(path.read_text() + "b,b.jpg,d,,,,wart,,,,,\n")
+    with pytest.raises(DataError, match=r"row 3: 'wart' is not a valid Diagnosis"):
+        load_manifest(path)
+    save_manifest(path, [Record("a", "a.jpg", "d")])
+    path.write_text(path.read_text() + "b,b.jpg\n")
+    with pytest.raises(DataError, match="row 3: it has more or fewer cells"):
+        load_manifest(path)
+    path.write_text("image\na\n")
+    with pytest.raises(DataError, match="expected the columns"):
+        load_manifest(path)
+
+
+def test_the_fingerprint_is_of_labels_and_splits_not_of_paths_or_order() -> None:
+    one, two = Record("a", "a.jpg", "d", melanoma=True), Record("b", "b.jpg", "d")
+    same = fingerprint([one, two])
+    assert fingerprint([two, replace(one, path="elsewhere.jpg")]) == same
+    assert fingerprint([replace(one, melanoma=False), two]) != same
+    assert fingerprint([replace(one, split=Split.TEST), two]) != same
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("ISIC_0000001", "ISIC_0000001"),
+        ("isic_0000001_downsampled.jpg", "ISIC_0000001"),
+        ("ISIC2019_0025105_mel.jpg", "ISIC_0025105"),
+        ("melanoma_10105.jpg", None),
+        ("ISIC_00000012", None),
+    ],
+)
+def test_an_isic_id_is_found_in_the_names_that_copies_have(name: str, image: str | None) -> None:
+    assert isic_id(name) == image
+
+
+@pytest.mark.parametrize(
+    ("said", "diagnosis", "melanoma", "known"),
+    [
+        ("Melanoma in situ, Lentigo maligna type", Diagnosis.MEL, True, True),
+        ("Blue nevus", Diagnosis.NV, False, True),
+        ("LENTIGO NOS", None, None, True),
+        ("Squamous cell carcinoma in situ", Diagnosis.AKIEC, False, True),
+        ("Squamous cell carcinoma, Invasive", Diagnosis.SCC, False, True),
+        ("wart", None, None, False),
+    ],
+)
+def test_a_diagnosis_in_words_is_understood(said, diagnosis, melanoma, known) -> None:
+    term = diagnosis_of(said)
+    assert (term.diagnosis, term.melanoma, term.known) == (diagnosis, melanoma, known)

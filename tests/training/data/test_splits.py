@@ -1,0 +1,123 @@
+"""No component is on two sides, the fixed test split stays fixed, shares are met."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.data.components import components
+from training.data.layouts import gather, read_datasets
+from training.data.manifest import DataError, Record
+from training.data.splits import assign_fixed, assign_published, divide, fold, in_test_split
+from training.data.vocabulary import Split
+
+LEARNED = (Split.TRAIN, Split.VALIDATION)
+rows = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 60)), min_size=1, max_size=80)
+
+
+def of(records: list[Record], *splits: Split) -> set[str]:
+    return {record.component for record in records if record.split in splits}
+
+
+def test_the_test_split_is_the_fixed_one() -> None:
+    assert [n for n in range(20) if in_test_split(f"HAM_{n:07d}")] == [2, 5, 9, 11, 16, 17, 18]
+
+
+@given(rows, rows)
+def test_the_fixed_split_keeps_components_apart(ours: list, theirs: list) -> None:
+    records = [Record(f"ISIC_{i:07d}", "", "HAM10000", f"HAM_{lesion}") for lesion, i in ours]
+    records += [
+        Record(f"ISIC_{i:07d}", "", "balanced (ISIC2019)", f"IL_{lesion}", split=Split.TEST)
+        for lesion, i in theirs
+    ]
+    done = assign_fixed(records, components(records))
+    for record in done[: len(ours)]:
+        assert (record.split is Split.TEST) == in_test_split(record.lesion)
+    assert all(record.split is Split.TEST for record in done[len(ours) :])
+    assert not of(done, *LEARNED) & of(done, Split.TEST)
+    assert not of(done, Split.TRAIN) & of(done, Split.VALIDATION)
+
+
+def patients(count: int) -> list[Record]:
+    """Two images a patient, a fifth of the patients with melanoma, in two datasets."""
+    return [
+        Record(
+            f"ISIC_{2 * n + copy:07d}",
+            "",
+            ("A", "B")[n % 2],
+            patient=f"IP_{n}",
+            melanoma=n % 5 == 0,
+        )
+        for n in range(count)
+        for copy in range(2)
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_division_is_stratified_grouped_and_reproducible(seed: int) -> None:
+    records = patients(400)
+    done = divide(records, components(records), validation=0.1, test=0.2, seed=seed)
+    assert not of(done, Split.TRAIN) & of(done, Split.VALIDATION, Split.TEST)
+    assert not of(done, Split.VALIDATION) & of(done, Split.TEST)
+    counts = Counter(record.split for record in done)
+    assert counts[Split.TEST] / 800 == pytest.approx(0.2, abs=0.01)
+    assert counts[Split.VALIDATION] / 800 == pytest.approx(0.1, abs=0.01)
+    for part in (Split.TRAIN, Split.VALIDATION, Split.TEST):
+        members = [record for record in done if record.split is part]
+        assert np.mean([bool(r.melanoma) for r in members]) == pytest.approx(0.2, abs=0.03)
+        assert np.mean([r.dataset == "A" for r in members]) == pytest.approx(0.5, abs=0.05)
+    assert done == divide(records, components(records), 0.1, 0.2, seed)
+    assert done != divide(records, components(records), 0.1, 0.2, seed + 1)
+
+
+def test_folds_hold_each_component_out_once() -> None:
+    records = patients(60)
+    manifests = fold(records, components(records), 5)
+    held = [of(manifest, Split.VALIDATION) for manifest in manifests]
+    assert sum(len(part) for part in held) == len(set.union(*held)) == 60
+    assert all(not of(m, Split.VALIDATION) & of(m, Split.TRAIN) for m in manifests)
+    with pytest.raises(DataError, match=r"60 components .* cannot be parted in 61"):
+        fold(records, components(records), 61)
+
+
+def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
+    records = patients(60)
+    with pytest.raises(DataError, match="below 1 in sum"):
+        divide(records, components(records), validation=0.5, test=0.5)
+
+
+def test_the_papers_split_leaks_and_the_clean_one_does_not() -> None:
+    records = patients(50)
+    records += [
+        Record("ISIC_0000000", "", "balanced (ISIC2020)", melanoma=True, split=Split.TEST),
+        Record("ISIC_0000900", "", "balanced (ISIC2020)", patient="IP_7", split=Split.TEST),
+    ]
+    labels = components(records)
+    paper = assign_published(records, labels, clean=False)
+    clean = assign_published(records, labels, clean=True)
+    assert of(paper, *LEARNED) & of(paper, Split.TEST)
+    assert not of(clean, *LEARNED) & of(clean, Split.TEST)
+    assert sum(record.split is Split.TEST for record in clean) == 2
+    assert sum(record.split is Split.EXCLUDED for record in clean) == 4
+    with pytest.raises(DataError, match="balanced set's `val`"):
+        assign_published(patients(3), labels[:6], clean=True)
+
+
+def test_on_the_real_data_no_held_out_lesion_is_learned_from(shared_data: Path) -> None:
+    records, listed = gather(read_datasets([shared_data]))
+    done = assign_fixed(records, components(records, (), listed))
+    ham = [record for record in done if record.dataset == "HAM10000"]
+    lesion_of = {record.image: record.lesion for record in ham}
+    held = [r for r in done if r.dataset.startswith("balanced") and r.split is Split.TEST]
+    assert len(held) == 1_962
+    touched = {lesion_of[record.image] for record in held if record.image in lesion_of} - {None}
+    learned = [record for record in done if record.split in LEARNED]
+    assert not {record.image for record in learned} & {record.image for record in held}
+    assert not {r.lesion for r in learned if r.dataset == "HAM10000"} & touched
+    assert not any(in_test_split(r.lesion) for r in learned if r.dataset == "HAM10000")
+    counts = Counter(record.split for record in ham)
+    # One more is left out for its picture, which `prepare` compares.
+    assert (counts[Split.TEST], counts[Split.TRAIN]) == (1981, 6431)

@@ -1,0 +1,82 @@
+"""Labels for a bare image folder, joined from metadata by ISIC id: the paper's re-annotation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from training.data.layouts import Dataset, image_files
+from training.data.manifest import DataError, Record, isic_id
+
+_LABELS = tuple(
+    field.name for field in fields(Record) if field.name not in ("image", "path", "dataset")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """A folder's images with what could be found of them.
+
+    Attributes:
+        records: One an image.
+        matched: How many of them some metadata knows.
+        unmatched: File names that none does.
+        disagreements: Sentences; the first metadata given wins.
+    """
+
+    records: list[Record]
+    matched: int
+    unmatched: list[str]
+    disagreements: list[str]
+
+
+def annotate(folder: Path, own: Sequence[Dataset], metadata: Sequence[Dataset]) -> Annotation:
+    """Join a folder's images to metadata.
+
+    Args:
+        folder: Of images, named by their ISIC ids.
+        own: What the folder itself says, where it has a layout (`{mel,oth}` folders).
+        metadata: In order of trust: what an earlier one says is kept, gaps are filled from later.
+
+    Raises:
+        DataError: The folder holds no image.
+    """
+    known: dict[str, list[Record]] = {}
+    for dataset in metadata:
+        for record in dataset.records:
+            known.setdefault(record.image, []).append(record)
+    records = [record for dataset in own for record in dataset.records if record.path]
+    if not records:
+        records = [
+            Record(isic_id(path.name) or path.stem, str(path), folder.absolute().name)
+            for path in sorted(image_files(folder.absolute()))
+        ]
+    if not records:
+        raise DataError(f"{folder} holds no image files.")
+    done, unmatched, disagreements = [], [], []
+    for record in records:
+        sources = known.get(record.image, []) if isic_id(record.image) else []
+        if not sources:
+            unmatched.append(Path(record.path).name)
+        for source in sources:
+            record, differing = _fill(record, source)
+            disagreements += [
+                f"{record.image}: {name} is {getattr(record, name)} in {record.dataset} and "
+                f"before, {getattr(source, name)} in {source.dataset}."
+                for name in differing
+            ]
+        done.append(record)
+    return Annotation(done, len(done) - len(unmatched), unmatched, disagreements)
+
+
+def _fill(record: Record, source: Record) -> tuple[Record, list[str]]:
+    """Fill the record's gaps; ids of lesions and patients are not compared, names differ."""
+    gaps, differing = {}, []
+    for name in _LABELS:
+        ours, theirs = getattr(record, name), getattr(source, name)
+        if theirs is None or name in ("split", "component"):
+            continue
+        if ours is None:
+            gaps[name] = theirs
+        elif ours != theirs and name not in ("lesion", "patient"):
+            differing.append(name)
+    return replace(record, **gaps), differing

@@ -1,0 +1,105 @@
+"""What datasets hold and what is wrong with them: counts, missing values, unreadable images."""
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from models.images import ImageError, decode
+from training.data.layouts import Dataset, image_files
+from training.data.manifest import Record
+
+# The label columns of a manifest, which may be empty.
+LABELS = ("melanoma", "diagnosis", "age", "sex", "site", "lesion", "patient")
+_SIDE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was found of one dataset.
+
+    Attributes:
+        dataset: Its name in the records.
+        layout: Title of its layout.
+        folder: Where it is.
+        rows: Number of images that its tables name.
+        pictures: How many of them have a file.
+        unreadable: How many files are no image that serving could decode.
+        melanomas: Rows that are melanoma.
+        known: Rows with a value, by label.
+        diagnoses: Rows by diagnosis.
+        pairs: Pairs that it lists as duplicates.
+        faults: Sentences, each with file, row and column where there are.
+        fatal: How many of these must be mended before the data is used.
+    """
+
+    dataset: str
+    layout: str
+    folder: str
+    rows: int
+    pictures: int
+    unreadable: int
+    melanomas: int
+    known: dict[str, int]
+    diagnoses: dict[str, int]
+    pairs: int
+    faults: tuple[str, ...]
+    fatal: int
+
+
+def check(dataset: Dataset, pixels: bool = True) -> Check:
+    """Look at one dataset.
+
+    Args:
+        dataset: As it was read.
+        pixels: Decode every image.
+    """
+    records, faults = dataset.records, dataset.faults
+    damaged = find_unreadable(records) if pixels else []
+    names = sorted({record.dataset.split(" (")[0] for record in records})
+    return Check(
+        dataset=", ".join(names) or dataset.place.name,
+        layout=dataset.layout.TITLE,
+        folder=str(dataset.place.folder),
+        rows=len(records),
+        pictures=sum(bool(record.path) for record in records),
+        unreadable=len(damaged),
+        melanomas=sum(bool(record.melanoma) for record in records),
+        known={
+            label: sum(getattr(record, label) is not None for record in records) for label in LABELS
+        },
+        diagnoses=dict(Counter(str(r.diagnosis) for r in records if r.diagnosis).most_common()),
+        pairs=len(dataset.pairs),
+        faults=tuple(sorted(damaged) + [fault.message for fault in faults]),
+        fatal=len(damaged) + sum(fault.fatal for fault in faults),
+    )
+
+
+def find_unreadable(records: Sequence[Record]) -> list[str]:
+    """A sentence for every file that serving could not decode."""
+    paths = [Path(record.path) for record in records if record.path]
+
+    def look(path: Path) -> str | None:
+        try:
+            decode(path.read_bytes(), _SIDE, _SIDE)
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror or error}."
+        except ImageError as error:
+            return f"{path}: {error}"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        looked = tqdm(pool.map(look, paths), "decode", len(paths), unit="image", disable=not paths)
+        return [sentence for sentence in looked if sentence]
+
+
+def find_strays(path: Path, datasets: Sequence[Dataset]) -> dict[str, int]:
+    """Number of image files below `path` that no dataset names, by folder."""
+    if path.is_file():
+        return {}
+    named = {record.path for dataset in datasets for record in dataset.records}
+    strays = [file for file in image_files(path.absolute()) if str(file) not in named]
+    return dict(sorted(Counter(str(file.parent) for file in strays).items()))

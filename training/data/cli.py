@@ -1,0 +1,197 @@
+"""`mmtl-train data check | annotate | audit | split`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from training.data.layouts import gather, read_datasets
+from training.data.manifest import DataError, Record, save_manifest
+from training.data.vocabulary import Split
+
+cli = typer.Typer(no_args_is_help=True, help="Find, check, label, audit and split data.")
+_SHOWN = 20
+
+Paths = Annotated[list[Path], typer.Argument(help="Folders or tables.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
+Pixels = Annotated[bool, typer.Option("--pixels/--no-pixels", help="Look at the images, too.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The manifest to write.")]
+
+
+@cli.command()
+def check(paths: Paths, as_json: AsJson = False, pixels: Pixels = True) -> None:
+    """What is there, missing and wrong; exits with 1 if something must be mended."""
+    from training.data.check import LABELS, check, find_strays
+
+    datasets = read_datasets(paths)
+    checks = [check(dataset, pixels) for dataset in datasets]
+    strays = {
+        folder: count for path in paths for folder, count in find_strays(path, datasets).items()
+    }
+    if as_json:
+        found = [asdict(item) for item in checks]
+        print(json.dumps({"datasets": found, "images_of_no_dataset": strays}, indent=2))
+    else:
+        table = Table(title="datasets")
+        columns = ("dataset", "layout", "images", "with pixels", "melanoma", *LABELS[1:], "faults")
+        for column in columns:
+            table.add_column(column, justify="left" if column in columns[:2] else "right")
+        for item in checks:
+            rows = max(item.rows, 1)
+            table.add_row(
+                item.dataset,
+                item.layout,
+                f"{item.rows:,}",
+                f"{item.pictures:,}",
+                f"{item.melanomas:,} of {item.known['melanoma']:,}",
+                *(f"{item.known[label] / rows:.0%}" for label in LABELS[1:]),
+                f"{len(item.faults):,} ({item.fatal:,} to mend)" if item.faults else "",
+            )
+        Console().print(table, "Percentages: rows with a value.")
+        for item in checks:
+            _print_some([f"{item.dataset}: {fault}" for fault in item.faults])
+        _print_some(
+            [f"{folder}: {count:,} images of no dataset." for folder, count in strays.items()]
+        )
+    if any(item.fatal for item in checks):
+        raise SystemExit(1)
+
+
+@cli.command()
+def annotate(
+    folder: Annotated[Path, typer.Argument(help="A folder of images.")],
+    metadata: Annotated[
+        list[Path], typer.Option("--with", help="Metadata, the most trusted first.")
+    ],
+    out: Out = Path("manifest.csv"),
+) -> None:
+    """Join a bare image folder to metadata by ISIC id, into a manifest."""
+    from training.data.annotate import annotate
+    from training.data.layouts import find_places
+
+    own = read_datasets([folder]) if any(find_places(folder)) else []
+    found = annotate(folder, own, read_datasets(metadata))
+    save_manifest(out, found.records)
+    print(f"{found.matched:,} of {len(found.records):,} images found in the metadata; wrote {out}.")
+    _print_some([f"not found: {name}" for name in found.unmatched])
+    _print_some(found.disagreements)
+
+
+@cli.command()
+def audit(
+    first: Annotated[Path, typer.Argument(help="What is learned from.", metavar="A")],
+    second: Annotated[Path, typer.Argument(help="What is tested on.", metavar="B")],
+    knowing: Annotated[
+        list[Path] | None,
+        typer.Option("--with", help="Tables that know more of the same images."),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write every leaking row of B here.")] = None,
+    as_json: AsJson = False,
+    pixels: Pixels = True,
+) -> None:
+    """What A gives away of B, by image, lesion, patient and picture."""
+    from training.data.audit import audit, save_leaks
+    from training.data.duplicates import pair_up
+
+    found = audit(
+        read_datasets([first]),
+        read_datasets([second]),
+        read_datasets(knowing or []),
+        pair_up if pixels else None,
+    )
+    if csv is not None:
+        save_leaks(csv, found.leaks)
+    if as_json:
+        print(json.dumps(found.figures(), indent=2))
+        return
+    table = Table(title=f"A = {first} ({found.rows_a:,} rows), B = {second} ({found.rows_b:,})")
+    for column in ("joined by", "shared", "rows of B", "of B", "rows of A"):
+        table.add_column(column, justify="left" if column == "joined by" else "right")
+    near = found.near_duplicate_pairs
+    pairs = f"{found.listed_pairs:,} listed pairs, "
+    pairs += "pictures not compared" if near is None else f"{near:,} by picture"
+    for name, shared, rows_b, rows_a in (
+        ("image", f"{found.shared_images:,}", found.rows_by_image, found.rows_a_by_image),
+        ("lesion", f"{found.shared_lesions:,}", found.rows_by_lesion, found.rows_a_by_lesion),
+        ("patient", f"{found.shared_patients:,}", found.rows_by_patient, found.rows_a_by_patient),
+        (
+            "lesion or patient",
+            "",
+            found.rows_by_lesion_or_patient,
+            found.rows_a_by_lesion_or_patient,
+        ),
+        ("duplicate", pairs, found.rows_by_duplicate, found.rows_a_by_duplicate),
+        ("any, in a chain too", "", found.rows_by_any, found.rows_a_by_any),
+    ):
+        share = f"{rows_b / max(found.rows_b, 1):.1%}"
+        table.add_row(name, shared, f"{rows_b:,}", share, f"{rows_a:,}")
+    Console().print(table)
+
+
+@cli.command()
+def split(
+    paths: Paths,
+    out: Out = Path("manifest.csv"),
+    folds: Annotated[int, typer.Option(min=0, help="Write k manifests, OUT-1 to OUT-k.")] = 0,
+    validation: Annotated[float, typer.Option(min=0, max=1, help="Share.")] = 0.15,
+    test: Annotated[float, typer.Option(min=0, max=1, help="Share.")] = 0.15,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Test on the balanced set's val, leaks and all.")
+    ] = False,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Likewise, without what shares a component with it.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    pixels: Pixels = True,
+) -> None:
+    """Split over components: no image, lesion, patient or near-duplicate on two sides."""
+    from training.data import splits
+    from training.data.components import components
+    from training.data.duplicates import pair_up
+
+    if (paper and clean) or (folds and (paper or clean)):
+        raise DataError("Choose one of --paper, --clean and --folds.")
+    records, listed = gather(read_datasets(paths))
+    pairs = [(pair.one, pair.other) for pair in pair_up(records)] if pixels else []
+    labels = components(records, pairs, listed)
+    if folds:
+        manifests = splits.fold(records, labels, folds, seed)
+        for number, manifest in enumerate(manifests, start=1):
+            save_manifest(out.with_stem(f"{out.stem}-{number}"), manifest)
+            _print_split(manifest, out.with_stem(f"{out.stem}-{number}"))
+        return
+    if paper or clean:
+        done = splits.assign_published(records, labels, clean, validation, seed)
+    else:
+        done = splits.divide(records, labels, validation, test, seed)
+    save_manifest(out, done)
+    _print_split(done, out)
+
+
+def _print_split(records: list[Record], path: Path) -> None:
+    table = Table(title=str(path))
+    for column in ("split", "images", "components", "melanoma", "of known"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for part in Split:
+        members = [record for record in records if record.split is part]
+        known = [record.melanoma for record in members if record.melanoma is not None]
+        if members:
+            table.add_row(
+                part,
+                f"{len(members):,}",
+                f"{len({record.component for record in members}):,}",
+                f"{sum(known):,}",
+                f"{sum(known) / len(known):.1%}" if known else "",
+            )
+    Console().print(table)
+
+
+def _print_some(lines: list[str]) -> None:
+    for line in lines[:_SHOWN]:
+        print(line)
+    if len(lines) > _SHOWN:
+        print(f"... and {len(lines) - _SHOWN:,} more (--json shows all).")

@@ -1,0 +1,72 @@
+"""Which images must stay together: the same image, lesion, patient or picture, across datasets."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from training.data.manifest import Record, isic_id
+
+Bond = Literal["image", "lesion", "patient"]
+BONDS: tuple[Bond, ...] = ("image", "lesion", "patient")
+# Ids that the archive or a dataset's makers prefix (HAM_0000118, IL_3060556, MSK4_0011169,
+# IP_7279968) mean the same wherever they stand. A bare "17" is one dataset's own.
+_PREFIXED = re.compile(r"[A-Za-z]+\d*_\d+")
+
+
+def components(
+    records: Sequence[Record],
+    pairs: Iterable[tuple[int, int]] = (),
+    listed: Iterable[tuple[str, str]] = (),
+    by: Sequence[Bond] = BONDS,
+) -> NDArray[np.int32]:
+    """Number the groups of images that must stay together.
+
+    The same lesion has other ids in other datasets, so ids alone find no leak where there is one:
+    records of one image are joined first, and with them whatever each table says of it.
+
+    Args:
+        records: All images of all datasets at hand.
+        pairs: Positions of records known to be near-duplicates.
+        listed: Image ids that a dataset lists as duplicates.
+        by: What joins.
+
+    Returns:
+        int32 [len(records)], the component of each.
+    """
+    nodes: dict[tuple[str, ...], int] = {}
+
+    def node(key: tuple[str, ...]) -> int:
+        return nodes.setdefault(key, len(records) + len(nodes))
+
+    edges = list(pairs)
+    for position, record in enumerate(records):
+        edges += [(position, node(key)) for bond in by if (key := key_of(record, bond))]
+    edges += [(node(("image", one)), node(("image", other))) for one, other in listed]
+    size = len(records) + len(nodes)
+    rows, columns = np.array(edges).T if edges else np.zeros((2, 0), int)
+    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(size, size))
+    labels: NDArray[np.int32] = connected_components(graph, directed=False)[1]
+    return labels[: len(records)]
+
+
+def key_of(record: Record, bond: Bond) -> tuple[str, ...] | None:
+    """What a record shares with others by this bond; None where it has no such id."""
+    value: str | None = getattr(record, bond)
+    if not value:
+        return None
+    everywhere = isic_id(value) if bond == "image" else _PREFIXED.fullmatch(value)
+    return (bond, value) if everywhere else (bond, record.dataset, value)
+
+
+def names_of(records: Sequence[Record], labels: NDArray[np.int32]) -> list[str]:
+    """The name of each record's component: its smallest image id."""
+    names: dict[int, str] = {}
+    numbers = labels.tolist()
+    for record, label in zip(records, numbers, strict=True):
+        names[label] = min(names.get(label, record.image), record.image)
+    return [names[label] for label in numbers]

@@ -1,0 +1,86 @@
+"""Bill's balanced set, the paper's benchmark and test set: `{train,val}/{mel,oth}` and metadata."""
+
+from pathlib import Path
+
+from training.data.layouts import Place
+from training.data.manifest import Record, isic_id
+from training.data.tables import Faults, Row, read_rows
+from training.data.vocabulary import SEXES, SITES, Split
+
+TITLE = "balanced"
+LICENCE = "CC BY-NC"
+URL = "https://www.kaggle.com/datasets/nroman/melanoma-external-malignant-256"
+ORDER = -1
+PARTS = {"train": Split.TRAIN, "val": Split.TEST}
+_COLUMNS = ("image", "isic_id", "class")
+_CLASSES = {"mel": True, "oth": False}
+_ONE_ZERO = {"1": True, "1.0": True, "0": False, "0.0": False}
+
+
+def recognise(place: Place) -> bool:
+    """By its table's columns, or by folders `mel` and `oth`."""
+    if place.tables_with(*_COLUMNS):
+        return True
+    if place.tables:
+        return False
+    return any(
+        (folder / "mel").is_dir() and (folder / "oth").is_dir()
+        for folder in (place.folder, place.folder / "train", place.folder / "val")
+    )
+
+
+def read(place: Place, faults: Faults) -> list[Record]:
+    """Read the tables, or without them the file names, which hold ISIC id, year and class.
+
+    The paper tests on `val`: that is TEST here, and `train` is TRAIN.
+    """
+    tables = place.tables_with(*_COLUMNS)
+    if not tables:
+        return [record for path in place.files if (record := _from_name(path, faults))]
+    names = {path.name: path for path in place.files}
+    records = []
+    for table in tables:
+        part = Split.TEST if "val" in table.name.lower() else Split.TRAIN
+        for row in read_rows(table, {*_COLUMNS, "age_approx", "sex"}, faults):
+            record = _from_row(row, part, names)
+            if record is not None:
+                records.append(record)
+    return records
+
+
+def _from_row(row: Row, part: Split, names: dict[str, Path]) -> Record | None:
+    file = row.required("image") or ""
+    cell = row.required("isic_id")
+    image = cell and isic_id(cell)
+    if cell and not image:
+        row.faults.add("bad value", f"{row.where(('isic_id',))}: {cell!r} is not an ISIC image id.")
+    if not image or not file:
+        return None
+    term = row.diagnosis("diagnosis")
+    return Record(
+        image=image,
+        path=str(names.get(file, "")),
+        dataset=_dataset(file),
+        lesion=row.text("lesion_id"),
+        patient=row.text("patient_id"),
+        melanoma=row.choice(_ONE_ZERO, "class"),
+        diagnosis=term.diagnosis,
+        age=row.age("age_approx"),
+        sex=row.choice(SEXES, "sex"),
+        site=row.choice(SITES, "anatom_site_general"),
+        split=part,
+    )
+
+
+def _from_name(path: Path, faults: Faults) -> Record | None:
+    image, melanoma = isic_id(path.name), _CLASSES.get(path.parent.name)
+    if image is None or melanoma is None:
+        faults.add("stray file", f"{path} is not named as this layout's images are.", fatal=False)
+        return None
+    part = PARTS.get(path.parent.parent.name)
+    return Record(image, str(path), _dataset(path.name), melanoma=melanoma, split=part)
+
+
+def _dataset(file: str) -> str:
+    """`balanced (ISIC2019)`: its images come from several years, and are reported by year."""
+    return f"{TITLE} ({file[:8]})"

@@ -1,0 +1,40 @@
+"""HAM10000 (Tschandl et al. 2018): `HAM10000_metadata` and one or two folders of images."""
+
+from training.data.layouts import Place, image_of
+from training.data.manifest import Record
+from training.data.tables import Faults, read_rows
+from training.data.vocabulary import SEXES, SITES
+
+TITLE = "HAM10000"
+LICENCE = "CC BY-NC 4.0"
+URL = "https://doi.org/10.7910/DVN/DBW86T"
+_COLUMNS = {"lesion_id", "image_id", "dx", "age", "sex", "localization"}
+
+
+def recognise(place: Place) -> bool:
+    """By the columns `image_id` and `dx`."""
+    return bool(place.tables_with("image_id", "dx"))
+
+
+def read(place: Place, faults: Faults) -> list[Record]:
+    """Read the table."""
+    records = []
+    for row in read_rows(place.tables_with("image_id", "dx")[0], _COLUMNS, faults):
+        image = image_of(row, "image_id")
+        if image is None:
+            continue
+        term = row.diagnosis("dx")
+        records.append(
+            Record(
+                image=image,
+                path=place.picture(image),
+                dataset=TITLE,
+                lesion=row.text("lesion_id"),
+                melanoma=term.melanoma,
+                diagnosis=term.diagnosis,
+                age=row.age("age"),
+                sex=row.choice(SEXES, "sex"),
+                site=row.choice(SITES, "localization"),
+            )
+        )
+    return records

@@ -1,0 +1,82 @@
+"""ISIC 2019: a one-hot ground truth, metadata beside it, `_downsampled` names among the images."""
+
+from pathlib import Path
+
+from training.data.layouts import Place, image_of
+from training.data.manifest import Record
+from training.data.tables import Faults, Row, read_rows
+from training.data.vocabulary import SEXES, SITES, Term, diagnosis_of
+
+TITLE = "ISIC 2019"
+LICENCE = "CC BY-NC 4.0"
+URL = "https://challenge.isic-archive.com/data/#2019"
+CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
+_TRUTH = ("image", "mel", "nv", "bcc", "ak", "bkl")
+_METADATA = ("image", "age_approx", "anatom_site_general", "sex")
+
+
+def recognise(place: Place) -> bool:
+    """By the one-hot columns, or by the metadata's."""
+    return bool(place.tables_with(*_TRUTH) or _metadata(place))
+
+
+def _metadata(place: Place) -> list[Path]:
+    """Tables that name the image `image`, and no patient, as other years' do."""
+    others = {"isic_id", "patient"}
+    return [t for t in place.tables_with(*_METADATA) if not place.tables[t] & others]
+
+
+def read(place: Place, faults: Faults) -> list[Record]:
+    """Join the two tables by image; either may be missing."""
+    terms: dict[str, Term] = {}
+    for table in place.tables_with(*_TRUTH):
+        for row in read_rows(table, set(_TRUTH), faults):
+            image = image_of(row, "image")
+            if image is not None:
+                terms[image] = _term(row)
+    people: dict[str, Row] = {}
+    for table in _metadata(place):
+        for row in read_rows(table, set(_METADATA), faults):
+            image = image_of(row, "image")
+            if image is None:
+                continue
+            if image in people and people[image].cells != row.cells:
+                faults.add(
+                    "repeated row",
+                    f"{row.where(('image',))}: {image} stands in two rows, which disagree.",
+                )
+            people[image] = row
+    records, nobody = [], Row(place.folder, 0, {}, faults)
+    for image in {**terms, **people}:
+        term, person = terms.get(image, Term(None, None)), people.get(image, nobody)
+        records.append(
+            Record(
+                image=image,
+                path=place.picture(image),
+                dataset=TITLE,
+                lesion=person.text("lesion_id"),
+                melanoma=term.melanoma,
+                diagnosis=term.diagnosis,
+                age=person.age("age_approx"),
+                sex=person.choice(SEXES, "sex"),
+                site=person.choice(SITES, "anatom_site_general"),
+            )
+        )
+    return records
+
+
+def _term(row: Row) -> Term:
+    """The class whose column holds 1."""
+    chosen = [
+        name
+        for name in CLASSES
+        if row.choice({"1": True, "1.0": True, "0": False, "0.0": False}, name.lower())
+    ]
+    if len(chosen) != 1:
+        row.faults.add(
+            "bad value",
+            f"{row.where(tuple(name.lower() for name in CLASSES))}: exactly one of the classes "
+            f"must be 1; {len(chosen)} are.",
+        )
+        return Term(None, None)
+    return Term(None, None) if chosen[0] == "UNK" else diagnosis_of(chosen[0])

@@ -1,0 +1,79 @@
+"""ISIC 2020 (SIIM-ISIC): official tables (v2 has lesion ids), or Kaggle's; images of any size."""
+
+from dataclasses import fields, replace
+
+from training.data.layouts import Place, image_of
+from training.data.manifest import Record
+from training.data.tables import Faults, Row, read_rows
+from training.data.vocabulary import SEXES, SITES, TRUTHS
+
+TITLE = "ISIC 2020"
+LICENCE = "CC BY-NC 4.0"
+URL = "https://doi.org/10.34970/2020-ds01"
+_IMAGE = ("image_name", "image")
+_PATIENT = ("patient_id", "patient")
+_SITE = ("anatom_site_general_challenge", "anatom_site_general")
+
+
+def recognise(place: Place) -> bool:
+    """By its image, patient and site columns, which the test tables have too."""
+    return any(_is_table(header) for header in place.tables.values())
+
+
+def read(place: Place, faults: Faults) -> list[Record]:
+    """Read all of its tables; what one says of an image and another does not is joined.
+
+    The test table has no diagnosis.
+    """
+    records: dict[str, Record] = {}
+    for table, header in place.tables.items():
+        if not _is_table(header):
+            continue
+        seen: set[str] = set()
+        for row in read_rows(table, {"sex", "age_approx"}, faults):
+            image = image_of(row, *_IMAGE)
+            if image is None:
+                continue
+            record = _record(row, image, place)
+            before = records.get(image, record)
+            if image in seen and before != record:
+                faults.add(
+                    "repeated row",
+                    f"{row.where(_IMAGE)}: {image} stands in two rows, which disagree.",
+                )
+            seen.add(image)
+            records[image] = merge(before, record)
+    return list(records.values())
+
+
+def merge(record: Record, other: Record) -> Record:
+    """The record, with what only the other one knows."""
+    unknown = {
+        field.name: value
+        for field in fields(Record)
+        if getattr(record, field.name) in (None, "")
+        and (value := getattr(other, field.name)) not in (None, "")
+    }
+    return replace(record, **unknown) if unknown else record
+
+
+def _is_table(header: frozenset[str]) -> bool:
+    return "isic_id" not in header and all(
+        any(name in header for name in names) for names in (_IMAGE, _PATIENT, _SITE)
+    )
+
+
+def _record(row: Row, image: str, place: Place) -> Record:
+    term = row.diagnosis("diagnosis")
+    return Record(
+        image=image,
+        path=place.picture(image),
+        dataset=TITLE,
+        lesion=row.text("lesion_id"),
+        patient=row.text(*_PATIENT),
+        melanoma=row.choice(TRUTHS, "target"),
+        diagnosis=term.diagnosis,
+        age=row.age("age_approx"),
+        sex=row.choice(SEXES, "sex"),
+        site=row.choice(SITES, *_SITE),
+    )

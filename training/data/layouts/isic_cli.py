@@ -1,0 +1,69 @@
+"""A folder as `isic-cli` writes it: images beside a `metadata.csv`, with old or new columns."""
+
+from training.data.layouts import Place, image_of
+from training.data.manifest import Record
+from training.data.tables import Faults, Row, read_rows
+from training.data.vocabulary import SEXES, SITES, TRUTHS, Diagnosis
+
+TITLE = "ISIC archive (isic-cli)"
+LICENCE = "CC licences, CC BY-NC among them: see the column copyright_license"
+URL = "https://www.isic-archive.com"
+# From the finest to the coarsest; `diagnosis` is the old tables' only one.
+_DIAGNOSIS = ("diagnosis", "diagnosis_4", "diagnosis_3", "diagnosis_2")
+_MALIGNANCY = ("benign_malignant", "diagnosis_1")
+
+
+def recognise(place: Place) -> bool:
+    """By the column `isic_id`."""
+    return bool(place.tables_with("isic_id"))
+
+
+def read(place: Place, faults: Faults) -> list[Record]:
+    """Read the tables. What is not a dermoscopic picture is left out, and counted."""
+    records = []
+    for table in place.tables_with("isic_id"):
+        for row in read_rows(table, {"isic_id"}, faults):
+            image = image_of(row, "isic_id")
+            if image is None:
+                continue
+            kind = row.text("image_type")
+            if kind is not None and kind.lower() != "dermoscopic":
+                faults.add(
+                    "not dermoscopic",
+                    f"{row.where(('image_type',))}: {image} is left out ({kind}).",
+                    fatal=False,
+                )
+                continue
+            diagnosis, melanoma = _labels(row)
+            records.append(
+                Record(
+                    image=image,
+                    path=place.picture(image),
+                    dataset=place.name,
+                    lesion=row.text("lesion_id"),
+                    patient=row.text("patient_id"),
+                    melanoma=melanoma,
+                    diagnosis=diagnosis,
+                    age=row.age("age_approx", "age"),
+                    sex=row.choice(SEXES, "sex"),
+                    site=row.choice(SITES, "anatom_site_general", "anatom_site_1"),
+                )
+            )
+    return records
+
+
+def _labels(row: Row) -> tuple[Diagnosis | None, bool | None]:
+    """The finest diagnosis that is understood; a benign one is not melanoma, whatever it is."""
+    present = [column for column in _DIAGNOSIS if row.text(column) is not None]
+    quiet = Row(row.path, row.number, row.cells, Faults())
+    terms = [quiet.diagnosis(column) for column in present]
+    known = [term for term in terms if term.known]
+    if present and not known:
+        row.diagnosis(*present)
+    diagnosis = next((term.diagnosis for term in known if term.diagnosis), None)
+    melanoma = next((term.melanoma for term in known if term.melanoma is not None), None)
+    if melanoma is None:
+        # "malignant" alone may be any cancer; "indeterminate" is neither.
+        words = (row.text(*_MALIGNANCY) or "").lower()
+        melanoma = TRUTHS["benign"] if words == "benign" else None
+    return diagnosis, melanoma

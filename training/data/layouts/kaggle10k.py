@@ -1,0 +1,37 @@
+"""Kaggle's "Melanoma Skin Cancer Dataset of 10000 Images": `{train,test}/{benign,malignant}`."""
+
+from training.data.layouts import Place
+from training.data.manifest import Record
+from training.data.tables import Faults
+from training.data.vocabulary import Split
+
+TITLE = "Kaggle 10k"
+LICENCE = "not stated; its images are ISIC's (CC BY-NC)"
+URL = "https://www.kaggle.com/datasets/hasnainjaved/melanoma-skin-cancer-dataset-of-10000-images"
+_PARTS = {"train": Split.TRAIN, "test": Split.TEST}
+_CLASSES = {"benign": False, "malignant": True}
+
+
+def recognise(place: Place) -> bool:
+    """By its folders."""
+    return any(all((place.folder / part / name).is_dir() for name in _CLASSES) for part in _PARTS)
+
+
+def read(place: Place, faults: Faults) -> list[Record]:
+    """Read the folders: `malignant` is melanoma here. Its names are not ISIC's, and its own."""
+    records = []
+    for path in place.files:
+        part, name = path.parts[-3], path.parts[-2]
+        if part not in _PARTS or name not in _CLASSES:
+            faults.add("stray file", f"{path} is in none of its folders.", fatal=False)
+            continue
+        records.append(
+            Record(
+                image="/".join((part, name, path.stem)),
+                path=str(path),
+                dataset=TITLE,
+                melanoma=_CLASSES[name],
+                split=_PARTS[part],
+            )
+        )
+    return records

@@ -1,0 +1,26 @@
+"""Where each dataset comes from, and on what terms: what a bundle says of its weights."""
+
+from dataclasses import dataclass
+
+from training.data.layouts import load_layouts
+
+# Datasets of the archive that have a page of their own; others are known by their layout.
+_ISIC_2017 = ("CC BY-NC", "https://challenge.isic-archive.com/data/#2017")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The terms of a dataset, and where it is published."""
+
+    licence: str
+    url: str
+
+
+def origin_of(dataset: str) -> Origin:
+    """What is known of a dataset by the name that its records carry."""
+    if dataset == "isic2017":
+        return Origin(*_ISIC_2017)
+    for layout in load_layouts():
+        if dataset.split(" (")[0] == layout.TITLE:
+            return Origin(layout.LICENCE, layout.URL)
+    return Origin("that of its owner", "")

@@ -1,0 +1,138 @@
+"""The words of the canonical manifest, and which of them ISIC's many spellings mean."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Site(StrEnum):
+    """Anatomical site, in the vocabulary of ISIC 2020 (`anatom_site_general_challenge`)."""
+
+    HEAD_NECK = "head/neck"
+    UPPER_EXTREMITY = "upper extremity"
+    LOWER_EXTREMITY = "lower extremity"
+    TORSO = "torso"
+    PALMS_SOLES = "palms/soles"
+    ORAL_GENITAL = "oral/genital"
+
+
+class Sex(StrEnum):
+    """Sex as recorded."""
+
+    FEMALE = "female"
+    MALE = "male"
+
+
+class Diagnosis(StrEnum):
+    """The seven classes of HAM10000 (Tschandl et al. 2018), and ISIC 2019's eighth."""
+
+    AKIEC = "actinic keratosis"
+    BCC = "basal cell carcinoma"
+    BKL = "benign keratosis"
+    DF = "dermatofibroma"
+    MEL = "melanoma"
+    NV = "nevus"
+    VASC = "vascular lesion"
+    SCC = "squamous cell carcinoma"
+
+
+class Split(StrEnum):
+    """What an image may be used for."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+    EXCLUDED = "excluded"
+
+
+SEXES = {"female": Sex.FEMALE, "f": Sex.FEMALE, "male": Sex.MALE, "m": Sex.MALE}
+
+SITES = {
+    **{site.value: site for site in Site},
+    # ISIC's `anatom_site_general`
+    "anterior torso": Site.TORSO,
+    "lateral torso": Site.TORSO,
+    "posterior torso": Site.TORSO,
+    # HAM10000's `localization`
+    "abdomen": Site.TORSO,
+    "acral": Site.PALMS_SOLES,
+    "back": Site.TORSO,
+    "chest": Site.TORSO,
+    "ear": Site.HEAD_NECK,
+    "face": Site.HEAD_NECK,
+    "foot": Site.LOWER_EXTREMITY,
+    "genital": Site.ORAL_GENITAL,
+    "hand": Site.UPPER_EXTREMITY,
+    "neck": Site.HEAD_NECK,
+    "scalp": Site.HEAD_NECK,
+    "trunk": Site.TORSO,
+}
+
+TRUTHS = {
+    **dict.fromkeys(("1", "1.0", "true", "yes", "malignant", "melanoma", "mel"), True),
+    **dict.fromkeys(("0", "0.0", "false", "no", "benign", "not melanoma", "oth"), False),
+}
+
+_DIAGNOSES: dict[str, Diagnosis | None] = {
+    **{diagnosis.value: diagnosis for diagnosis in Diagnosis},
+    # The short names of HAM10000 and of ISIC 2019's columns
+    "ak": Diagnosis.AKIEC,
+    "akiec": Diagnosis.AKIEC,
+    "bcc": Diagnosis.BCC,
+    "bkl": Diagnosis.BKL,
+    "df": Diagnosis.DF,
+    "mel": Diagnosis.MEL,
+    "nv": Diagnosis.NV,
+    "scc": Diagnosis.SCC,
+    "vasc": Diagnosis.VASC,
+    # ISIC's `diagnosis`, and `diagnosis_3` of its newer tables
+    "angiokeratoma": Diagnosis.VASC,
+    "angioma": Diagnosis.VASC,
+    "hemangioma": Diagnosis.VASC,
+    "lichenoid keratosis": Diagnosis.BKL,
+    "pigmented benign keratosis": Diagnosis.BKL,
+    "pyogenic granuloma": Diagnosis.VASC,
+    "seborrheic keratosis": Diagnosis.BKL,
+    "solar lentigo": Diagnosis.BKL,
+    "solar or actinic keratosis": Diagnosis.AKIEC,
+    # HAM10000 counts Bowen's disease among its actinic keratoses.
+    "squamous cell carcinoma in situ": Diagnosis.AKIEC,
+    # Known, and none of the eight
+    "atypical melanocytic proliferation": None,
+    "cafe-au-lait macule": None,
+    "lentigo nos": None,
+    "other": None,
+}
+# Finer terms than the eight, by a word that only they contain ("Melanoma in situ, NOS").
+_CONTAINED = {
+    "melanoma": Diagnosis.MEL,
+    "nevus": Diagnosis.NV,
+    "basal cell carcinoma": Diagnosis.BCC,
+    "squamous cell carcinoma": Diagnosis.SCC,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """What a diagnosis in words means.
+
+    Attributes:
+        diagnosis: One of the eight, None where it is none of them.
+        melanoma: Whether it is melanoma; None where the words do not tell.
+        known: Whether the words are in the vocabulary at all.
+    """
+
+    diagnosis: Diagnosis | None
+    melanoma: bool | None
+    known: bool = True
+
+
+def diagnosis_of(words: str) -> Term:
+    """Understand a diagnosis as ISIC's tables spell it, in any case."""
+    text = words.strip().lower()
+    if text in _DIAGNOSES:
+        found = _DIAGNOSES[text]
+        return Term(found, None if found is None else found is Diagnosis.MEL)
+    for part, diagnosis in _CONTAINED.items():
+        if part in text:
+            return Term(diagnosis, diagnosis is Diagnosis.MEL)
+    return Term(None, None, known=False)
