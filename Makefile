@@ -37,7 +37,8 @@ default-bundle: $(VENV)/.dev
 	$(VENV)/bin/mmtl-train prepare $(DATA) --run $(RUN)
 	$(VENV)/bin/mmtl-train fit --run $(RUN)
 	$(VENV)/bin/mmtl-train export --run $(RUN) --bundle models/default
-	$(VENV)/bin/mmtl-train evaluate $(DATA) --run $(RUN) --bundle models/default
+	$(VENV)/bin/mmtl-train evaluate $(DATA) --run $(RUN) --bundle models/default --publish \
+		--out docs/evaluation
 
 ## Write the generated pages of docs/ anew; a breaking change of the HTTP contract is refused.
 docs: $(VENV)/.dev

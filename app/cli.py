@@ -1,8 +1,9 @@
-"""`mmtl serve | predict | bundle verify | bundle inspect | settings | openapi`."""
+"""`mmtl serve | predict | bundle verify, inspect, recalibrate, diff | settings | openapi`."""
 
 import asyncio
 import json
 import logging
+import re
 import sys
 from math import ceil
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 import uvicorn
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from app.batcher import Batcher
@@ -24,12 +26,20 @@ from app.telemetry import configure_logs
 from app.trace import Trace
 from app.uploads import Upload
 from models.bundle import BundleError, load_bundle
+from models.calibration import CalibrationError
+from models.recalibration import (
+    change_prevalence,
+    differences,
+    read_outcomes,
+    recalibrate,
+    save_recalibrated,
+)
 
 NOTICE = "Research software, not a medical device."
-_EXPECTED = (BundleError, EngineError, SettingsError, Problem)
+_EXPECTED = (BundleError, CalibrationError, EngineError, SettingsError, Problem)
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=f"Serve M-MTL. {NOTICE}")
-bundle_cli = typer.Typer(no_args_is_help=True, help="Look at a bundle.")
+bundle_cli = typer.Typer(no_args_is_help=True, help="Look at bundles, and recalibrate them.")
 cli.add_typer(bundle_cli, name="bundle")
 
 
@@ -39,6 +49,8 @@ def main() -> None:
         cli()
     except _EXPECTED as error:
         fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or 'a file'}: {error.strerror}.")
 
 
 def fail(sentence: str) -> NoReturn:
@@ -205,6 +217,73 @@ def inspect(
         )
     table.add_row("licence of the weights", manifest.training_data.licence)
     Console().print(table)
+
+
+@bundle_cli.command("recalibrate")
+def recalibrate_bundle(
+    folder: Annotated[Path, typer.Argument(help="A bundle.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new bundle's folder.")],
+    outcomes: Annotated[
+        Path | None,
+        typer.Option(help="CSV with the columns melanoma_logit and melanoma (1 or 0)."),
+    ] = None,
+    prevalence: Annotated[
+        float | None, typer.Option(help="Share of melanoma among the images to come.")
+    ] = None,
+    sensitivity: Annotated[
+        float, typer.Option(min=0.5, max=1, help="Of the new threshold, with --outcomes.")
+    ] = 0.9,
+    version: Annotated[
+        str | None, typer.Option(help="Of the new bundle; by default the next patch version.")
+    ] = None,
+) -> None:
+    """Fit a bundle to a clinic: to its own outcomes, or just to its share of melanoma."""
+    bundle = load_bundle(folder)
+    if (outcomes is None) == (prevalence is None):
+        fail("Give either --outcomes or --prevalence.")
+    if out.resolve() == folder.resolve():
+        fail("--out is the bundle itself: a clinic may want the one before back.")
+    if outcomes is not None:
+        logits, melanoma = read_outcomes(outcomes)
+        manifest = recalibrate(
+            bundle.manifest, logits, melanoma, f"{outcomes.name} (recalibration)", sensitivity
+        )
+        how = f"fitted to {len(melanoma):,} outcomes, {int(melanoma.sum()):,} of them melanoma"
+    else:
+        if prevalence is None or not 0 < prevalence < 1:
+            fail("--prevalence is a share between 0 and 1, such as 0.02.")
+        manifest = change_prevalence(bundle.manifest, prevalence)
+        how = f"to a prevalence of {prevalence:.2%}, from {bundle.manifest.prevalence:.2%}"
+    if version is None:
+        major, minor, patch = manifest.version.split(".")
+        version = f"{major}.{minor}.{int(patch) + 1}"
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+        fail("--version is of the form 1.2.3.")
+    manifest = manifest.model_copy(update={"version": version})
+    save_recalibrated(bundle, out, manifest, how)
+    before, after = bundle.manifest.artifacts[0], manifest.artifacts[0]
+    print(f"{out}: {manifest.name} {manifest.version}, {how}.")
+    print(f"threshold {before.melanoma_threshold:.4f} -> {after.melanoma_threshold:.4f}")
+    print(f"slope     {before.calibration.slope:.4f} -> {after.calibration.slope:.4f}")
+    print(f"intercept {before.calibration.intercept:.4f} -> {after.calibration.intercept:.4f}")
+
+
+@bundle_cli.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A bundle.", metavar="A")],
+    second: Annotated[Path, typer.Argument(help="Another one.", metavar="B")],
+) -> None:
+    """Show in what two bundles differ; exits with 1 if they do."""
+    table = Table(title=f"A = {first}, B = {second}")
+    for column in ("field", "A", "B"):
+        table.add_column(column, overflow="fold")
+    for row in differences(load_bundle(first).manifest, load_bundle(second).manifest):
+        table.add_row(*map(escape, row))
+    if not table.row_count:
+        print("The bundles are the same.")
+        return
+    Console().print(table)
+    raise SystemExit(1)
 
 
 @cli.command()

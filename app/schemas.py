@@ -125,7 +125,7 @@ class ModelFacts(Part):
 
 _EXAMPLE: JsonDict = {
     "request_id": "4f6d1c0e9b3a4a4f8f0c1d2e3f4a5b6c",
-    "model": {"name": "mmtl-ham10000", "version": "0.1.0", "sha256": "9f2c…"},
+    "model": {"name": "mmtl-lite0", "version": "0.2.0", "sha256": "9f2c…"},
     "results": [
         {
             "filename": "a.jpg",

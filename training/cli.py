@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from models.bundle import BundleError, load_bundle
 from training.data.cli import cli as data_cli
 from training.data.manifest import DataError
+from training.data.vocabulary import Split
 from training.run import Config, Run
 
 DEFAULT_RUN = Path("runs/default")
@@ -42,12 +43,17 @@ def prepare(
     size: Annotated[int, typer.Option(min=64, max=512)] = DEFAULTS.size,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = DEFAULTS.seed,
     learning_rate: Annotated[float, typer.Option(min=1e-7)] = DEFAULTS.learning_rate,
+    train_on: Annotated[
+        list[str] | None,
+        typer.Option(help="Datasets to learn from, by name (default: HAM10000)."),
+    ] = None,
 ) -> None:
     """Read the data, split it, cache its pixels and freeze the run's configuration."""
-    from training.prepare import prepare
+    from training.prepare import TRAINED_ON, prepare
 
     config = Config(epochs=epochs, size=size, seed=seed, learning_rate=learning_rate)
-    for (dataset, split), images in sorted(prepare(data, Run(run), config).items()):
+    counts = prepare(data, Run(run), config, train_on or TRAINED_ON)
+    for (dataset, split), images in sorted(counts.items()):
         print(f"{dataset:24} {split:12} {images:7,}")
 
 
@@ -77,18 +83,75 @@ def export(
 
 @cli.command()
 def evaluate(
-    data: Data,
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="A folder of datasets, for the paper's table and strange pictures."),
+    ] = None,
     run: Folder = DEFAULT_RUN,
+    manifest: Annotated[
+        Path | None, typer.Option(help="Another manifest than the run's.", show_default=False)
+    ] = None,
+    split: Annotated[Split, typer.Option(help="What of it is evaluated.")] = Split.TEST,
     bundle: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("runs/bundle"),
+    predictions: Annotated[
+        Path | None, typer.Option(help="A table of predictions, instead of a bundle.")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="That was frozen for --predictions.")
+    ] = 0.5,
+    against: Annotated[
+        Path | None, typer.Option(help="A bundle or a table to compare with, on the same images.")
+    ] = None,
+    against_threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="That was frozen for a table in --against.")
+    ] = 0.5,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The report's folder.")] = Path(
+        "runs/report"
+    ),
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Write metrics.json and model card into the bundle.")
+    ] = False,
 ) -> None:
-    """Measure a bundle on held-out images; write its metrics.json and model card."""
-    from training.card import save_figures
-    from training.evaluate import evaluate
+    """Measure a bundle or a table of predictions on held-out images; write a report."""
+    from training.card import check_publishable, save_figures
+    from training.data.manifest import fingerprint, load_manifest
+    from training.predictions import Predictions, load_predictions, predict, save_predictions
+    from training.release import evaluate_model, held_out
+    from training.report import save_report
 
-    loaded = load_bundle(bundle)
-    saved = save_figures(loaded, evaluate(loaded, Run(run), data))
-    for metric in saved.manifest.metrics:
-        print(
-            f"{metric.name:22} {metric.value:.3f} "
-            f"({metric.low:.3f} to {metric.high:.3f}), {metric.images:,} images"
-        )
+    records = load_manifest(manifest or Run(run).manifest)
+    tested = held_out(records, split)
+    used = None if predictions is not None else load_bundle(bundle)
+    if publish and used is None:
+        raise DataError("--publish writes into a bundle; a table of predictions is none.")
+    if publish and used is not None:
+        check_publishable(used, str(split), fingerprint(records))
+
+    def read(path: Path, at: float) -> Predictions:
+        if path.is_dir():
+            return predict(load_bundle(path), tested)
+        return load_predictions(path, tested, at)
+
+    other = read(against, against_threshold) if against else None
+    found = predict(used, tested) if used else read(predictions or bundle, threshold)
+    report = evaluate_model(found, records, split, data, used, other)
+    save_report(out, report)
+    save_predictions(out / "predictions.csv", found)
+    if publish and used is not None:
+        save_figures(used, report)
+    print_figures(report)
+    print(f"Wrote {out}/report.html, report.json and predictions.csv.")
+
+
+def print_figures(report: dict[str, Any]) -> None:
+    """The figures most looked for, by set."""
+    from training.report import interval
+
+    for name, figures in report["sets"].items():
+        print(f"{name}: {figures['images']:,} images, {figures['melanomas']:,} melanomas")
+        for figure in ("AUROC", "sensitivity", "specificity"):
+            print(f"  melanoma {figure:14} {interval(figures['melanoma'][figure])}")
+        for task, values in figures["tasks"].items():
+            print(f"  {task + ' accuracy':23} {interval(values['accuracy'])}")
+        for figure, value in figures.get("compared", {}).get("differences", {}).items():
+            print(f"  {figure} less {figures['compared']['with']}: {interval(value)}")

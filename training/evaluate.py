@@ -1,394 +1,323 @@
-"""A bundle's held-out figures, each with its interval and beside its baselines."""
+"""A model's held-out figures, each with its interval, beside its baselines and its cautions."""
 
-import csv
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+import sklearn
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import (
-    accuracy_score,
-    average_precision_score,
-    f1_score,
-    roc_auc_score,
-)
+from sklearn.metrics import roc_curve
 from tqdm import tqdm
 
-from models.bundle import Artifact, Bundle, Metric, melanoma_probability
-from models.files import write_atomically
-from training.data.cache import Pixels
+from training import metrics
+from training.baselines import MISSING, MetadataModel, majority, truth_of
+from training.data.components import components, names_of
 from training.data.manifest import DataError, Record, fingerprint
-from training.data.vocabulary import Sex, Site, Split
-from training.export import AGE_EDGES, Runner, onnx_runner, run_batches
-from training.losses import MISSING, encode_targets
-from training.robustness import compare_sizes, flagged_shares
-from training.run import Run, rows
-from training.statistics import LEAST_IMAGES, REPLICATES, Clusters
+from training.metrics import Classes, Floats
+from training.predictions import Predictions
+from training.statistics import LEAST_CLUSTERS, REPLICATES, Clusters, Estimate, Statistic, bounded
 
 SEED = 0
-BATCH_SIZE = 32
-CALIBRATION_BINS = 15
-PAPER = {
-    "class_accuracy": 0.8625,
-    "class_f1": 0.6249,
-    "age_accuracy": 0.8253,
-    "age_f1": 0.6078,
-}
-PAPER_IMAGES = 1962
+# Thresholds of the decision curve: from a clinic's that misses nothing to one's that cuts little.
+CURVE = tuple(round(0.01 * step, 2) for step in range(1, 51))
+# What is compared between groups, and between two models.
+KEY_FIGURES = ("AUROC", "sensitivity", "specificity", "mean probability less prevalence")
+COMPARED = ("AUROC", "average precision", "sensitivity", "specificity", "Brier score")
+# Shares of images of one class: exact intervals where a bootstrap has none.
+_SHARES = frozenset({"sensitivity", "specificity"})
 
-Floats = NDArray[np.floating]
-Classes = NDArray[np.int64]
 Report = dict[str, Any]
 
 
-def evaluate(bundle: Bundle, run: Run, data: Path) -> Report:
-    """Every held-out figure of a bundle.
+def evaluate(
+    predictions: Predictions,
+    training: Sequence[Record],
+    against: Predictions | None = None,
+    subsets: Mapping[str, Sequence[int]] | None = None,
+) -> Report:
+    """Every figure of a model on some images, by dataset.
 
     Args:
-        bundle: Its ONNX artifact is what is run.
-        run: That the bundle was exported from; its training rows fit the baselines.
-        data: The data folder, for `originals/` and `other/` where they are there.
+        predictions: Of images with labels; a dataset's rows are its source.
+        training: What the baselines learn from (rows of the same manifest with split `train`).
+        against: Another model's predictions of the same images.
+        subsets: Rows that are to be reported on their own as well, by name.
 
     Returns:
-        What `metrics.json` holds.
+        What `report.json` holds.
 
     Raises:
-        DataError: The test split is too small to be judged, the bundle belongs to another run, or
-            an image of `data` cannot be read.
+        DataError: No dataset has enough images with and without melanoma.
     """
-    artifact = bundle.artifact("onnx")
-    records, pixels = run.load_data()
-    if bundle.manifest.training_data.fingerprint != fingerprint(records):
+    found = _Evaluation(predictions, training, against)
+    by_dataset: dict[str, list[int]] = {}
+    for row, record in enumerate(predictions.records):
+        by_dataset.setdefault(record.dataset.split(" (")[0], []).append(row)
+    by_dataset |= {name: list(rows) for name, rows in (subsets or {}).items()}
+    judged = {name: rows for name, rows in by_dataset.items() if found.can_be_judged(rows)}
+    if not judged:
         raise DataError(
-            f"{bundle.folder} was fitted on other data than {run.folder} holds: its test images "
-            "may be among them. Evaluate it with its own run."
+            f"None of the datasets ({', '.join(by_dataset) or 'there are none'}) has at least "
+            f"{LEAST_CLUSTERS} lesions with and {LEAST_CLUSTERS} without melanoma: nothing can be "
+            "said."
         )
-    runner = onnx_runner(bundle.path(artifact))
-    predictions = Predictions(runner, artifact, records, pixels)
-    tested = rows(records, Split.TEST, "HAM10000")
-    if not predictions.can_be_judged(tested):
-        raise DataError(
-            f"{run.manifest}: the HAM10000 test split needs at least {LEAST_IMAGES} images with "
-            "and without melanoma to be evaluated."
-        )
-    report: Report = {
-        "bundle": {"name": bundle.manifest.name, "version": bundle.manifest.version},
-        "artifact_sha256": artifact.sha256,
+    # Ten thousands of resamples of arrays that are known to be sound.
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+        sets = {
+            name: found.report(rows) for name, rows in tqdm(judged.items(), "measure", unit="set")
+        }
+    return {
+        "model": predictions.model,
+        "artifact_sha256": predictions.sha256,
+        "trained_on": list(predictions.trained_on),
         "command": "mmtl-train evaluate",
         "seed": SEED,
         "replicates": REPLICATES,
-        "interval": "95 %, percentile bootstrap over components (lesions)",
-        "data_fingerprint": fingerprint(records),
-        "images": {
-            f"{dataset} {split}": images
-            for (dataset, split), images in sorted(
-                Counter((record.dataset, str(record.split)) for record in records).items()
-            )
-        },
-        "HAM10000 test": predictions.report(tested),
+        "interval": "95 %, percentile bootstrap over components (lesion, patient, near-duplicate)",
+        "data_fingerprint": fingerprint([*training, *predictions.records]),
+        "images": dict(Counter(record.dataset for record in predictions.records)),
+        "threshold": predictions.threshold,
+        "not evaluated": sorted(set(by_dataset) - set(judged)),
+        "sets": sets,
     }
-    balanced = rows(records, Split.TEST, "balanced")
-    if balanced:
-        groups = {"all": balanced}
-        for row in balanced:
-            groups.setdefault(records[row].dataset, []).append(row)
-        report["balanced validation"] = {
-            "caution": balanced_caution([records[row] for row in balanced]),
-            "paper": PAPER,
-            "groups": {
-                name: predictions.table_4(members)
-                for name, members in groups.items()
-                if predictions.can_be_judged(members)
-            },
-            "not evaluated": [
-                name for name, members in groups.items() if not predictions.can_be_judged(members)
-            ],
-        }
-    shape = (pixels.shape[1], pixels.shape[2])
-    if (data / "originals").is_dir():
-        report["originals"] = compare_sizes(runner, artifact, data / "originals", shape)
-    if (data / "other").is_dir():
-        report["out of distribution"] = flagged_shares(
-            runner, artifact, data / "other", shape, predictions.scores(records)
+
+
+class _Evaluation:
+    """Truths and predictions as arrays, and what is computed on rows of them."""
+
+    def __init__(
+        self,
+        predictions: Predictions,
+        training: Sequence[Record],
+        against: Predictions | None,
+    ):
+        self.predictions = predictions
+        self.records = _with_components(predictions.records)
+        self.against = _align(against, predictions) if against is not None else None
+        self.melanoma = np.array(
+            [MISSING if r.melanoma is None else int(r.melanoma) for r in self.records]
         )
-    predictions.save(run.folder / "predictions.csv")
-    return report
+        labels, edges = predictions.labels, predictions.age_edges
+        self.truths = {t: truth_of(t, self.records, labels[t], edges) for t in labels}
+        self.metadata = MetadataModel(training, labels, edges)
 
+    def can_be_judged(self, rows: Sequence[int]) -> bool:
+        """Whether there are enough lesions of both classes for a figure to mean anything."""
+        return min(self._lesions(rows)) >= LEAST_CLUSTERS
 
-def balanced_caution(records: Sequence[Record]) -> str:
-    """What must stand beside every figure on the balanced set."""
-    melanomas = sum(bool(record.melanoma) for record in records)
-    return (
-        f"Not the paper's test set: {len(records):,} of its {PAPER_IMAGES:,} images have pixels "
-        f"here, {melanomas / len(records):.0%} of them melanoma instead of 50 %, and none of those "
-        "from ISIC 2020. They, and every image of the same lesion, were left out of training and "
-        "tuning; the paper's own split shares lesions between training and test."
-    )
-
-
-def headline(report: Report) -> tuple[Metric, ...]:
-    """The figures that the manifest repeats."""
-    test = report["HAM10000 test"]
-    rows_ = [
-        ("melanoma AUROC", test["melanoma"]["auroc"], test["images"]),
-        ("melanoma sensitivity", test["melanoma"]["sensitivity"], test["melanomas"]),
-        (
-            "melanoma specificity",
-            test["melanoma"]["specificity"],
-            test["images"] - test["melanomas"],
-        ),
-    ] + [
-        (f"{task} accuracy", test[task]["accuracy"], test[task]["images"])
-        for task in ("age", "site", "sex", "diagnosis")
-    ]
-    return tuple(
-        Metric(name=name, dataset="HAM10000 test split", images=images, **estimate)
-        for name, estimate, images in rows_
-    )
-
-
-class Predictions:
-    """An artifact's outputs for every evaluated image of a manifest, beside what is known of it.
-
-    Args:
-        runner: The artifact.
-        artifact: For its calibration and threshold.
-        records: The manifest.
-        pixels: Row for row with it.
-    """
-
-    def __init__(self, runner: Runner, artifact: Artifact, records: list[Record], pixels: Pixels):
-        self.records = records
-        self.threshold = artifact.melanoma_threshold
-        self.positions = [
-            row
-            for row, record in enumerate(records)
-            if record.split in (Split.TEST, Split.VALIDATION)
-        ]
-        progress = tqdm(self.positions, "predict", unit="image")
-        parts = []
-        for start in range(0, len(self.positions), BATCH_SIZE):
-            batch = self.positions[start : start + BATCH_SIZE]
-            parts.append(run_batches(runner, pixels, batch, BATCH_SIZE))
-            progress.update(len(batch))
-        progress.close()
-        self.outputs = {
-            name: _spread([part[name] for part in parts], self.positions, len(records))
-            for name in parts[0]
-        }
-        self.probability = melanoma_probability(
-            self.outputs["melanoma_logit"], artifact.calibration
-        )
-        self.targets = {
-            task: values.numpy() for task, values in encode_targets(records).classes.items()
-        }
-        ages = np.array([np.nan if r.age is None else r.age for r in records])
-        self.age_years = ages
-        self.targets["age"] = np.where(
-            np.isnan(ages), MISSING, np.searchsorted(AGE_EDGES, ages, side="right")
-        )
-        self.train = rows(records, Split.TRAIN)
-
-    def report(self, positions: list[int]) -> Report:
+    def report(self, rows: Sequence[int]) -> Report:
         """All tasks on some images."""
-        known = self._known("melanoma", positions)
-        truth = self.targets["melanoma"][known] == 1
+        known = [row for row in rows if self.melanoma[row] != MISSING]
+        truth, probability = self.melanoma[known], self.predictions.probability[known]
+        records = [self.records[row] for row in known]
         clusters = self._clusters(known)
-        probability = self.probability[known]
-        measures: dict[str, Callable[[Classes, Floats], float]] = {
-            "auroc": roc_auc_score,
-            "average_precision": average_precision_score,
-            "sensitivity": lambda y, p: (p[y == 1] >= self.threshold).mean(),
-            "specificity": lambda y, p: (p[y == 0] < self.threshold).mean(),
-            "brier": lambda y, p: ((p - y) ** 2).mean(),
-            "calibration_in_the_large": lambda y, p: p.mean() - y.mean(),
-        }
-        melanoma: Report = {
-            name: asdict(
-                clusters.bootstrap(_of_both(measure, truth.astype(int), probability), SEED)
-            )
-            for name, measure in measures.items()
-        }
-        # Without an interval: resampling widens the gaps of the bins, so that a percentile interval
-        # would lie above the figure itself.
-        melanoma["expected_calibration_error"] = expected_calibration_error(
-            truth.astype(int), probability
+        threshold = self.predictions.threshold
+        called = (probability >= threshold).astype(np.int64)
+        figures = clusters.bootstrap(
+            _statistics(metrics.binary(threshold), truth, probability), SEED, REPLICATES
         )
-        melanoma["prevalence"] = float(truth.mean())
-        melanoma["brier_of_the_prevalence"] = float(truth.mean() * (1 - truth.mean()))
-        melanoma["threshold"] = self.threshold
-        melanoma["metadata_only_auroc"] = float(
-            roc_auc_score(truth, self._from_metadata("melanoma", known)[:, 1])
+        f1 = clusters.bootstrap(
+            _statistics(metrics.f1_readings(truth, range(2)), truth, called), SEED, REPLICATES
         )
-        return {
-            "images": len(known),
-            "components": len(clusters),
-            "melanomas": int(truth.sum()),
-            "melanoma": melanoma,
-            **{task: self._categorical(task, positions) for task in ("age", "site", "sex")},
-            "diagnosis": self._categorical("diagnosis", positions),
-        }
-
-    def can_be_judged(self, positions: list[int]) -> bool:
-        """Whether there are enough images of both classes for a figure to mean anything."""
-        melanoma = self.targets["melanoma"][positions]
-        return min(int((melanoma == 1).sum()), int((melanoma == 0).sum())) >= LEAST_IMAGES
-
-    def table_4(self, positions: list[int]) -> Report:
-        """The paper's Table 4: class and age, accuracy and F1, in every reading of F1."""
-        known = self._known("melanoma", positions)
-        truth = self.targets["melanoma"][known]
-        clusters = self._clusters(known)
-        found = (self.probability[known] >= self.threshold).astype(int)
-        baseline = self._from_metadata("melanoma", known)[:, 1]
-        prior = float((self.targets["melanoma"][self.train] == 1).mean())
-
-        def accuracy_50_50(y: Classes, p: Classes) -> float:
-            return float((np.mean(p[y == 1] == 1) + np.mean(p[y == 0] == 0)) / 2)
-
+        perfect, perfect_high = metrics.ece_if_calibrated(probability, clusters.numbers, SEED)
         report: Report = {
             "images": len(known),
             "components": len(clusters),
             "melanomas": int(truth.sum()),
-            "class_accuracy": asdict(clusters.bootstrap(_on(accuracy_score, truth, found), SEED)),
-            "class_accuracy_50_50": asdict(
-                clusters.bootstrap(_of_both(accuracy_50_50, truth, found), SEED)
-            ),
-            "class_f1": _f1_readings(truth, found, "binary"),
-            "auroc": asdict(
-                clusters.bootstrap(_of_both(roc_auc_score, truth, self.probability[known]), SEED)
-            ),
-            "class_majority_accuracy": float(max(truth.mean(), 1 - truth.mean())),
-            "class_metadata_only": {
-                "auroc": float(roc_auc_score(truth, baseline)),
-                "accuracy_50_50": accuracy_50_50(truth, (baseline >= prior).astype(int)),
+            "prevalence": float(truth.mean()),
+            "melanoma": self._written(figures, known),
+            "class": {
+                **{f"F1, {reading}": asdict(value) for reading, value in f1.items()},
+                "majority": majority(truth, range(2)),
+                "metadata_only": self.metadata.melanoma(records, truth),
+                "confusion": metrics.confusion(truth, called, ("not melanoma", "melanoma")),
             },
-            "age": self._categorical("age", positions),
+            "calibration": {
+                # Without an interval: resampling widens the gaps of the bins.
+                "expected calibration error": metrics.expected_calibration_error(
+                    truth, probability
+                ),
+                "of a calibrated model of this size": perfect,
+                "95 % quantile of that": perfect_high,
+                "Brier score of the prevalence": float(truth.mean() * (1 - truth.mean())),
+                "reliability": metrics.reliability(truth, probability),
+            },
+            "roc": _roc(truth, probability),
+            "decision curve": [
+                {
+                    "threshold": cut,
+                    "model": metrics.net_benefit(truth, probability, cut),
+                    "all": metrics.net_benefit(truth, np.ones_like(probability), cut),
+                }
+                for cut in CURVE
+            ],
+            "tasks": {
+                task: self._task(task, rows)
+                for task in self.predictions.labels
+                if (self.truths[task][list(rows)] != MISSING).sum() >= LEAST_CLUSTERS
+            },
+            "groups": self._groups(known),
         }
+        if self.against is not None:
+            report["compared"] = self._compare(known, truth, clusters)
         return report
 
-    def scores(self, records: list[Record]) -> dict[str, Floats]:
-        """Out-of-distribution scores by dataset and split, of the images nothing was fitted on."""
-        by_dataset: dict[str, list[int]] = {}
-        for row in self.positions:
-            by_dataset.setdefault(f"{records[row].dataset} {records[row].split}", []).append(row)
-        return {name: self.outputs["ood_score"][rows_] for name, rows_ in by_dataset.items()}
-
-    def save(self, path: Path) -> None:
-        """Write one row an image, for whatever further analysis."""
-        with write_atomically(path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(
-                ["image", "dataset", "split", "component", "melanoma", "logit", "probability"]
-            )
-            for row in self.positions:
-                record = self.records[row]
-                writer.writerow(
-                    [
-                        record.image,
-                        record.dataset,
-                        record.split,
-                        record.component,
-                        "" if record.melanoma is None else int(record.melanoma),
-                        f"{self.outputs['melanoma_logit'][row]:.6f}",
-                        f"{self.probability[row]:.6f}",
-                    ]
-                )
-
-    def _categorical(self, task: str, positions: list[int]) -> Report:
-        known = self._known(task, positions)
-        truth = self.targets[task][known]
-        found = self.outputs[task][known].argmax(axis=1)
-        clusters = self._clusters(known)
-        majority = np.bincount(truth).argmax()
-        metadata = self._from_metadata(task, known)
+    def _task(self, task: str, rows: Sequence[int]) -> Report:
+        known = [row for row in rows if self.truths[task][row] != MISSING]
+        truth = self.truths[task][known]
+        found = self.predictions.outputs[task][known].argmax(axis=1)
+        labels = self.predictions.labels[task]
+        records = [self.records[row] for row in known]
+        statistics = _statistics(metrics.categorical(truth, range(len(labels))), truth, found)
         report: Report = {
             "images": len(known),
-            "accuracy": asdict(clusters.bootstrap(_on(accuracy_score, truth, found), SEED)),
-            "majority_accuracy": float((truth == majority).mean()),
-            "metadata_only_accuracy": float((metadata.argmax(axis=1) == truth).mean()),
-            "f1": _f1_readings(truth, found, "macro"),
+            "majority": majority(truth, range(len(labels))),
+            "metadata_only": self.metadata.task(task, records, truth),
+            "confusion": metrics.confusion(truth, found, labels),
         }
         if task == "age":
-            error = np.abs(self.outputs["age_years"][known] - self.age_years[known])
-            median = np.nanmedian(self.age_years[self.train])
-            report["mean_absolute_error_years"] = asdict(
-                clusters.bootstrap(lambda chosen: float(error[chosen].mean()), SEED)
+            statistics["quadratic kappa"] = lambda chosen: metrics.quadratic_kappa(
+                truth[chosen], found[chosen], range(len(labels))
             )
-            report["median_age_error_years"] = float(np.abs(self.age_years[known] - median).mean())
-        return report
+            if self.predictions.age_years is not None:
+                years = np.array([record.age for record in records], float)
+                error = np.abs(self.predictions.age_years[known] - years)
+                statistics["mean absolute error in years"] = lambda chosen: float(
+                    error[chosen].mean()
+                )
+                report["median_age_error_years"] = self.metadata.median_age_error(records)
+        estimates = self._clusters(known).bootstrap(statistics, SEED, REPLICATES)
+        return report | {name: asdict(estimate) for name, estimate in estimates.items()}
 
-    def _from_metadata(self, task: str, positions: list[int]) -> Floats:
-        """Class probabilities from age, sex and site alone (less the task itself)."""
-        used = [row for row in self.train if self.targets[task][row] != MISSING]
-        features = self._metadata(task)
-        model = LogisticRegression(max_iter=1000).fit(features[used], self.targets[task][used])
-        classes = 1 + max(self.targets[task][used].max(), self.targets[task][positions].max())
-        probabilities = np.zeros((len(positions), int(classes)))
-        probabilities[:, model.classes_] = model.predict_proba(features[positions])
-        return probabilities
+    def _groups(self, rows: Sequence[int]) -> Report:
+        """Key figures by source, sex, age, site and diagnosis."""
+        named = {
+            "source": [self.records[row].dataset for row in rows],
+            "sex": [str(self.records[row].sex or "unknown") for row in rows],
+            "age": [self._age_label(self.records[row]) for row in rows],
+            "site": [str(self.records[row].site or "unknown") for row in rows],
+            "diagnosis": [str(self.records[row].diagnosis or "unknown") for row in rows],
+        }
+        return {
+            attribute: {
+                group: self._group(
+                    [row for row, name in zip(rows, names, strict=True) if name == group]
+                )
+                for group in sorted(set(names))
+            }
+            for attribute, names in named.items()
+            if len(set(names)) > 1
+        }
 
-    def _metadata(self, task: str) -> Floats:
-        columns: list[Floats] = []
-        if task != "age":
-            age = self.age_years / 100
-            columns += [np.nan_to_num(age, nan=0.5), np.isnan(age).astype(float)]
-        for name, labels in (("sex", Sex), ("site", Site)):
-            if task != name:
-                columns += [
-                    (self.targets[name] == label).astype(float) for label in range(len(labels))
-                ]
-        return np.stack(columns, axis=1)
+    def _group(self, rows: Sequence[int]) -> Report:
+        truth, probability = self.melanoma[list(rows)], self.predictions.probability[list(rows)]
+        positive, negative = self._lesions(rows)
+        figures = metrics.binary(self.predictions.threshold)
+        clusters = self._clusters(rows)
+        enough = {
+            "AUROC": min(positive, negative),
+            "sensitivity": positive,
+            "specificity": negative,
+            "mean probability less prevalence": len(clusters),
+        }
+        chosen = {name: figures[name] for name in KEY_FIGURES if enough[name] >= LEAST_CLUSTERS}
+        estimates = clusters.bootstrap(_statistics(chosen, truth, probability), SEED, REPLICATES)
+        return {
+            "images": len(rows),
+            "melanomas": int((truth == 1).sum()),
+            **self._written(estimates, rows),
+        }
 
-    def _known(self, task: str, positions: list[int]) -> list[int]:
-        return [row for row in positions if self.targets[task][row] != MISSING]
+    def _compare(self, rows: Sequence[int], truth: Classes, clusters: Clusters) -> Report:
+        assert self.against is not None
+        sides = []
+        for predictions in (self.predictions, self.against):
+            figures = metrics.binary(predictions.threshold)
+            chosen = {name: figures[name] for name in COMPARED}
+            sides.append(_statistics(chosen, truth, predictions.probability[list(rows)]))
+        differences = clusters.compare(sides[0], sides[1], SEED, REPLICATES)
+        return {
+            "with": self.against.model,
+            "threshold": self.against.threshold,
+            "differences": {name: asdict(value) for name, value in differences.items()},
+        }
 
-    def _clusters(self, positions: list[int]) -> Clusters:
-        return Clusters([self.records[row].component for row in positions])
+    def _written(self, estimates: Mapping[str, Estimate], rows: Sequence[int]) -> Report:
+        """For the report; a share of all or none with its exact interval."""
+        lesions = dict(zip(("sensitivity", "specificity"), self._lesions(rows), strict=True))
+        return {
+            name: asdict(bounded(estimate, lesions[name]) if name in _SHARES else estimate)
+            for name, estimate in estimates.items()
+        }
+
+    def _lesions(self, rows: Sequence[int]) -> tuple[int, int]:
+        """Number of components with melanoma, and of those without."""
+        found = tuple(
+            len({self.records[row].component for row in rows if self.melanoma[row] == value})
+            for value in (1, 0)
+        )
+        return found[0], found[1]
+
+    def _clusters(self, rows: Sequence[int]) -> Clusters:
+        return Clusters([self.records[row].component for row in rows])
+
+    def _age_label(self, record: Record) -> str:
+        labels, edges = self.predictions.labels.get("age"), self.predictions.age_edges
+        if record.age is None:
+            return "unknown"
+        if not labels:
+            return f"{record.age // 20 * 20:.0f}-{record.age // 20 * 20 + 19:.0f}"
+        return labels[int(np.searchsorted(edges, record.age, side="right"))]
 
 
-def expected_calibration_error(truth: Classes, probability: Floats) -> float:
-    """ECE over equal-width bins (Naeini et al. 2015)."""
-    numbers = np.minimum((probability * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    gaps = np.bincount(numbers, probability - truth, CALIBRATION_BINS)
-    return float(np.abs(gaps).sum() / len(truth))
+def _with_components(records: Sequence[Record]) -> list[Record]:
+    """The records, with the components that their ids give where the manifest has none."""
+    if all(record.component for record in records):
+        return list(records)
+    names = names_of(records, components(records))
+    return [replace(r, component=name) for r, name in zip(records, names, strict=True)]
 
 
-def _on(
-    measure: Callable[..., float], truth: NDArray[Any], found: NDArray[Any]
-) -> Callable[[NDArray[np.intp]], float]:
-    return lambda chosen: float(measure(truth[chosen], found[chosen]))
+def _align(other: Predictions, predictions: Predictions) -> Predictions:
+    """The other model's predictions in the same order.
+
+    Raises:
+        DataError: It lacks an image.
+    """
+    rows = {(record.dataset, record.image): row for row, record in enumerate(other.records)}
+    try:
+        order = [rows[record.dataset, record.image] for record in predictions.records]
+    except KeyError as missing:
+        raise DataError(
+            f"{other.model} has no prediction for {missing.args[0][1]}: two models are compared on "
+            "the same images only."
+        ) from None
+    return Predictions(other.model, predictions.records, other.probability[order], other.threshold)
 
 
-def _of_both(
-    measure: Callable[..., float], truth: NDArray[Any], found: NDArray[Any]
-) -> Callable[[NDArray[np.intp]], float]:
-    """A measure that is not defined on a resample with one class only."""
+def _statistics(
+    measures: Mapping[str, Any], truth: NDArray[Any], found: NDArray[Any]
+) -> dict[str, Statistic]:
+    """Measures of the rows that are drawn; NaN on a draw that lacks a class that one needs."""
 
-    def of(chosen: NDArray[np.intp]) -> float:
-        if len(np.unique(truth[chosen])) < 2:
-            return float("nan")
-        return float(measure(truth[chosen], found[chosen]))
+    def on(name: str) -> Statistic:
+        measure, need_both = measures[name], name in metrics.NEED_BOTH and set(truth) <= {0, 1}
 
-    return of
+        def statistic(chosen: NDArray[np.intp]) -> float:
+            drawn = truth[chosen]
+            if need_both and drawn.min() == drawn.max():
+                return float("nan")
+            return float(measure(drawn, found[chosen]))
 
+        return statistic
 
-def _f1_readings(truth: Classes, found: Classes, first: str) -> Report:
-    averages = dict.fromkeys((first, "macro", "weighted"))
-    return {
-        average: float(f1_score(truth, found, average=average, zero_division=0.0))
-        for average in averages
-    }
+    return {name: on(name) for name in measures}
 
 
-def _spread(
-    parts: Sequence[NDArray[np.float32]], positions: list[int], count: int
-) -> NDArray[np.float32]:
-    values = np.concatenate(parts)
-    spread = np.full((count, *values.shape[1:]), np.nan, np.float32)
-    spread[positions] = values
-    return spread
+def _roc(truth: Classes, probability: Floats) -> list[list[float]]:
+    """False positive rate, sensitivity and threshold, thinned to what a plot shows."""
+    rates = np.stack(roc_curve(truth, probability), axis=1)
+    kept = np.unique(np.linspace(0, len(rates) - 1, min(len(rates), 201)).astype(int))
+    return [[float(v) if np.isfinite(v) else 1.0 for v in rates[i]] for i in kept]

@@ -32,7 +32,12 @@ from models.bundle import (
     save_bundle,
     sha256_of,
 )
-from training import calibrate
+from models.calibration import (
+    SENSITIVITY,
+    CalibrationError,
+    choose_threshold,
+    fit_calibration,
+)
 from training.data.cache import Pixels
 from training.data.layouts import ham10000
 from training.data.manifest import DataError, Record, fingerprint
@@ -40,10 +45,11 @@ from training.data.origins import origin_of
 from training.data.vocabulary import Sex, Site, Split
 from training.fit import batches, build_network, identity_of, load_tensors
 from training.network import DIAGNOSES, MultiTaskNetwork, ServedNetwork
+from training.ood import choose_ood_threshold, fit_feature_distance
 from training.run import Run, rows
 
-NAME = "mmtl-ham10000"
-VERSION = "0.1.0"
+NAME = "mmtl-lite0"
+VERSION = "0.2.0"
 AGE_EDGES = (30.0, 45.0, 60.0, 75.0)
 AGE_LABELS = ("0-29", "30-44", "45-59", "60-74", "75+")
 TASKS = (
@@ -91,17 +97,18 @@ def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
         if records[row].melanoma is not None
     ]
     network = load_fitted(run, records)
-    mean, whitening = calibrate.fit_feature_distance(
-        pooled_features(network, pixels, rows(records, Split.TRAIN))
-    )
-    served = ServedNetwork(network, AGE_EDGES, mean, whitening).eval()
+    seen = pooled_features(network, pixels, rows(records, Split.TRAIN))
+    served = ServedNetwork(network, AGE_EDGES, fit_feature_distance(seen)).eval()
     melanoma = np.array([bool(records[row].melanoma) for row in validation])
     with TemporaryDirectory() as temporary:
         files = write_artifacts(served, Path(temporary), pixels[:1])
         outputs = run_batches(onnx_runner(files["onnx"]), pixels, validation, 32)
-        calibration = calibrate.fit_calibration(outputs["melanoma_logit"], melanoma)
+        try:
+            calibration = fit_calibration(outputs["melanoma_logit"], melanoma)
+        except CalibrationError as error:
+            raise DataError(f"{run.folder}, validation split: {error}") from None
         probabilities = melanoma_probability(outputs["melanoma_logit"], calibration)
-        threshold = calibrate.choose_threshold(probabilities, melanoma)
+        threshold = choose_threshold(probabilities, melanoma)
         checked = np.linspace(0, len(records) - 1, min(CHECKED_IMAGES, len(records))).astype(int)
         differences = compare_artifacts(served, files, pixels, checked.tolist())
         golden = np.stack([golden_image(seed, *pixels.shape[1:3]) for seed in GOLDEN_SEEDS])
@@ -123,14 +130,14 @@ def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
                     sha256=sha256_of(path),
                     calibration=calibration,
                     melanoma_threshold=threshold,
-                    ood_threshold=calibrate.choose_ood_threshold(outputs["ood_score"]),
+                    ood_threshold=choose_ood_threshold(outputs["ood_score"]),
                     tolerance=GOLDEN_TOLERANCE,
                 )
                 for artifact_format, path in files.items()
             ),
             prevalence=float(melanoma.mean()),
             operating_point=OperatingPoint(
-                criterion=f"sensitivity of at least {calibrate.SENSITIVITY:.0%}",
+                criterion=f"sensitivity of at least {100 * SENSITIVITY:g} %",
                 dataset="HAM10000 validation split",
                 images=len(melanoma),
                 melanomas=int(melanoma.sum()),
@@ -188,12 +195,13 @@ def training_data(records: list[Record]) -> TrainingData:
     )
 
 
+@torch.inference_mode()
 def pooled_features(
     network: MultiTaskNetwork, pixels: Pixels, positions: list[int]
 ) -> NDArray[np.float32]:
-    """The trunk's pooled features: float32 [len(positions), F]."""
+    """The backbone's pooled features: float32 [len(positions), C]."""
     parts = [
-        network.features(batch.permute(0, 3, 1, 2)).mean(dim=(2, 3)).numpy()
+        network.backbone_features(batch.permute(0, 3, 1, 2)).mean(dim=(2, 3)).numpy()
         for batch in batches(pixels, positions, 64)
     ]
     return np.concatenate(parts)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from models.bundle import AGE_GRID
 from training.data.vocabulary import Diagnosis, Sex, Site
+from training.ood import FeatureDistance
 
 # The seven classes of HAM10000, which has no invasive squamous cell carcinoma.
 DIAGNOSES = tuple(diagnosis for diagnosis in Diagnosis if diagnosis is not Diagnosis.SCC)
@@ -60,22 +61,22 @@ class MultiTaskNetwork(nn.Module):
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
 
-    def features(self, images: Tensor) -> Tensor:
-        """The trunk's features, before pooling.
+    def backbone_features(self, images: Tensor) -> Tensor:
+        """What the backbone sees, before the trunk.
 
         Args:
             images: 0 to 255, [N, 3, H, W], uint8 or float.
 
         Returns:
-            float32 [N, trunk_channels, h, w].
+            float32 [N, C, h, w].
         """
-        normalised = (images.float() - self.mean) / self.std
-        features: Tensor = self.trunk(self.backbone(normalised))
+        features: Tensor = self.backbone((images.float() - self.mean) / self.std)
         return features
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Logits by task, each [N, HEADS[task]]; `age` as `continuation_logits`."""
-        pooled = self.dropout(self.features(images).mean(dim=(2, 3)))
+        features = self.trunk(self.backbone_features(images))
+        pooled = self.dropout(features.mean(dim=(2, 3)))
         return {name: head(pooled) for name, head in self.heads.items()}
 
 
@@ -104,8 +105,7 @@ class ServedNetwork(nn.Module):
     Args:
         network: Fitted.
         age_edges: The first age, in years, of every age bin but the first.
-        feature_mean: float32 [F], of the pooled trunk features of the training images.
-        feature_whitening: float32 [F, F], see `training.calibrate.fit_feature_distance`.
+        distance: Fitted to the backbone's pooled features of the training images.
     """
 
     OUTPUTS = (
@@ -121,36 +121,30 @@ class ServedNetwork(nn.Module):
 
     age_grid: Tensor
     age_bins: Tensor
-    feature_mean: Tensor
-    feature_whitening: Tensor
 
     def __init__(
         self,
         network: MultiTaskNetwork,
         age_edges: Sequence[float],
-        feature_mean: Tensor,
-        feature_whitening: Tensor,
+        distance: FeatureDistance,
     ):
         super().__init__()
         self.network = network
+        self.distance = distance
         grid = torch.tensor(AGE_GRID, dtype=torch.float32)
         bins = torch.bucketize(grid, torch.tensor(age_edges), right=True)
         self.register_buffer("age_grid", grid)
         self.register_buffer("age_bins", functional.one_hot(bins).float())
-        self.register_buffer("feature_mean", feature_mean)
-        self.register_buffer("feature_whitening", feature_whitening)
-        # So that a typical training image scores about 1, whatever the number of features.
-        self.feature_scale = float(feature_whitening.shape[1]) ** 0.5
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 [N, H, W, 3] -> the outputs by name, in the order of `OUTPUTS`."""
         heads = self.network.heads
-        features = self.network.features(images.permute(0, 3, 1, 2))
+        seen = self.network.backbone_features(images.permute(0, 3, 1, 2))
+        features = self.network.trunk(seen)
         pooled = features.mean(dim=(2, 3))
         ages = age_distribution(heads["age"](pooled))
         melanoma = heads["melanoma"]
         evidence = cast(Tensor, melanoma.weight)[:, :, None, None]
-        centred = (pooled - self.feature_mean) @ self.feature_whitening
         return {
             "melanoma_logit": melanoma(pooled)[:, 0],
             "age": ages @ self.age_bins,
@@ -159,5 +153,5 @@ class ServedNetwork(nn.Module):
             "sex": heads["sex"](pooled).softmax(dim=1),
             "diagnosis": heads["diagnosis"](pooled).softmax(dim=1),
             "melanoma_map": functional.conv2d(features, evidence)[:, 0],
-            "ood_score": torch.linalg.vector_norm(centred, dim=1) / self.feature_scale,
+            "ood_score": self.distance(seen.mean(dim=(2, 3))),
         }

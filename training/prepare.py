@@ -8,12 +8,11 @@ from training.data.cache import build_cache
 from training.data.components import components
 from training.data.duplicates import find_duplicates, thumbnails
 from training.data.layouts import balanced, gather, ham10000, read_datasets
-from training.data.manifest import DataError, Record, save_manifest
-from training.data.splits import assign_fixed
-from training.data.vocabulary import Split
+from training.data.manifest import DataError, save_manifest
+from training.data.splits import assign_fixed, is_published_test
 from training.run import Config, Run
 
-TRAINED_ON = (ham10000.TITLE, "isic2017")
+TRAINED_ON = (ham10000.TITLE,)
 
 
 def prepare(
@@ -36,10 +35,21 @@ def prepare(
         DataError: The data does not fit, or the run folder holds another configuration.
     """
     records, listed = gather(read_datasets([data]))
-    used = [i for i, record in enumerate(records) if record.path and _is_used(record, trained_on)]
+    if any(balanced.is_part(r) for r in records) and not any(map(is_published_test, records)):
+        raise DataError(f"{data} holds the balanced set without its val, which must be left out.")
+    used = [
+        position
+        for position, record in enumerate(records)
+        if record.path and (record.dataset in trained_on or is_published_test(record))
+    ]
     if not any(records[i].dataset == ham10000.TITLE for i in used):
         raise DataError(
             f"{data} holds no images of HAM10000, which the network is validated and tested on."
+        )
+    if absent := set(trained_on) - {records[i].dataset for i in used}:
+        raise DataError(
+            f"{data} holds no images of {min(absent)}; found are "
+            f"{', '.join(sorted({record.dataset for record in records if record.path}))}."
         )
     run.save_config(config)
     # Until the new one is written there is none: pixels and labels of two preparations never meet.
@@ -52,8 +62,3 @@ def prepare(
     manifest = [divided[i] for i in used]
     save_manifest(run.manifest, manifest)
     return Counter((record.dataset, str(record.split)) for record in manifest)
-
-
-def _is_used(record: Record, trained_on: Sequence[str]) -> bool:
-    published = record.dataset.startswith(balanced.TITLE) and record.split is Split.TEST
-    return record.dataset in trained_on or published

@@ -1,41 +1,49 @@
-"""How a bundle answers for a picture at another size, and for pictures that show no lesion."""
+"""How a bundle answers for a picture at another size, and for pictures unlike what it learned."""
 
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from models.bundle import Artifact, melanoma_probability
+from models.bundle import Bundle, melanoma_probability
 from models.images import ImageError, decode
-from training.data.cache import Pixels
-from training.data.manifest import DataError
-from training.export import Runner
+from training.data.layouts import image_files
+from training.data.manifest import DataError, Record
+from training.export import onnx_runner
+from training.predictions import Predictions, predict
+from training.statistics import Clusters, Estimate, bounded
 
 THUMBNAIL_WIDTH = 200
+# Images of each dataset that was not learned from, so that large ones do not take all the time.
+MOST_IMAGES = 2000
 
-Floats = NDArray[np.floating]
 Report = dict[str, Any]
 
 
-def compare_sizes(
-    runner: Runner, artifact: Artifact, folder: Path, shape: tuple[int, int]
-) -> Report:
+def compare_sizes(bundle: Bundle, folder: Path) -> Report:
     """The melanoma probability of each original, and of its copy at 200 pixels' width.
 
     Raises:
         DataError: There is none, or one cannot be read.
     """
+    artifact = bundle.artifact("onnx")
+    run = onnx_runner(bundle.path(artifact))
+    size = bundle.manifest.input.height, bundle.manifest.input.width
     pairs = []
-    for path in sorted(folder.glob("*.jpg")):
+    for path in sorted(image_files(folder)):
         data = path.read_bytes()
-        both = np.stack([read_pixels(path, version, shape) for version in (data, thumbnail(data))])
-        logits = runner(both)["melanoma_logit"]
-        pairs.append(melanoma_probability(logits, artifact.calibration))
+        try:
+            both = np.stack([decode(version, *size).pixels for version in (data, thumbnail(data))])
+        except ImageError as error:
+            raise DataError(f"{path}: {error}") from None
+        pairs.append(melanoma_probability(run(both)["melanoma_logit"], artifact.calibration))
     if not pairs:
-        raise DataError(f"{folder} holds no .jpg files.")
+        raise DataError(f"{folder} holds no image files.")
     change = np.abs(np.diff(np.array(pairs), axis=1)).ravel()
     return {
         "images": len(change),
@@ -43,18 +51,6 @@ def compare_sizes(
         "median_change_of_probability": float(np.median(change)),
         "largest_change_of_probability": float(change.max()),
     }
-
-
-def read_pixels(path: Path, data: bytes, shape: tuple[int, int]) -> Pixels:
-    """Decode an image of the data folder.
-
-    Raises:
-        DataError: It cannot be.
-    """
-    try:
-        return decode(data, *shape).pixels
-    except ImageError as error:
-        raise DataError(f"{path}: {error}") from None
 
 
 def thumbnail(data: bytes) -> bytes:
@@ -69,27 +65,61 @@ def thumbnail(data: bytes) -> bytes:
 
 
 def flagged_shares(
-    runner: Runner,
-    artifact: Artifact,
-    folder: Path,
-    shape: tuple[int, int],
-    scores: dict[str, Floats],
+    bundle: Bundle,
+    predictions: Predictions,
+    learned: Sequence[Record],
+    known: Sequence[Record],
+    other: Path | None,
 ) -> Report:
-    """Share of images over the out-of-distribution threshold, by kind of image."""
-    kinds: dict[str, list[float]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".jpg", ".png"):
-            pixels = read_pixels(path, path.read_bytes(), shape)[None]
-            kind = "other: " + path.name.split("_")[0]
-            kinds.setdefault(kind, []).append(float(runner(pixels)["ood_score"][0]))
-    measured = {**scores, **{kind: np.array(values) for kind, values in kinds.items()}}
+    """Share of images over the shipped out-of-distribution threshold, by kind of image.
+
+    Args:
+        bundle: With its threshold.
+        predictions: Its predictions of held-out images.
+        learned: What it was fitted to and tuned on.
+        known: Images of any dataset; of those whose dataset was not learned from, the ones that no
+            learned or held-out dataset holds as well are looked at.
+        other: A folder of what is not dermoscopic; the first word of a file's name is its kind.
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+    artifact = bundle.artifact("onnx")
+    flags: dict[str, tuple[list[bool], list[str]]] = {}
+
+    def note(found: Predictions, kinds: Sequence[str]) -> None:
+        assert found.ood_score is not None
+        flagged = (found.ood_score > artifact.ood_threshold).tolist()
+        for kind, record, flag in zip(kinds, found.records, flagged, strict=True):
+            values, names = flags.setdefault(kind, ([], []))
+            values.append(flag)
+            names.append(record.component or record.lesion or record.image)
+
+    note(predictions, [f"held out: {record.dataset}" for record in predictions.records])
+    datasets = {source.name for source in bundle.manifest.training_data.sources}
+    datasets |= {record.dataset for record in predictions.records}
+    seen = {record.image for record in (*learned, *predictions.records)}
+    foreign: dict[str, list[Record]] = {}
+    for record in known:
+        if record.path and record.dataset not in datasets and record.image not in seen:
+            foreign.setdefault(record.dataset, []).append(record)
+    for dataset, records in foreign.items():
+        records.sort(key=lambda record: hashlib.sha256(record.image.encode()).digest())
+        chosen = records[:MOST_IMAGES]
+        note(predict(bundle, chosen), [f"dermoscopy not learned from: {dataset}"] * len(chosen))
+    if other is not None:
+        pictures = [Record(path.stem, str(path), "other") for path in sorted(image_files(other))]
+        note(predict(bundle, pictures), [f"other: {r.image.split('_')[0]}" for r in pictures])
     return {
         "threshold": artifact.ood_threshold,
         "flagged": {
-            name: {
-                "images": len(values),
-                "share": float((values > artifact.ood_threshold).mean()),
-            }
-            for name, values in measured.items()
+            kind: {"images": len(values), "share": asdict(_share(values, names))}
+            for kind, (values, names) in flags.items()
         },
     }
+
+
+def _share(values: Sequence[bool], names: Sequence[str]) -> Estimate:
+    flags, clusters = np.array(values, float), Clusters(names)
+    found = clusters.bootstrap({"share": lambda chosen: float(flags[chosen].mean())})["share"]
+    return bounded(found, len(clusters))

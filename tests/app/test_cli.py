@@ -93,5 +93,34 @@ def test_a_bundle_is_verified_and_shown(run, bundle_folder: Path) -> None:
     assert json.loads(run("bundle", "inspect", "--json", bundle_folder)[1])["name"] == "test"
 
 
+def test_a_bundle_is_recalibrated_into_another_one_and_compared(
+    run, bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    rows = [f"{(number % 40) / 10},{int(number % 40 > 25 + number % 7)}" for number in range(400)]
+    table = tmp_path / "outcomes.csv"
+    table.write_text("melanoma_logit,melanoma\n" + "\n".join(rows))
+    new = tmp_path / "new"
+    status, output, _ = run("bundle", "recalibrate", bundle_folder, "--outcomes", table, "-o", new)
+    assert status == 0
+    assert f"{new}: test 1.2.4, fitted to 400 outcomes" in output
+    status, output, _ = run("bundle", "diff", bundle_folder, new)
+    assert status == 1
+    assert "artifacts[model.onnx].calibration.slope" in output
+    assert run("bundle", "diff", new, new)[:2] == (0, "The bundles are the same.\n")
+    assert run("bundle", "verify", new)[0] == 0
+    arguments = ("bundle", "recalibrate", bundle_folder, "--prevalence", "0.02", "-o")
+    assert run(*arguments, new, "--version", "9.0.0")[0] == 0
+    assert "test 9.0.0" in run("bundle", "inspect", new)[1]
+    for wrong, sentence in (
+        ((bundle_folder,), "--out is the bundle itself"),
+        ((new, "--version", "x"), "--version is of the form 1.2.3"),
+        ((new, "--prevalence", "2"), "--prevalence is a share between 0 and 1"),
+        ((new, "--outcomes", table), "Give either --outcomes or --prevalence"),
+    ):
+        status, _, error = run(*arguments, *wrong)
+        assert (status, sentence in error) == (2, True)
+
+
 def test_the_settings_page_is_the_program_s(run) -> None:
     assert (ROOT / "docs" / "settings.md").read_text() == run("settings")[1], "run `make docs`"

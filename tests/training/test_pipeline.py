@@ -15,17 +15,21 @@ from torch import nn
 from app.settings import Settings
 from models.bundle import load_bundle
 from tests.conftest import started
+from tests.training.data.drawn import draw_isic_cli_old
 from tests.training.folders import BALANCED_LESIONS, draw_balanced, draw_ham10000
+from training import evaluate as evaluating
 from training import export as exporting
 from training import fit as fitting
+from training.card import save_figures
 from training.cli import cli
 from training.cli import main as run_command_line
 from training.data.manifest import DataError, save_manifest
 from training.data.vocabulary import Split
-from training.evaluate import evaluate
 from training.export import export
 from training.fit import fit, warmup_cosine
+from training.predictions import predict
 from training.prepare import prepare
+from training.release import evaluate_model, held_out
 from training.run import Config, Run, rows
 
 CONFIG = Config(
@@ -51,6 +55,8 @@ def _small_backbone():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "build_lite0", build)
+        # A tenth of the resamples: what is tested is what is measured, not how sharply.
+        patch.setattr(evaluating, "REPLICATES", 100)
         yield
 
 
@@ -63,13 +69,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ham / "HAM10000_images" / "ISIC_0000001.jpg", folder / "originals")
     (folder / "other").mkdir()
     shutil.copy(ham / "HAM10000_images" / "ISIC_0000002.jpg", folder / "other" / "photo_x.jpg")
+    draw_isic_cli_old(folder / "isic2017", first=8000)
+    draw_isic_cli_old(folder / "isic2020", first=9000)
     return folder
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Run:
     run = Run(tmp_path_factory.mktemp("runs") / "run")
-    prepare(data, run, CONFIG)
+    prepare(data, run, CONFIG, trained_on=("HAM10000", "isic2017"))
     fit(run, workers=0)
     return run
 
@@ -79,13 +87,14 @@ def bundle_folder(tmp_path_factory: pytest.TempPathFactory, data: Path, fitted: 
     folder = tmp_path_factory.mktemp("bundles") / "bundle"
     arguments = ["--run", str(fitted.folder), "--bundle", str(folder)]
     cli(["export", *arguments], standalone_mode=False)
-    cli(["evaluate", str(data), *arguments], standalone_mode=False)
+    report = ["--publish", "--out", str(fitted.folder / "report")]
+    cli(["evaluate", str(data), *arguments, *report], standalone_mode=False)
     return folder
 
 
 def test_prepare_leaves_the_held_out_lesions_out(fitted: Run) -> None:
     records, pixels = fitted.load_data()
-    assert pixels.shape == (680, 64, 64, 3)
+    assert pixels.shape == (686, 64, 64, 3)
     used = {records[row].lesion for row in rows(records, Split.TRAIN)}
     used |= {records[row].lesion for row in rows(records, Split.VALIDATION)}
     # The first image of each of these lesions stands in the balanced set; it has a second one.
@@ -151,8 +160,12 @@ def test_a_bundle_is_evaluated_with_its_own_run_only(
     learned = rows(records, Split.TRAIN)[0]
     records[learned] = replace(records[learned], split=Split.EXCLUDED)
     save_manifest(other.manifest, records)
+    bundle = load_bundle(bundle_folder)
+    found = predict(bundle, held_out(records, Split.TEST))
+    report = evaluate_model(found, records, Split.TEST, bundle=bundle)
+    assert "not the one that the bundle was fitted with" in report["cautions"][0]
     with pytest.raises(DataError, match="fitted on other data"):
-        evaluate(load_bundle(bundle_folder), other, data)
+        save_figures(bundle, report)
     with pytest.raises(DataError, match="fitted on other data"):
         export(other, tmp_path / "bundle")
 
@@ -216,9 +229,9 @@ def test_an_artifact_that_disagrees_is_not_written(
 def test_the_service_answers_what_evaluate_predicted(
     bundle_folder: Path, fitted: Run, artifact: str
 ) -> None:
-    with (fitted.folder / "predictions.csv").open() as file:
+    with (fitted.folder / "report" / "predictions.csv").open() as file:
         predicted = {
-            row["image"]: float(row["probability"])
+            row["image"]: float(row["melanoma_probability"])
             for row in csv.DictReader(file)
             if row["dataset"] == "HAM10000"
         }
@@ -230,20 +243,46 @@ def test_the_service_answers_what_evaluate_predicted(
             assert probability == pytest.approx(predicted[records[row].image], abs=1e-3)
 
 
-def test_the_figures_and_the_card_say_what_was_measured(bundle_folder: Path) -> None:
+def test_the_figures_the_card_and_the_page_say_what_was_measured(
+    bundle_folder: Path, fitted: Run
+) -> None:
     metrics = json.loads((bundle_folder / "metrics.json").read_text())
     card = (bundle_folder / "MODEL_CARD.md").read_text()
-    test = metrics["HAM10000 test"]
-    auroc = test["melanoma"]["auroc"]
+    report = json.loads((fitted.folder / "report" / "report.json").read_text())
+    assert metrics == report
+    auroc = metrics["sets"]["HAM10000"]["melanoma"]["AUROC"]
     assert auroc["low"] <= auroc["value"] <= auroc["high"]
-    assert {"accuracy", "majority_accuracy", "metadata_only_accuracy"} < test["age"].keys()
-    assert metrics["balanced validation"]["groups"]["all"]["images"] == 40
-    assert metrics["balanced validation"]["not evaluated"] == ["balanced (ISIC2017)"]
+    assert {"accuracy", "majority"} < metrics["sets"]["HAM10000"]["tasks"]["age"].keys()
+    assert metrics["sets"]["balanced"]["images"] == 40
     assert metrics["originals"]["images"] == 1
-    assert metrics["out of distribution"]["flagged"]["other: photo"]["images"] == 1
+    flagged = metrics["out of distribution"]["flagged"]
+    assert flagged["other: photo"]["images"] == 1
+    assert flagged["dermoscopy not learned from: isic2020"]["images"] == 6
     assert f"{auroc['value']:.3f}" in card
-    assert "Not the paper's test set: 40 of its 1,962 images" in card
+    assert f"{auroc['value']:.3f}" in (fitted.folder / "report" / "report.html").read_text()
     assert "CC BY-NC" in card
+
+
+def test_a_table_of_predictions_is_evaluated_and_compared(
+    bundle_folder: Path, fitted: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "theirs.csv"
+    lines = (fitted.folder / "report" / "predictions.csv").read_text().splitlines()
+    table.write_text("\n".join(lines[:-3]))
+    arguments = ["--run", str(fitted.folder), "--out", str(tmp_path / "report")]
+    theirs = ["--predictions", str(table), "--threshold", "0.3", "--against", str(bundle_folder)]
+    cli(["evaluate", *arguments, *theirs], standalone_mode=False)
+    assert "AUROC less" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert any("images of this split have a prediction" in line for line in report["cautions"])
+    assert report["sets"]["HAM10000"]["compared"]["differences"]["AUROC"]["value"] == 0
+    with pytest.raises(DataError, match="a table of predictions is none"):
+        cli(["evaluate", *arguments, *theirs, "--publish"], standalone_mode=False)
+    bundle = ["--bundle", str(bundle_folder), "--split", "train"]
+    cli(["evaluate", *arguments, *bundle], standalone_mode=False)
+    assert "fitted to: the figures are better" in (tmp_path / "report" / "report.html").read_text()
+    with pytest.raises(DataError, match="Only figures of the test split"):
+        cli(["evaluate", *arguments, *bundle, "--publish"], standalone_mode=False)
 
 
 def test_an_expected_error_is_one_sentence(

@@ -1,15 +1,11 @@
 """Labels for a bare image folder, joined from metadata by ISIC id: the paper's re-annotation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from training.data.layouts import Dataset, image_files
+from training.data.layouts import Dataset, image_files, merge
 from training.data.manifest import DataError, Record, isic_id
-
-_LABELS = tuple(
-    field.name for field in fields(Record) if field.name not in ("image", "path", "dataset")
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +65,7 @@ def annotate(folder: Path, own: Sequence[Dataset], metadata: Sequence[Dataset]) 
 
 
 def _fill(record: Record, source: Record) -> tuple[Record, list[str]]:
-    """Fill the record's gaps; ids of lesions and patients are not compared, names differ."""
-    gaps, differing = {}, []
-    for name in _LABELS:
-        ours, theirs = getattr(record, name), getattr(source, name)
-        if theirs is None or name in ("split", "component"):
-            continue
-        if ours is None:
-            gaps[name] = theirs
-        elif ours != theirs and name not in ("lesion", "patient"):
-            differing.append(name)
-    return replace(record, **gaps), differing
+    """Fill the record's gaps; what names of lesions and patients are is each dataset's own."""
+    labels = replace(source, image=record.image, path=record.path, dataset=record.dataset)
+    filled, differing = merge(record, replace(labels, split=None, component=""))
+    return filled, [name for name in differing if name not in ("lesion", "patient")]

@@ -2,17 +2,17 @@
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.files import write_atomically
-from training.data.components import Bond, components
+from training.data.components import Bond, components, key_of
 from training.data.duplicates import Duplicate
 from training.data.layouts import Dataset
-from training.data.manifest import Record, isic_id
+from training.data.manifest import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Leak:
 
     Attributes:
         record: The row.
-        partner: A row of A that does.
+        partner: A row of A that does, by the first of the reasons.
         reasons: "image", "lesion", "patient", "listed duplicate", "near duplicate", or "chain"
             where only several of these in a row join them.
     """
@@ -42,7 +42,10 @@ class Audit:
         shared_lesions: Lesions with an id and rows in both, whatever each dataset calls them.
         shared_patients: Patients likewise.
         listed_pairs: Pairs that a dataset lists as duplicates, one in A and one in B.
-        near_duplicate_pairs: Pairs found by comparing pictures; None where that was not asked for.
+        bare_ids_in_both: Lesion and patient ids that are equal on both sides and were not joined,
+            since without the archive's prefix they may mean other lesions (see `same_ids`).
+        pictures_compared: Number of pictures; None where that was not asked for.
+        near_duplicate_pairs: Pairs found by comparing them, those of one image id aside.
         rows_by_image: Rows whose image is on the other side.
         rows_by_lesion: Rows whose lesion is.
         rows_by_patient: Rows whose patient is.
@@ -59,6 +62,8 @@ class Audit:
     shared_lesions: int
     shared_patients: int
     listed_pairs: int
+    bare_ids_in_both: int
+    pictures_compared: int | None
     near_duplicate_pairs: int | None
     rows_by_image: int
     rows_by_lesion: int
@@ -76,7 +81,7 @@ class Audit:
 
     def figures(self) -> dict[str, int | None]:
         """The counts, for JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "leaks"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "leaks"}
 
 
 def audit(
@@ -84,6 +89,7 @@ def audit(
     second: Sequence[Dataset],
     knowing: Sequence[Dataset] = (),
     compare: Callable[[Sequence[Record]], list[Duplicate]] | None = None,
+    same_ids: bool = False,
 ) -> Audit:
     """Look for whatever A (`first`) and B (`second`) share.
 
@@ -93,6 +99,7 @@ def audit(
         knowing: Datasets that are in neither, whose tables tell more of the same images: HAM10000
             knows lesions of images that other sets hold without a lesion id.
         compare: Finds near-duplicates among records; None to go by ids alone.
+        same_ids: Lesion and patient ids of any form mean the same in every dataset.
     """
     a = [record for dataset in first for record in dataset.records]
     b = [record for dataset in second for record in dataset.records]
@@ -102,17 +109,20 @@ def audit(
     near = compare(everything[: len(a) + len(b)]) if compare else []
     pairs = [(pair.one, pair.other) for pair in near]
 
-    by_image = _joined(side, components(everything, by=("image",)))
+    images = components(everything, by=("image",))
+    by_image = _joined(side, images)
     known: dict[Bond, NDArray[np.int32]] = {
-        bond: components(everything, by=("image", bond)) for bond in ("lesion", "patient")
+        bond: components(everything, by=("image", bond), same_ids=same_ids)
+        for bond in ("lesion", "patient")
     }
     joined = {
         bond: _joined(side, labels) & _with_id(everything, labels, bond)
         for bond, labels in known.items()
     }
     in_listed, listed_pairs = _listed_across(everything, side, listed)
-    in_near, near_pairs = _across(side, pairs)
-    whole = components(everything, pairs, listed)
+    in_near, _ = _across(side, pairs)
+    _, near_pairs = _across(side, [pair for pair in pairs if images[pair[0]] != images[pair[1]]])
+    whole = components(everything, pairs, listed, same_ids=same_ids)
     by_any = _joined(side, whole)
     either = joined["lesion"] | joined["patient"]
     duplicate = in_listed | in_near
@@ -130,24 +140,30 @@ def audit(
         "listed duplicate": in_listed,
         "near duplicate": in_near,
     }
-    partner: dict[int, int] = {}
-    for position in np.flatnonzero((side == 1) & by_any).tolist():
-        partner.setdefault(int(whole[position]), position)
-    leaks = [
-        Leak(
-            everything[row],
-            everything[partner[int(whole[row])]],
-            tuple(reason for reason, where in reasons.items() if where[row]) or ("chain",),
-        )
-        for row in np.flatnonzero((side == 2) & by_any).tolist()
-    ]
+    by_reason: dict[str, NDArray[np.int32]] = {"image": images, "chain": whole}
+    by_reason |= {str(bond): labels for bond, labels in known.items()}
+    givers = {name: _first_of(side, labels) for name, labels in by_reason.items()}
+    in_pair = _partners(side, pairs)
+
+    def leak(row: int) -> Leak:
+        why = tuple(reason for reason, where in reasons.items() if where[row]) or ("chain",)
+        if why[0] == "near duplicate":
+            giver = in_pair[row]
+        else:
+            name = why[0] if why[0] in givers else "chain"
+            giver = givers[name][int(by_reason[name][row])]
+        return Leak(everything[row], everything[giver], why)
+
+    leaks = [leak(row) for row in np.flatnonzero((side == 2) & by_any).tolist()]
     return Audit(
         rows_a=len(a),
         rows_b=len(b),
-        shared_images=len({r.image for r in a} & {r.image for r in b if isic_id(r.image)}),
+        shared_images=len(set(images[by_image & (side > 0)].tolist())),
         shared_lesions=shared("lesion"),
         shared_patients=shared("patient"),
         listed_pairs=listed_pairs,
+        bare_ids_in_both=0 if same_ids else _bare_in_both(a, b),
+        pictures_compared=sum(bool(record.path) for record in a + b) if compare else None,
         near_duplicate_pairs=near_pairs if compare else None,
         rows_by_image=count(by_image, 2),
         rows_by_lesion=count(joined["lesion"], 2),
@@ -167,7 +183,10 @@ def audit(
 
 def save_leaks(path: Path, leaks: Sequence[Leak]) -> None:
     """Write every leaking row of B as CSV, with a row of A that gives it away."""
-    with write_atomically(path) as temporary, temporary.open("w", newline="") as file:
+    with (
+        write_atomically(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["image", "dataset", "path", "reasons", "image_a", "dataset_a", "path_a"])
         for leak in leaks:
@@ -188,9 +207,44 @@ def _joined(side: NDArray[np.int64], labels: NDArray[np.int32]) -> NDArray[np.bo
 
 def _with_id(records: Sequence[Record], labels: NDArray[np.int32], bond: Bond) -> NDArray[np.bool_]:
     """Rows whose component has such an id at all."""
-    having = np.array([bool(getattr(record, bond)) for record in records])
+    having = np.array([bool(getattr(record, bond)) for record in records], bool)
     found: NDArray[np.bool_] = np.isin(labels, labels[having])
     return found
+
+
+def _first_of(side: NDArray[np.int64], labels: NDArray[np.int32]) -> dict[int, int]:
+    """The first row of A of each component."""
+    found: dict[int, int] = {}
+    for position in np.flatnonzero(side == 1).tolist():
+        found.setdefault(int(labels[position]), position)
+    return found
+
+
+def _partners(side: NDArray[np.int64], pairs: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """A row of A for each row of B that is paired with one."""
+    found: dict[int, int] = {}
+    for one, other in pairs:
+        for row, giver in ((one, other), (other, one)):
+            if side[row] == 2 and side[giver] == 1:
+                found.setdefault(row, giver)
+    return found
+
+
+def _bare_in_both(a: Sequence[Record], b: Sequence[Record]) -> int:
+    """Lesion and patient ids that are equal on both sides, in datasets of other names."""
+    bonds: tuple[Bond, ...] = ("lesion", "patient")
+
+    def bare(records: Sequence[Record]) -> dict[tuple[str, str], set[str]]:
+        found: dict[tuple[str, str], set[str]] = {}
+        for record in records:
+            for bond in bonds:
+                key = key_of(record, bond)
+                if key is not None and len(key) == 3:
+                    found.setdefault((bond, key[2]), set()).add(key[1])
+        return found
+
+    ours, theirs = bare(a), bare(b)
+    return sum(not ours[key] & theirs[key] for key in ours.keys() & theirs.keys())
 
 
 def _across(

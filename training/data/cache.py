@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import PIL
 from numpy.typing import NDArray
+from PIL import features
 from tqdm import tqdm
 
+from models import images
 from models.files import write_atomically
 from models.images import ImageError, decode
 from training.data.manifest import DataError, Record
@@ -38,7 +40,10 @@ def build_cache(path: Path, records: Sequence[Record], height: int, width: int) 
     shape = (len(records), height, width, 3)
     note, partial = path.with_suffix(".json"), path.with_suffix(".part")
     if path.is_file() and _read(note) == {"key": key, "images": len(records)}:
-        return open_cache(path, len(records))
+        try:
+            return open_cache(path, len(records))
+        except DataError:
+            note.unlink()  # damaged since: built anew
     path.parent.mkdir(parents=True, exist_ok=True)
     progress = _read(note)
     start = progress.get("images", 0) if progress.get("key") == key and partial.is_file() else 0
@@ -47,13 +52,14 @@ def build_cache(path: Path, records: Sequence[Record], height: int, width: int) 
         pixels = np.lib.format.open_memmap(partial, mode="r+") if start else None
     except (OSError, ValueError):
         pixels = None
-    if pixels is None or pixels.shape != shape:
+    if pixels is None or pixels.shape != shape or partial.stat().st_size < pixels.nbytes:
         start = 0
         note.unlink(missing_ok=True)
         pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         # Taken from the disk now: writing into a hole of a mapped file on a full disk is a SIGBUS.
-        with partial.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with partial.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
 
     def read(record: Record) -> Pixels:
         try:
@@ -99,7 +105,9 @@ def open_cache(path: Path, count: int) -> Pixels:
 
 def _key(records: Sequence[Record], height: int, width: int) -> str:
     """What a cache is of: these files, this size, this decoder."""
-    digest = hashlib.sha256(f"{height} {width} Pillow {PIL.__version__}".encode())
+    digest = hashlib.sha256(Path(images.__file__).read_bytes())
+    libjpeg = features.version("libjpeg_turbo")
+    digest.update(f"{height} {width} Pillow {PIL.__version__} {libjpeg}".encode())
     for record in records:
         try:
             stat = os.stat(record.path)

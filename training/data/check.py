@@ -14,6 +14,7 @@ from training.data.manifest import Record
 
 # The label columns of a manifest, which may be empty.
 LABELS = ("melanoma", "diagnosis", "age", "sex", "site", "lesion", "patient")
+_COUNTED = ("diagnosis", "sex", "site")
 _SIDE = 32
 
 
@@ -30,7 +31,7 @@ class Check:
         unreadable: How many files are no image that serving could decode.
         melanomas: Rows that are melanoma.
         known: Rows with a value, by label.
-        diagnoses: Rows by diagnosis.
+        counts: Rows by value, for diagnosis, sex, site and age (in steps of 10 years).
         pairs: Pairs that it lists as duplicates.
         faults: Sentences, each with file, row and column where there are.
         fatal: How many of these must be mended before the data is used.
@@ -44,7 +45,7 @@ class Check:
     unreadable: int
     melanomas: int
     known: dict[str, int]
-    diagnoses: dict[str, int]
+    counts: dict[str, dict[str, int]]
     pairs: int
     faults: tuple[str, ...]
     fatal: int
@@ -59,6 +60,14 @@ def check(dataset: Dataset, pixels: bool = True) -> Check:
     """
     records, faults = dataset.records, dataset.faults
     damaged = find_unreadable(records) if pixels else []
+    absent = [record.image for record in records if not record.path]
+    if 0 < len(absent) < len(records):
+        some = ", ".join(absent[:3])
+        faults.add(
+            "missing file",
+            f"{dataset.place.folder}: {len(absent):,} images have no file ({some}, ...).",
+            fatal=False,
+        )
     names = sorted({record.dataset.split(" (")[0] for record in records})
     return Check(
         dataset=", ".join(names) or dataset.place.name,
@@ -71,11 +80,18 @@ def check(dataset: Dataset, pixels: bool = True) -> Check:
         known={
             label: sum(getattr(record, label) is not None for record in records) for label in LABELS
         },
-        diagnoses=dict(Counter(str(r.diagnosis) for r in records if r.diagnosis).most_common()),
+        counts={
+            **{name: _count([getattr(r, name) for r in records]) for name in _COUNTED},
+            "age": _count([None if r.age is None else int(r.age // 10 * 10) for r in records]),
+        },
         pairs=len(dataset.pairs),
         faults=tuple(sorted(damaged) + [fault.message for fault in faults]),
         fatal=len(damaged) + sum(fault.fatal for fault in faults),
     )
+
+
+def _count(values: Sequence[object]) -> dict[str, int]:
+    return dict(Counter(str(value) for value in values if value is not None).most_common())
 
 
 def find_unreadable(records: Sequence[Record]) -> list[str]:

@@ -1,7 +1,7 @@
 """`mmtl-train data check | annotate | audit | split`."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from training.data.layouts import gather, read_datasets
+from training.data.layouts import Dataset, gather, read_datasets
 from training.data.manifest import DataError, Record, save_manifest
 from training.data.vocabulary import Split
 
@@ -19,6 +19,9 @@ _SHOWN = 20
 Paths = Annotated[list[Path], typer.Argument(help="Folders or tables.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
 Pixels = Annotated[bool, typer.Option("--pixels/--no-pixels", help="Look at the images, too.")]
+SameIds = Annotated[
+    bool, typer.Option("--same-ids", help="Bare lesion and patient ids mean the same everywhere.")
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The manifest to write.")]
 
 
@@ -74,7 +77,9 @@ def annotate(
     from training.data.layouts import find_places
 
     own = read_datasets([folder]) if any(find_places(folder)) else []
-    found = annotate(folder, own, read_datasets(metadata))
+    sources = read_datasets(metadata)
+    gather([*own, *sources])
+    found = annotate(folder, own, sources)
     save_manifest(out, found.records)
     print(f"{found.matched:,} of {len(found.records):,} images found in the metadata; wrote {out}.")
     _print_some([f"not found: {name}" for name in found.unmatched])
@@ -90,6 +95,9 @@ def audit(
         typer.Option("--with", help="Tables that know more of the same images."),
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write every leaking row of B here.")] = None,
+    split_a: Annotated[Split | None, typer.Option(help="Only rows of A of this split.")] = None,
+    split_b: Annotated[Split | None, typer.Option(help="Only rows of B of this split.")] = None,
+    same_ids: SameIds = False,
     as_json: AsJson = False,
     pixels: Pixels = True,
 ) -> None:
@@ -97,12 +105,10 @@ def audit(
     from training.data.audit import audit, save_leaks
     from training.data.duplicates import pair_up
 
-    found = audit(
-        read_datasets([first]),
-        read_datasets([second]),
-        read_datasets(knowing or []),
-        pair_up if pixels else None,
-    )
+    a, b = _only(read_datasets([first]), split_a), _only(read_datasets([second]), split_b)
+    others = read_datasets(knowing or [])
+    gather([*a, *b, *others])
+    found = audit(a, b, others, pair_up if pixels else None, same_ids)
     if csv is not None:
         save_leaks(csv, found.leaks)
     if as_json:
@@ -113,7 +119,7 @@ def audit(
         table.add_column(column, justify="left" if column == "joined by" else "right")
     near = found.near_duplicate_pairs
     pairs = f"{found.listed_pairs:,} listed pairs, "
-    pairs += "pictures not compared" if near is None else f"{near:,} by picture"
+    pairs += "pictures not compared" if near is None else f"{near:,} more by picture"
     for name, shared, rows_b, rows_a in (
         ("image", f"{found.shared_images:,}", found.rows_by_image, found.rows_a_by_image),
         ("lesion", f"{found.shared_lesions:,}", found.rows_by_lesion, found.rows_a_by_lesion),
@@ -130,6 +136,13 @@ def audit(
         share = f"{rows_b / max(found.rows_b, 1):.1%}"
         table.add_row(name, shared, f"{rows_b:,}", share, f"{rows_a:,}")
     Console().print(table)
+    if found.pictures_compared is not None:
+        print(f"{found.pictures_compared:,} pictures were compared; rows without one were not.")
+    if found.bare_ids_in_both:
+        print(
+            f"{found.bare_ids_in_both:,} lesion or patient ids are equal on both sides and were "
+            "not joined, since ids like 17 are each dataset's own. If these are not: --same-ids."
+        )
 
 
 @cli.command()
@@ -146,9 +159,13 @@ def split(
         bool, typer.Option("--clean", help="Likewise, without what shares a component with it.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    same_ids: SameIds = False,
     pixels: Pixels = True,
 ) -> None:
-    """Split over components: no image, lesion, patient or near-duplicate on two sides."""
+    """Split over components: no image, lesion, patient or (with --pixels) copy on two sides.
+
+    --folds has no test part, and --paper and --clean have their own.
+    """
     from training.data import splits
     from training.data.components import components
     from training.data.duplicates import pair_up
@@ -157,7 +174,7 @@ def split(
         raise DataError("Choose one of --paper, --clean and --folds.")
     records, listed = gather(read_datasets(paths))
     pairs = [(pair.one, pair.other) for pair in pair_up(records)] if pixels else []
-    labels = components(records, pairs, listed)
+    labels = components(records, pairs, listed, same_ids=same_ids)
     if folds:
         manifests = splits.fold(records, labels, folds, seed)
         for number, manifest in enumerate(manifests, start=1):
@@ -170,6 +187,13 @@ def split(
         done = splits.divide(records, labels, validation, test, seed)
     save_manifest(out, done)
     _print_split(done, out)
+
+
+def _only(datasets: list[Dataset], part: Split | None) -> list[Dataset]:
+    """The rows of one split."""
+    if part is None:
+        return datasets
+    return [replace(d, records=[r for r in d.records if r.split is part]) for d in datasets]
 
 
 def _print_split(records: list[Record], path: Path) -> None:
@@ -194,4 +218,4 @@ def _print_some(lines: list[str]) -> None:
     for line in lines[:_SHOWN]:
         print(line)
     if len(lines) > _SHOWN:
-        print(f"... and {len(lines) - _SHOWN:,} more (--json shows all).")
+        print(f"... and {len(lines) - _SHOWN:,} more.")

@@ -13,9 +13,9 @@ from training.data.manifest import Record, isic_id
 
 Bond = Literal["image", "lesion", "patient"]
 BONDS: tuple[Bond, ...] = ("image", "lesion", "patient")
-# Ids that the archive or a dataset's makers prefix (HAM_0000118, IL_3060556, MSK4_0011169,
-# IP_7279968) mean the same wherever they stand. A bare "17" is one dataset's own.
-_PREFIXED = re.compile(r"[A-Za-z]+\d*_\d+")
+# Ids that the archive and its collections prefix (HAM_0000118, IL_3060556, MSK4_0011169,
+# IP_7279968) mean the same wherever they stand. Any other, such as "17", is a dataset's own.
+_ARCHIVE = re.compile(r"(?:HAM|BCN|IL|IP|MSK\d?|UDA\d?)_\d+", re.IGNORECASE)
 
 
 def components(
@@ -23,6 +23,7 @@ def components(
     pairs: Iterable[tuple[int, int]] = (),
     listed: Iterable[tuple[str, str]] = (),
     by: Sequence[Bond] = BONDS,
+    same_ids: bool = False,
 ) -> NDArray[np.int32]:
     """Number the groups of images that must stay together.
 
@@ -34,6 +35,8 @@ def components(
         pairs: Positions of records known to be near-duplicates.
         listed: Image ids that a dataset lists as duplicates.
         by: What joins.
+        same_ids: Lesion and patient ids of any form mean the same in every dataset (one clinic's
+            tables).
 
     Returns:
         int32 [len(records)], the component of each.
@@ -45,7 +48,7 @@ def components(
 
     edges = list(pairs)
     for position, record in enumerate(records):
-        edges += [(position, node(key)) for bond in by if (key := key_of(record, bond))]
+        edges += [(position, node(key)) for bond in by if (key := key_of(record, bond, same_ids))]
     edges += [(node(("image", one)), node(("image", other))) for one, other in listed]
     size = len(records) + len(nodes)
     rows, columns = np.array(edges).T if edges else np.zeros((2, 0), int)
@@ -54,19 +57,24 @@ def components(
     return labels[: len(records)]
 
 
-def key_of(record: Record, bond: Bond) -> tuple[str, ...] | None:
+def key_of(record: Record, bond: Bond, same_ids: bool = False) -> tuple[str, ...] | None:
     """What a record shares with others by this bond; None where it has no such id."""
     value: str | None = getattr(record, bond)
     if not value:
         return None
-    everywhere = isic_id(value) if bond == "image" else _PREFIXED.fullmatch(value)
-    return (bond, value) if everywhere else (bond, record.dataset, value)
+    if bond == "image":
+        known = isic_id(value)
+        return (bond, known) if known else (bond, record.dataset, value)
+    if same_ids or _ARCHIVE.fullmatch(value):
+        return (bond, value.upper())
+    return (bond, record.dataset, value)
 
 
 def names_of(records: Sequence[Record], labels: NDArray[np.int32]) -> list[str]:
-    """The name of each record's component: its smallest image id."""
+    """The name of each record's component: its smallest image id (with dataset, if not ISIC's)."""
     names: dict[int, str] = {}
     numbers = labels.tolist()
     for record, label in zip(records, numbers, strict=True):
-        names[label] = min(names.get(label, record.image), record.image)
+        name = isic_id(record.image) or f"{record.dataset}/{record.image}"
+        names[label] = min(names.get(label, name), name)
     return [names[label] for label in numbers]

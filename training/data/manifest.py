@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TextIO
 
 from models.files import write_atomically
 from training.data.vocabulary import Diagnosis, Sex, Site, Split
 
+OLDEST = 120
+_TRUTHS = {"1": True, "0": False}
 _ISIC_ID = re.compile(r"ISIC(?:20\d\d)?_(\d{7})(?!\d)", re.IGNORECASE)
 
 
@@ -66,7 +69,7 @@ def isic_id(name: str) -> str | None:
 
 def save_manifest(path: Path, records: Sequence[Record]) -> None:
     """Write the manifest as CSV, whole or not at all."""
-    with write_atomically(path) as temporary, temporary.open("w", newline="") as file:
+    with write_atomically(path) as temporary, _open(temporary) as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for record in records:
@@ -87,7 +90,7 @@ def load_manifest(path: Path) -> list[Record]:
             f"{path} does not exist. Write it with `mmtl-train prepare` or `mmtl-train data split`."
         )
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise DataError(f"{path}: expected the columns {', '.join(COLUMNS)}.")
@@ -106,16 +109,30 @@ def _parse(path: Path, number: int, row: dict[str, str]) -> Record:
             dataset=row["dataset"],
             lesion=row["lesion"] or None,
             patient=row["patient"] or None,
-            melanoma=bool(int(row["melanoma"])) if row["melanoma"] else None,
+            melanoma=_TRUTHS[row["melanoma"]] if row["melanoma"] else None,
             diagnosis=Diagnosis(row["diagnosis"]) if row["diagnosis"] else None,
-            age=float(row["age"]) if row["age"] else None,
+            age=_age(row["age"]) if row["age"] else None,
             sex=Sex(row["sex"]) if row["sex"] else None,
             site=Site(row["site"]) if row["site"] else None,
             split=Split(row["split"]) if row["split"] else None,
             component=row["component"],
         )
+    except KeyError as error:
+        raise DataError(f"{path}, row {number}: melanoma is 1, 0 or empty, not {error}.") from None
     except ValueError as error:
         raise DataError(f"{path}, row {number}: {error}.") from None
+
+
+def _age(cell: str) -> float:
+    age = float(cell)
+    if not 0 <= age <= OLDEST:
+        raise ValueError(f"{cell!r} is not an age in years")
+    return age
+
+
+def _open(path: Path) -> TextIO:
+    """File names that are not UTF-8 are written as they are."""
+    return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
 
 
 def fingerprint(records: Iterable[Record]) -> str:

@@ -23,4 +23,4 @@ def origin_of(dataset: str) -> Origin:
     for layout in load_layouts():
         if dataset.split(" (")[0] == layout.TITLE:
             return Origin(layout.LICENCE, layout.URL)
-    return Origin("that of its owner", "")
+    return Origin("as its owner says", "")

@@ -83,7 +83,7 @@ def assign_published(
         DataError: There is no balanced `val` among the records.
     """
     names = names_of(records, labels)
-    tested = [_is_published_test(record) for record in records]
+    tested = [is_published_test(record) for record in records]
     if not any(tested):
         raise DataError(
             "The paper's split needs the balanced set's `val` (valid-set-metadata.csv or its "
@@ -156,6 +156,8 @@ def _part(
     wanted = {split: round(share * _PARTS) for split, share in shares.items()}
     if any(share < 0 for share in shares.values()) or sum(wanted.values()) >= _PARTS:
         raise DataError("The shares of validation and test must be at least 0, and below 1 in sum.")
+    if any(share > 0 and not wanted[split] for split, share in shares.items()):
+        raise DataError(f"A share is 0, or at least {0.5 / _PARTS:g}: twentieths are dealt out.")
     if not any(wanted.values()):
         return records
     chosen = [records[i] for i in free]
@@ -195,11 +197,12 @@ def _numbers(
 def _is_tested(record: Record) -> bool:
     if record.dataset == ham10000.TITLE:
         return in_test_split(record.lesion or record.image)
-    return _is_published_test(record)
+    return is_published_test(record)
 
 
-def _is_published_test(record: Record) -> bool:
-    return record.dataset.startswith(balanced.TITLE) and record.split is Split.TEST
+def is_published_test(record: Record) -> bool:
+    """Whether the paper tests on a record: the balanced set's `val`."""
+    return balanced.is_part(record) and record.split is Split.TEST
 
 
 def _hash(text: str) -> int:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from training.data.manifest import DataError
+from training.data.manifest import OLDEST, DataError
 from training.data.vocabulary import Term, diagnosis_of
 
 Value = TypeVar("Value")
 SUFFIXES = frozenset({".csv", ".tsv", ".tab"})
 MISSING = frozenset({"", "unknown", "na", "n/a", "nan", "none", "null", "unk"})
-OLDEST = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,15 @@ class Fault:
 
 
 class Faults(list[Fault]):
-    """What was found wrong while reading."""
+    """What was found wrong while reading, and which tables were read.
+
+    Attributes:
+        tables: The tables.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: set[Path] = set()
 
     def add(self, kind: str, message: str, fatal: bool = True) -> None:
         """Note a fault."""
@@ -45,8 +52,8 @@ class Faults(list[Fault]):
         """
         fatal = [fault for fault in self if fault.fatal]
         if fatal:
-            more = f" ({len(fatal) - 1:,} more: `mmtl-train data check`)" if len(fatal) > 1 else ""
-            raise DataError(f"{fatal[0].message}{more}")
+            more = f" ({len(fatal) - 1:,} more)" if len(fatal) > 1 else ""
+            raise DataError(f"{fatal[0].message}{more} `mmtl-train data check` shows every fault.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +86,18 @@ class Row:
         return age
 
     def choice(self, choices: Mapping[str, Value], *columns: str) -> Value | None:
-        """The cell, translated by `choices` (keys in lower case)."""
+        """The cell, translated by `choices` (keys in lower case). Another value is a fault."""
         value = self.text(*columns)
-        if value is None:
-            return None
-        if value.lower() not in choices:
+        if value is not None and value.lower() not in choices:
             self._bad(columns, value, f"one of {', '.join(choices)}")
-            return None
-        return choices[value.lower()]
+        return None if value is None else choices.get(value.lower())
+
+    def word(self, choices: Mapping[str, Value], *columns: str) -> Value | None:
+        """Likewise, for vocabularies that grow: another value is noted, and means nothing."""
+        value = self.text(*columns)
+        if value is not None and value.lower() not in choices:
+            self._unknown(columns, value, f"one of {', '.join(choices)}")
+        return None if value is None else choices.get(value.lower())
 
     def diagnosis(self, *columns: str) -> Term:
         """The cell as a diagnosis in words. An unheard-of one is noted, and means nothing."""
@@ -95,12 +106,7 @@ class Row:
             return Term(None, None)
         term = diagnosis_of(value)
         if not term.known:
-            self.faults.add(
-                "unknown value",
-                f"{self.where(columns, value)}: {value!r} is no diagnosis that is known here; the "
-                "image keeps its other labels.",
-                fatal=False,
-            )
+            self._unknown(columns, value, "a diagnosis that is known here")
         return term
 
     def required(self, *columns: str) -> str | None:
@@ -115,6 +121,14 @@ class Row:
         held = [c for c in columns if (self.cells.get(c) or "").strip() == (value or "")]
         present = [c for c in columns if c in self.cells]
         return f"{self.path}, row {self.number}, column {(held or present or list(columns))[0]}"
+
+    def _unknown(self, columns: tuple[str, ...], value: str, expected: str) -> None:
+        self.faults.add(
+            "unknown value",
+            f"{self.where(columns, value)}: {value!r} is not {expected}; the image keeps its other "
+            "labels.",
+            fatal=False,
+        )
 
     def _bad(self, columns: tuple[str, ...], value: str | None, expected: str) -> None:
         self.faults.add("bad value", f"{self.where(columns, value)}: {value!r} is not {expected}.")
@@ -139,6 +153,7 @@ def read_rows(path: Path, columns: set[str], faults: Faults) -> Iterator[Row]:
         DataError: The file is missing, is not such text, or lacks a column.
     """
     number = 1
+    faults.tables.add(path)
     try:
         with path.open(newline="", encoding=_encoding(path)) as file:
             line = file.readline()
@@ -158,8 +173,8 @@ def read_rows(path: Path, columns: set[str], faults: Faults) -> Iterator[Row]:
                         )
                         continue
                     yield Row(path, number, dict(zip(names, cells, strict=True)), faults)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
     except (UnicodeError, csv.Error) as error:
         raise DataError(
             f"{path}, after row {number}: it is not a CSV file in UTF-8: {error}."

@@ -1,5 +1,6 @@
 """The words of the canonical manifest, and which of them ISIC's many spellings mean."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -96,6 +97,7 @@ _DIAGNOSES: dict[str, Diagnosis | None] = {
     "solar or actinic keratosis": Diagnosis.AKIEC,
     # HAM10000 counts Bowen's disease among its actinic keratoses.
     "squamous cell carcinoma in situ": Diagnosis.AKIEC,
+    "lentigo maligna": Diagnosis.MEL,
     # Known, and none of the eight
     "atypical melanocytic proliferation": None,
     "cafe-au-lait macule": None,
@@ -103,6 +105,7 @@ _DIAGNOSES: dict[str, Diagnosis | None] = {
     "other": None,
 }
 # Finer terms than the eight, by a word that only they contain ("Melanoma in situ, NOS").
+_DENIED = re.compile(r"\b(non|not|no|without|rule out|versus|vs|suspected|possible)\b")
 _CONTAINED = {
     "melanoma": Diagnosis.MEL,
     "nevus": Diagnosis.NV,
@@ -132,6 +135,8 @@ def diagnosis_of(words: str) -> Term:
     if text in _DIAGNOSES:
         found = _DIAGNOSES[text]
         return Term(found, None if found is None else found is Diagnosis.MEL)
+    if _DENIED.search(text):
+        return Term(None, None, known=False)
     for part, diagnosis in _CONTAINED.items():
         if part in text:
             return Term(diagnosis, diagnosis is Diagnosis.MEL)

@@ -86,9 +86,9 @@ def draw_isic2019(folder: Path) -> Path:
     return folder / "ISIC_2019_Training_Metadata.csv"
 
 
-def draw_isic_cli_old(folder: Path) -> Path:
+def draw_isic_cli_old(folder: Path, first: int = 0) -> Path:
     rows = []
-    for number in range(ROWS):
+    for number in range(first, first + ROWS):
         picture(folder / f"{isic(number)}.jpg", number, number == 0)
         rows.append(
             {

@@ -49,6 +49,8 @@ def test_what_is_shared_is_counted_on_both_sides(tmp_path: Path) -> None:
         "shared_lesions": 1,
         "shared_patients": 1,
         "listed_pairs": 0,
+        "bare_ids_in_both": 0,
+        "pictures_compared": None,
         "near_duplicate_pairs": None,
         "rows_by_image": 1,
         "rows_by_lesion": 1,
@@ -64,6 +66,8 @@ def test_what_is_shared_is_counted_on_both_sides(tmp_path: Path) -> None:
         "rows_a_by_any": 4,
     }
     assert [leak.reasons for leak in found.leaks] == [("lesion",), ("patient",), ("image",)]
+    givers = [leak.partner.image for leak in found.leaks]
+    assert givers == ["ISIC_0000001", "ISIC_0000003", "ISIC_0000004"]
 
 
 def test_a_table_that_is_in_neither_tells_that_two_images_are_of_one_lesion(tmp_path: Path) -> None:

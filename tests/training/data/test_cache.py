@@ -77,6 +77,15 @@ def test_an_unreadable_image_is_named_and_what_was_decoded_is_kept(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "pixels.json", "pixels.npy"]
 
 
+def test_a_finished_cache_that_was_damaged_since_is_built_anew(
+    records: list[Record], tmp_path: Path
+) -> None:
+    path = tmp_path / "pixels.npy"
+    whole = build_cache(path, records, 32, 32).copy()
+    path.write_bytes(path.read_bytes()[:1000])
+    np.testing.assert_array_equal(build_cache(path, records, 32, 32), whole)
+
+
 def test_a_partial_file_that_is_damaged_is_begun_anew(
     records: list[Record], tmp_path: Path
 ) -> None:

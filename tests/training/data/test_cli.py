@@ -61,6 +61,7 @@ def test_check_counts_and_names_what_is_wrong(folder: Path, capsys) -> None:
         "patient": 0,
     }
     assert found["datasets"][0]["melanomas"] == 1
+    assert found["datasets"][0]["counts"]["sex"] == {"female": 9}
 
 
 def test_annotate_joins_a_bare_folder_by_isic_id(folder: Path, capsys) -> None:
@@ -105,6 +106,34 @@ def test_audit_answers_as_a_table_and_as_json(folder: Path, capsys) -> None:
     found = json.loads(run(capsys, *arguments, "--json", "--no-pixels")[1])
     assert (found["rows_by_image"], found["rows_b"], found["rows_a"]) == (1, 2, 9)
     assert found["near_duplicate_pairs"] is None
+    table = folder / "plain" / "labels.csv"
+    table.write_text(table.read_text().replace(",61,", ",old,", 1))
+    status, _, err = run(capsys, "audit", folder / "plain", folder / "b")
+    assert (status, "'old' is not an age" in err) == (2, True)
+
+
+def test_a_manifest_that_split_wrote_is_read_back_and_audited_within(folder: Path, capsys) -> None:
+    rows = [{"image": isic(n), "patient": str(n // 2), "melanoma": str(n % 2)} for n in range(100)]
+    for name in ("one", "two"):
+        (folder / "clinic" / name).mkdir(parents=True)
+        write_table(folder / "clinic" / name / f"{name}.csv", rows)
+    out = folder / "elsewhere" / "manifest.csv"
+    arguments = ("split", folder / "clinic", "-o", out, "--same-ids")
+    assert run(capsys, *arguments)[0] == 0
+    assert len(load_manifest(out)) == 200
+    both = (out, out, "--split-a", "train", "--split-b", "test", "--json", "--same-ids")
+    found = json.loads(run(capsys, "audit", *both)[1])
+    assert (found["rows_by_any"], found["rows_a"] + found["rows_b"] > 100) == (0, True)
+    ones, twos = (folder / "clinic" / name for name in ("one", "two"))
+    assert "50 lesion or patient ids are equal" in run(capsys, "audit", ones, twos)[1]
+
+
+def test_a_manifest_in_a_folder_does_not_hide_its_datasets(folder: Path, capsys) -> None:
+    out = folder / "manifest.csv"
+    arguments = ("split", folder / "plain", "-o", out, "--validation", "0", "--test", "0")
+    assert run(capsys, *arguments)[0] == 0
+    found = json.loads(run(capsys, "check", folder, "--json", "--no-pixels")[1])
+    assert [item["layout"] for item in found["datasets"]] == ["ISIC 2019", "plain CSV"]
 
 
 def test_split_writes_manifests(folder: Path, capsys) -> None:

@@ -40,6 +40,22 @@ def test_a_bare_id_means_something_within_its_dataset_only() -> None:
     assert third == fourth
 
 
+def test_ids_of_one_clinic_can_be_said_to_mean_the_same() -> None:
+    records = [Record("a", "", "train", patient="17"), Record("b", "", "test", patient="17")]
+    assert len(set(components(records).tolist())) == 2
+    assert len(set(components(records, same_ids=True).tolist())) == 1
+    # A prefix of anybody's is not the archive's; the archive's is, in any case.
+    records = [Record("a", "", "A", lesion="lesion_1"), Record("b", "", "B", lesion="lesion_1")]
+    assert len(set(components(records).tolist())) == 2
+    records = [Record("a", "", "A", patient="IP_1"), Record("b", "", "B", patient="ip_1")]
+    assert len(set(components(records).tolist())) == 1
+
+
+def test_equal_names_of_two_datasets_are_two_components() -> None:
+    records = [Record("a", "", "A"), Record("a", "", "B"), Record("isic_0000001", "", "C")]
+    assert names_of(records, components(records)) == ["A/a", "B/a", "ISIC_0000001"]
+
+
 def test_pairs_and_listed_duplicates_join() -> None:
     records = [Record(isic(n), "", "A") for n in range(5)]
     found = components(records, [(0, 1)], [(isic(1), isic(3)), (isic(3), isic(9))]).tolist()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.training.data.drawn import LAYOUTS, draw_plain, isic, picture
 from tests.training.folders import draw_balanced, draw_ham10000
-from training.data.layouts import Dataset, gather, read_datasets
+from training.data.layouts import Dataset, gather, name_of, read_datasets
 from training.data.manifest import DataError, Record, save_manifest
 from training.data.vocabulary import Diagnosis, Sex, Site, Split
 
@@ -160,6 +160,83 @@ def test_a_manifest_of_our_own_is_read_as_it_is(tmp_path: Path) -> None:
     assert read_datasets([tmp_path / "manifest.csv"])[0].records == records
 
 
+@pytest.mark.parametrize(
+    ("cell", "image"),
+    [
+        ("images/isic_0000001_downsampled.jpg", isic(1)),
+        ("images\\ISIC_0000001.png", isic(1)),
+        ("ISIC_0000001.jpg", isic(1)),
+        ("case.01", "case.01"),
+        ("case.01.jpg", "case.01"),
+    ],
+)
+def test_an_image_is_known_by_its_id_whatever_its_path(cell: str, image: str) -> None:
+    assert name_of(cell) == image
+
+
+def test_a_table_that_no_layout_claims_is_told_of(tmp_path: Path) -> None:
+    table = LAYOUTS["isic2019"][1](tmp_path)
+    table.write_text(table.read_text().replace("sex", "gender"))
+    (tmp_path / "latin.csv").write_bytes("image,sexe\né,f\n".encode("latin-1"))
+    (dataset,) = read_datasets([tmp_path])
+    unread = sorted(fault.message for fault in dataset.faults if fault.kind == "unread table")
+    assert [str(table) in unread[0], "latin.csv" in unread[1]] == [True, True]
+    with pytest.raises(DataError, match=r"latin\.csv holds no dataset .* not a CSV file in UTF-8"):
+        read_datasets([tmp_path / "latin.csv"])
+
+
+def test_a_table_with_labels_of_its_own_is_not_isic_2019s(tmp_path: Path) -> None:
+    row = {"image": "a", "age_approx": "50", "anatom_site_general": "", "sex": "m"}
+    write(tmp_path / "mine.csv", [row | {"melanoma": "1"}])
+    (dataset,) = read_datasets([tmp_path])
+    assert (dataset.layout.TITLE, dataset.records[0].melanoma) == ("plain CSV", True)
+
+
+def test_a_link_back_ends(tmp_path: Path) -> None:
+    draw_plain(tmp_path / "plain")
+    (tmp_path / "plain" / "images" / "back").symlink_to(tmp_path)
+    (dataset,) = read_datasets([tmp_path, tmp_path / "plain"])
+    assert len(dataset.place.files) == 6
+
+
+def test_a_balanced_table_whose_name_tells_no_part_is_refused(tmp_path: Path) -> None:
+    table = LAYOUTS["balanced"][1](tmp_path)
+    table.rename(tmp_path / "metadata.csv")
+    with pytest.raises(DataError, match=r"metadata\.csv: its name must say train or val"):
+        read_datasets([tmp_path])
+
+
+def test_a_mask_is_no_picture(tmp_path: Path) -> None:
+    LAYOUTS["isic-cli-old"][1](tmp_path)
+    picture(tmp_path / "annotations" / f"{isic(0)}_segmentation.png", 5)
+    (tmp_path / f"{isic(0)}.jpg").rename(tmp_path / f"{isic(0)}_downsampled.jpg")
+    (dataset,) = read_datasets([tmp_path])
+    assert dataset.records[0].path.endswith("_downsampled.jpg")
+
+
+def test_labels_that_disagree_are_told_and_malignant_alone_is_not_melanoma(tmp_path: Path) -> None:
+    rows = [
+        {"image": "a", "diagnosis": "nevus", "melanoma": "1"},
+        {"image": "b", "diagnosis": "basal cell carcinoma", "melanoma": "malignant"},
+    ]
+    write(tmp_path / "mine.csv", rows)
+    (dataset,) = read_datasets([tmp_path])
+    assert [record.melanoma for record in dataset.records] == [True, False]
+    assert [fault.kind for fault in dataset.faults] == ["labels disagree"]
+
+
+def test_pairs_alone_are_a_dataset_without_images(tmp_path: Path) -> None:
+    LAYOUTS["isic2020-official"][1](tmp_path)
+    (dataset,) = read_datasets([tmp_path / "ISIC_2020_Training_Duplicates.csv"])
+    assert (dataset.records, dataset.pairs) == ([], [(isic(0), isic(5))])
+
+
+def test_one_part_of_kaggles_set_can_be_named(tmp_path: Path) -> None:
+    LAYOUTS["kaggle10k"][1](tmp_path)
+    (dataset,) = read_datasets([tmp_path / "test"])
+    assert {record.split for record in dataset.records} == {Split.TEST}
+
+
 def test_rows_of_one_image_that_disagree_are_refused(tmp_path: Path) -> None:
     table = draw_plain(tmp_path)
     table.write_text(table.read_text() + "images/clinic-0.png,no,61,F,back,0\n")
@@ -182,6 +259,21 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def test_mixed_case_and_semicolons_change_nothing(tmp_path_factory) -> None:
+    for name in TAMPERED:
+        folder = tmp_path_factory.mktemp("mixed") / name
+        folder.mkdir()
+        table = LAYOUTS[name][1](folder)
+        before = gather(read_datasets([folder]))
+        with table.open() as file:
+            header, *rows = list(csv.reader(file))
+        with table.open("w", newline="", encoding="utf-16") as file:
+            writer = csv.writer(file, delimiter=";")
+            writer.writerow([cell.upper() for cell in header])
+            writer.writerows(rows)
+        assert gather(read_datasets([folder])) == before
 
 
 @settings(max_examples=60)

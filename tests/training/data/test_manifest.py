@@ -54,6 +54,15 @@ def test_a_manifest_that_does_not_fit_is_named(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "b,b.jpg\n")
     with pytest.raises(DataError, match="row 3: it has more or fewer cells"):
         load_manifest(path)
+    save_manifest(path, [Record("a", "a.jpg", "d")])
+    whole = path.read_text()
+    for cells, sentence in (
+        ("b,b.jpg,d,,,7,,,,,,", "melanoma is 1, 0 or empty, not '7'"),
+        ("b,b.jpg,d,,,,,nan,,,,", "'nan' is not an age in years"),
+    ):
+        path.write_text(f"{whole}{cells}\n")
+        with pytest.raises(DataError, match=sentence):
+            load_manifest(path)
     path.write_text("image\na\n")
     with pytest.raises(DataError, match="expected the columns"):
         load_manifest(path)
@@ -90,6 +99,9 @@ def test_an_isic_id_is_found_in_the_names_that_copies_have(name: str, image: str
         ("Squamous cell carcinoma in situ", Diagnosis.AKIEC, False, True),
         ("Squamous cell carcinoma, Invasive", Diagnosis.SCC, False, True),
         ("wart", None, None, False),
+        ("Non-melanoma", None, None, False),
+        ("rule out melanoma", None, None, False),
+        ("Lentigo maligna", Diagnosis.MEL, True, True),
     ],
 )
 def test_a_diagnosis_in_words_is_understood(said, diagnosis, melanoma, known) -> None:

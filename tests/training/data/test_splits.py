@@ -87,6 +87,8 @@ def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
     records = patients(60)
     with pytest.raises(DataError, match="below 1 in sum"):
         divide(records, components(records), validation=0.5, test=0.5)
+    with pytest.raises(DataError, match="A share is 0, or at least"):
+        divide(records, components(records), validation=0.02, test=0.2)
 
 
 def test_the_papers_split_leaks_and_the_clean_one_does_not() -> None:

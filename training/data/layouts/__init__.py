@@ -4,18 +4,20 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Protocol, cast
 
 from training.data.manifest import DataError, Record, isic_id
 from training.data.tables import SUFFIXES, Faults, Row, read_header, read_rows
+from training.data.vocabulary import Diagnosis
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
 # How far below a given folder datasets are looked for.
 _DEPTH = 4
-_PAIR_COLUMNS = frozenset({"image_name_1", "image_name_2"})
+PAIR_COLUMNS = ("image_name_1", "image_name_2")
+_NOT_PICTURES = ("_segmentation", "_superpixels")
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,22 @@ class Place:
         folder: The folder.
         tables: Its tables, with their column names in lower case.
         name: Of the dataset, where the layout has none of its own.
+        alone: Whether it is one table, named by the user.
     """
 
     folder: Path
     tables: dict[Path, frozenset[str]]
     name: str
+    alone: bool = False
 
     @classmethod
     def of(cls, path: Path) -> "Place":
         """Look at a folder, or at a table alone."""
         path = path.absolute()
         if path.is_file():
-            return cls(path.parent, {path: read_header(path)}, path.stem)
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        return cls(path, {file: read_header(file) for file in files if file.is_file()}, path.name)
+            return cls(path.parent, {path: read_header(path)}, path.stem, alone=True)
+        files = sorted(file for file in path.iterdir() if _may_be_table(file))
+        return cls(path, {file: read_header(file) for file in files}, path.name)
 
     def tables_with(self, *columns: str) -> list[Path]:
         """The tables that have all of these columns."""
@@ -49,8 +53,10 @@ class Place:
     def pictures(self) -> dict[str, Path]:
         """Image files below the folder, by ISIC id or else by name without suffix."""
         found: dict[str, Path] = {}
-        for path in self.files:
-            found.setdefault(isic_id(path.name) or path.stem, path)
+        # A file that is named by its id alone comes before `_downsampled` and other copies.
+        for path in sorted(self.files, key=lambda path: (len(path.stem), path)):
+            if not path.stem.lower().endswith(_NOT_PICTURES):
+                found.setdefault(isic_id(path.name) or path.stem, path)
         return found
 
     @cached_property
@@ -121,9 +127,16 @@ def find_places(path: Path) -> Iterator[tuple[Layout, Place]]:
     if not path.exists():
         raise DataError(f"{path} does not exist.")
     layouts = load_layouts()
+    seen: set[Path] = set()
 
     def look(folder: Path, depth: int) -> Iterator[tuple[Layout, Place]]:
-        place = Place.of(folder)
+        if folder.resolve() in seen:
+            return  # a link back
+        seen.add(folder.resolve())
+        try:
+            place = Place.of(folder)
+        except PermissionError:
+            return
         for layout in layouts:
             if layout.recognise(place):
                 yield layout, place
@@ -143,14 +156,20 @@ def read_datasets(paths: Iterable[Path]) -> list[Dataset]:
         DataError: Nothing is found at one of them, or a table cannot be read.
     """
     datasets = []
+    read: set[tuple[Path, ...]] = set()
     for path in paths:
         found = list(find_places(path))
         if not found:
+            why = "" if path.is_dir() or read_header(path) else " It is not a CSV file in UTF-8."
             raise DataError(
-                f"{path} holds no dataset in a layout that is known here. Known are: "
+                f"{path} holds no dataset in a layout that is known here.{why} Known are: "
                 f"{', '.join(layout.TITLE for layout in load_layouts())}."
             )
-        datasets += [read_dataset(layout, place) for layout, place in found]
+        for layout, place in found:
+            what = (place.folder, *place.tables)
+            if what not in read:  # found below two of the paths
+                datasets.append(read_dataset(layout, place))
+            read.add(what)
     return datasets
 
 
@@ -162,14 +181,29 @@ def read_dataset(layout: Layout, place: Place) -> Dataset:
     """
     faults = Faults()
     records = _once(layout.read(place, faults), place, faults)
-    if not records and not faults:
-        raise DataError(f"{place.folder} has no rows ({layout.TITLE}).")
     pairs = [
         (first, second)
-        for table in place.tables_with(*_PAIR_COLUMNS)
-        for row in read_rows(table, set(_PAIR_COLUMNS), faults)
-        if (first := row.required("image_name_1")) and (second := row.required("image_name_2"))
+        for table in place.tables_with(*PAIR_COLUMNS)
+        for row in read_rows(table, set(PAIR_COLUMNS), faults)
+        if (first := image_of(row, PAIR_COLUMNS[0])) and (second := image_of(row, PAIR_COLUMNS[1]))
     ]
+    if not records and not pairs and not faults:
+        raise DataError(f"{place.folder} has no rows ({layout.TITLE}).")
+    for table in place.tables.keys() - faults.tables:
+        faults.add(
+            "unread table",
+            f"{table} is not read: it is not a CSV file in UTF-8, or lacks a column that "
+            f"{layout.TITLE} has.",
+            fatal=False,
+        )
+    for record in records:
+        if record.diagnosis and record.melanoma not in (None, record.diagnosis is Diagnosis.MEL):
+            faults.add(
+                "labels disagree",
+                f"{place.folder}: {record.image} has the diagnosis {record.diagnosis}, and "
+                f"melanoma is said to be {record.melanoma}, which is kept.",
+                fatal=False,
+            )
     return Dataset(layout, place, records, faults, pairs)
 
 
@@ -188,10 +222,10 @@ def gather(datasets: Iterable[Dataset]) -> tuple[list[Record], list[tuple[str, s
 
 
 def _once(records: list[Record], place: Place, faults: Faults) -> list[Record]:
-    """Each image once: equal rows are one, rows that disagree are a fault."""
-    kept: dict[str, Record] = {}
+    """Each image of a dataset once: equal rows are one, rows that disagree are a fault."""
+    kept: dict[tuple[str, str], Record] = {}
     for record in records:
-        before = kept.setdefault(record.image, record)
+        before = kept.setdefault((record.dataset, record.image), record)
         if before is not record:
             same = before == record
             faults.add(
@@ -206,12 +240,43 @@ def _once(records: list[Record], place: Place, faults: Faults) -> list[Record]:
 def image_of(row: Row, *columns: str) -> str | None:
     """The image that a row is of, in canonical spelling."""
     value = row.required(*columns)
-    return None if value is None else isic_id(value) or Path(value).stem
+    return None if value is None else name_of(value)
+
+
+def name_of(cell: str) -> str:
+    """An image's name in a cell that may hold a path: its ISIC id, or its name without suffix."""
+    name = PureWindowsPath(cell).name
+    stem, suffix = os.path.splitext(name)
+    return isic_id(name) or (stem if suffix.lower() in IMAGE_SUFFIXES else name)
+
+
+def merge(record: Record, other: Record) -> tuple[Record, list[str]]:
+    """The record with its gaps filled from the other, and the fields in which they disagree."""
+    gaps: dict[str, object] = {}
+    differing = []
+    for field in fields(Record):
+        ours, theirs = getattr(record, field.name), getattr(other, field.name)
+        if ours in (None, "") and theirs not in (None, ""):
+            gaps[field.name] = theirs
+        elif theirs not in (None, "") and ours != theirs:
+            differing.append(field.name)
+    return (replace(record, **gaps) if gaps else record), differing  # type: ignore[arg-type]  # by name
+
+
+def _may_be_table(file: Path) -> bool:
+    # Harvard's Dataverse gives HAM10000's table without a suffix.
+    named = file.suffix.lower() in SUFFIXES or file.name == "HAM10000_metadata"
+    return named and file.is_file()
 
 
 def image_files(folder: Path) -> Iterator[Path]:
     """Image files below a folder, hidden ones aside."""
+    seen: set[str] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in seen:
+            folders.clear()  # a link back
+            continue
+        seen.add(os.path.realpath(parent))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):

@@ -1,18 +1,23 @@
 """Bill's balanced set, the paper's benchmark and test set: `{train,val}/{mel,oth}` and metadata."""
 
+import re
 from pathlib import Path
 
 from training.data.layouts import Place
-from training.data.manifest import Record, isic_id
+from training.data.manifest import DataError, Record, isic_id
 from training.data.tables import Faults, Row, read_rows
 from training.data.vocabulary import SEXES, SITES, Split
 
 TITLE = "balanced"
 LICENCE = "CC BY-NC"
-URL = "https://www.kaggle.com/datasets/nroman/melanoma-external-malignant-256"
+URL = "https://doi.org/10.1145/3694860.3694871"
 ORDER = -1
 PARTS = {"train": Split.TRAIN, "val": Split.TEST}
 _COLUMNS = ("image", "isic_id", "class")
+_NAMES = {
+    frozenset({"train", "training"}): Split.TRAIN,
+    frozenset({"val", "valid", "validation", "test"}): Split.TEST,
+}
 _CLASSES = {"mel": True, "oth": False}
 _ONE_ZERO = {"1": True, "1.0": True, "0": False, "0.0": False}
 
@@ -37,15 +42,33 @@ def read(place: Place, faults: Faults) -> list[Record]:
     tables = place.tables_with(*_COLUMNS)
     if not tables:
         return [record for path in place.files if (record := _from_name(path, faults))]
-    names = {path.name: path for path in place.files}
+    names = {path.stem.lower(): path for path in place.files}
     records = []
     for table in tables:
-        part = Split.TEST if "val" in table.name.lower() else Split.TRAIN
+        part = _part(table)
         for row in read_rows(table, {*_COLUMNS, "age_approx", "sex"}, faults):
             record = _from_row(row, part, names)
             if record is not None:
                 records.append(record)
     return records
+
+
+def is_part(record: Record) -> bool:
+    """Whether a record is of this dataset, whatever year its image is from."""
+    return record.dataset.split(" (")[0] == TITLE
+
+
+def _part(table: Path) -> Split:
+    """Which part a table is of, by its name.
+
+    Raises:
+        DataError: The name tells neither.
+    """
+    words = set(re.split(r"[^a-z]+", table.stem.lower()))
+    found = {split for names, split in _NAMES.items() if words & names}
+    if len(found) != 1:
+        raise DataError(f"{table}: its name must say train or val, so that no test row is learned.")
+    return found.pop()
 
 
 def _from_row(row: Row, part: Split, names: dict[str, Path]) -> Record | None:
@@ -59,22 +82,23 @@ def _from_row(row: Row, part: Split, names: dict[str, Path]) -> Record | None:
     term = row.diagnosis("diagnosis")
     return Record(
         image=image,
-        path=str(names.get(file, "")),
+        path=str(names.get(Path(file).stem.lower(), "")),
         dataset=_dataset(file),
         lesion=row.text("lesion_id"),
         patient=row.text("patient_id"),
         melanoma=row.choice(_ONE_ZERO, "class"),
         diagnosis=term.diagnosis,
         age=row.age("age_approx"),
-        sex=row.choice(SEXES, "sex"),
-        site=row.choice(SITES, "anatom_site_general"),
+        sex=row.word(SEXES, "sex"),
+        site=row.word(SITES, "anatom_site_general"),
         split=part,
     )
 
 
 def _from_name(path: Path, faults: Faults) -> Record | None:
     image, melanoma = isic_id(path.name), _CLASSES.get(path.parent.name)
-    if image is None or melanoma is None:
+    said = _CLASSES.get(path.stem.rsplit("_", 1)[-1], melanoma)
+    if image is None or melanoma is None or said is not melanoma:
         faults.add("stray file", f"{path} is not named as this layout's images are.", fatal=False)
         return None
     part = PARTS.get(path.parent.parent.name)

@@ -11,10 +11,11 @@ ORDER = -2
 
 
 def recognise(place: Place) -> bool:
-    """By its columns."""
-    return bool(place.tables_with(*COLUMNS))
+    """By its columns, and only where it is named itself: lying in a folder, it hides no data."""
+    return place.alone and bool(place.tables_with(*COLUMNS))
 
 
 def read(place: Place, faults: Faults) -> list[Record]:
     """Read it as it is, splits and components included."""
-    return [record for table in place.tables_with(*COLUMNS) for record in load_manifest(table)]
+    faults.tables |= place.tables.keys()
+    return [record for table in place.tables for record in load_manifest(table)]

@@ -33,8 +33,8 @@ def read(place: Place, faults: Faults) -> list[Record]:
                 melanoma=term.melanoma,
                 diagnosis=term.diagnosis,
                 age=row.age("age"),
-                sex=row.choice(SEXES, "sex"),
-                site=row.choice(SITES, "localization"),
+                sex=row.word(SEXES, "sex"),
+                site=row.word(SITES, "localization"),
             )
         )
     return records

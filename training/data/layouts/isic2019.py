@@ -11,6 +11,7 @@ TITLE = "ISIC 2019"
 LICENCE = "CC BY-NC 4.0"
 URL = "https://challenge.isic-archive.com/data/#2019"
 CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
+_CLASSES = tuple(name.lower() for name in CLASSES if name != "UNK")
 _TRUTH = ("image", "mel", "nv", "bcc", "ak", "bkl")
 _METADATA = ("image", "age_approx", "anatom_site_general", "sex")
 
@@ -21,19 +22,25 @@ def recognise(place: Place) -> bool:
 
 
 def _metadata(place: Place) -> list[Path]:
-    """Tables that name the image `image`, and no patient, as other years' do."""
-    others = {"isic_id", "patient"}
-    return [t for t in place.tables_with(*_METADATA) if not place.tables[t] & others]
+    """Tables with these columns and no others: other years' have more, labels among them."""
+    own = {*_METADATA, "lesion_id"}
+    return [table for table in place.tables_with(*_METADATA) if place.tables[table] <= own]
 
 
 def read(place: Place, faults: Faults) -> list[Record]:
     """Join the two tables by image; either may be missing."""
     terms: dict[str, Term] = {}
     for table in place.tables_with(*_TRUTH):
-        for row in read_rows(table, set(_TRUTH), faults):
+        for row in read_rows(table, {"image", *_CLASSES}, faults):
             image = image_of(row, "image")
-            if image is not None:
-                terms[image] = _term(row)
+            if image is None:
+                continue
+            term = _term(row)
+            if terms.setdefault(image, term) != term:
+                faults.add(
+                    "repeated row",
+                    f"{row.where(('image',))}: {image} stands in two rows, which disagree.",
+                )
     people: dict[str, Row] = {}
     for table in _metadata(place):
         for row in read_rows(table, set(_METADATA), faults):
@@ -58,8 +65,8 @@ def read(place: Place, faults: Faults) -> list[Record]:
                 melanoma=term.melanoma,
                 diagnosis=term.diagnosis,
                 age=person.age("age_approx"),
-                sex=person.choice(SEXES, "sex"),
-                site=person.choice(SITES, "anatom_site_general"),
+                sex=person.word(SEXES, "sex"),
+                site=person.word(SITES, "anatom_site_general"),
             )
         )
     return records

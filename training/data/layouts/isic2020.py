@@ -1,8 +1,6 @@
 """ISIC 2020 (SIIM-ISIC): official tables (v2 has lesion ids), or Kaggle's; images of any size."""
 
-from dataclasses import fields, replace
-
-from training.data.layouts import Place, image_of
+from training.data.layouts import Place, image_of, merge
 from training.data.manifest import Record
 from training.data.tables import Faults, Row, read_rows
 from training.data.vocabulary import SEXES, SITES, TRUTHS
@@ -29,32 +27,19 @@ def read(place: Place, faults: Faults) -> list[Record]:
     for table, header in place.tables.items():
         if not _is_table(header):
             continue
-        seen: set[str] = set()
         for row in read_rows(table, {"sex", "age_approx"}, faults):
             image = image_of(row, *_IMAGE)
             if image is None:
                 continue
             record = _record(row, image, place)
-            before = records.get(image, record)
-            if image in seen and before != record:
+            records[image], differing = merge(records.get(image, record), record)
+            if differing:
                 faults.add(
                     "repeated row",
-                    f"{row.where(_IMAGE)}: {image} stands in two rows, which disagree.",
+                    f"{row.where(_IMAGE)}: {image} stands in two rows, which disagree "
+                    f"({', '.join(differing)}).",
                 )
-            seen.add(image)
-            records[image] = merge(before, record)
     return list(records.values())
-
-
-def merge(record: Record, other: Record) -> Record:
-    """The record, with what only the other one knows."""
-    unknown = {
-        field.name: value
-        for field in fields(Record)
-        if getattr(record, field.name) in (None, "")
-        and (value := getattr(other, field.name)) not in (None, "")
-    }
-    return replace(record, **unknown) if unknown else record
 
 
 def _is_table(header: frozenset[str]) -> bool:
@@ -74,6 +59,6 @@ def _record(row: Row, image: str, place: Place) -> Record:
         melanoma=row.choice(TRUTHS, "target"),
         diagnosis=term.diagnosis,
         age=row.age("age_approx"),
-        sex=row.choice(SEXES, "sex"),
-        site=row.choice(SITES, *_SITE),
+        sex=row.word(SEXES, "sex"),
+        site=row.word(SITES, *_SITE),
     )

@@ -9,7 +9,7 @@ TITLE = "ISIC archive (isic-cli)"
 LICENCE = "CC licences, CC BY-NC among them: see the column copyright_license"
 URL = "https://www.isic-archive.com"
 # From the finest to the coarsest; `diagnosis` is the old tables' only one.
-_DIAGNOSIS = ("diagnosis", "diagnosis_4", "diagnosis_3", "diagnosis_2")
+_DIAGNOSIS = ("diagnosis", "diagnosis_5", "diagnosis_4", "diagnosis_3", "diagnosis_2")
 _MALIGNANCY = ("benign_malignant", "diagnosis_1")
 
 
@@ -45,8 +45,8 @@ def read(place: Place, faults: Faults) -> list[Record]:
                     melanoma=melanoma,
                     diagnosis=diagnosis,
                     age=row.age("age_approx", "age"),
-                    sex=row.choice(SEXES, "sex"),
-                    site=row.choice(SITES, "anatom_site_general", "anatom_site_1"),
+                    sex=row.word(SEXES, "sex"),
+                    site=row.word(SITES, "anatom_site_general", "anatom_site_1"),
                 )
             )
     return records

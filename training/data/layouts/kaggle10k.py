@@ -1,7 +1,7 @@
 """Kaggle's "Melanoma Skin Cancer Dataset of 10000 Images": `{train,test}/{benign,malignant}`."""
 
 from training.data.layouts import Place
-from training.data.manifest import Record
+from training.data.manifest import Record, isic_id
 from training.data.tables import Faults
 from training.data.vocabulary import Split
 
@@ -14,7 +14,8 @@ _CLASSES = {"benign": False, "malignant": True}
 
 def recognise(place: Place) -> bool:
     """By its folders."""
-    return any(all((place.folder / part / name).is_dir() for name in _CLASSES) for part in _PARTS)
+    folders = (place.folder, *(place.folder / part for part in _PARTS))
+    return any(all((folder / name).is_dir() for name in _CLASSES) for folder in folders)
 
 
 def read(place: Place, faults: Faults) -> list[Record]:
@@ -27,7 +28,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
             continue
         records.append(
             Record(
-                image="/".join((part, name, path.stem)),
+                image=isic_id(path.name) or "/".join((part, name, path.stem)),
                 path=str(path),
                 dataset=TITLE,
                 melanoma=_CLASSES[name],

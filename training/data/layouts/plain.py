@@ -1,11 +1,9 @@
 """A plain CSV: a column that names the image, and columns with any of the labels."""
 
-from pathlib import Path
-
 from training.data.layouts import Place, image_of
-from training.data.manifest import Record, isic_id
+from training.data.manifest import COLUMNS, Record, isic_id
 from training.data.tables import Faults, Row, read_rows
-from training.data.vocabulary import SEXES, SITES, TRUTHS
+from training.data.vocabulary import SEXES, SITES, TRUTHS, Split
 
 TITLE = "plain CSV"
 LICENCE = "that of its owner"
@@ -37,23 +35,39 @@ def read(place: Place, faults: Faults) -> list[Record]:
 
 
 def _is_table(header: frozenset[str]) -> bool:
-    return any(name in header for name in _IMAGE) and any(name in header for name in _LABELS)
+    # A manifest that lies about is no data of its own.
+    return (
+        not set(COLUMNS) <= header
+        and any(name in header for name in _IMAGE)
+        and any(name in header for name in _LABELS)
+    )
 
 
 def _record(row: Row, image: str, place: Place) -> Record:
     term = row.diagnosis("diagnosis", "dx")
     melanoma = row.choice(TRUTHS, *_MELANOMA)
-    named = row.text(*_PATH)
-    path = place.folder / named if named else None
+    if melanoma and term.melanoma is False and row.text(*_MELANOMA) == "malignant":
+        melanoma = False  # a carcinoma is malignant, and no melanoma
+    named = next((c for name in _IMAGE if (c := row.text(name)) and _is_path(name, c)), None)
+    path = place.folder / named.replace("\\", "/") if named else None
+    if path and not path.is_file():
+        row.faults.add(
+            "missing file", f"{row.where(_IMAGE, named)}: {path} is not there.", fatal=False
+        )
     return Record(
         image=image if isic_id(image) else (named or image),
-        path=str(path) if path and path.is_file() else place.picture(Path(image).stem),
+        path=str(path if path.is_file() else "") if path else place.picture(image),
         dataset=row.text("dataset") or place.name,
         lesion=row.text("lesion", "lesion_id"),
         patient=row.text("patient", "patient_id"),
         melanoma=term.melanoma if melanoma is None else melanoma,
         diagnosis=term.diagnosis,
         age=row.age(*_AGE),
-        sex=row.choice(SEXES, "sex"),
-        site=row.choice(SITES, *_SITE),
+        sex=row.word(SEXES, "sex"),
+        site=row.word(SITES, *_SITE),
+        split=row.word({split.value: split for split in Split}, "split"),
     )
+
+
+def _is_path(column: str, cell: str) -> bool:
+    return column in _PATH or "/" in cell or "\\" in cell

@@ -1,0 +1,214 @@
+"""What a clinic changes of a bundle: calibration, prevalence and threshold; the network stays."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.bundle import (
+    MANIFEST,
+    Artifact,
+    Bundle,
+    Calibration,
+    Manifest,
+    OperatingPoint,
+    melanoma_probability,
+    save_bundle,
+)
+from models.calibration import (
+    SENSITIVITY,
+    CalibrationError,
+    choose_threshold,
+    fit_calibration,
+    log_odds,
+    shift_prevalence,
+)
+
+LOGIT = "melanoma_logit"
+OUTCOME = "melanoma"
+CARD = "MODEL_CARD.md"
+# Measured before: it would not hold of the new bundle.
+METRICS = "metrics.json"
+# With fewer of either, a slope means nothing.
+LEAST_OUTCOMES = 10
+_TRUTHS = {
+    **dict.fromkeys(("1", "1.0", "true", "yes"), True),
+    **dict.fromkeys(("0", "0.0", "false", "no"), False),
+}
+
+
+def read_outcomes(path: Path) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """A table of logits and outcomes: columns `melanoma_logit` and `melanoma` (1 or 0).
+
+    Rows without an outcome are left out.
+
+    Raises:
+        CalibrationError: The table does not fit; the message names row and column.
+    """
+    logits, outcomes = [], []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            for column in (LOGIT, OUTCOME):
+                if column not in (reader.fieldnames or ()):
+                    raise CalibrationError(f"{path}: the column {column} is missing.")
+            for number, row in enumerate(reader, start=2):
+                said = (row[OUTCOME] or "").strip().lower()
+                if not said:
+                    continue
+                if said not in _TRUTHS:
+                    raise CalibrationError(
+                        f"{path}, row {number}, column {OUTCOME}: {said!r} is not 1 or 0."
+                    )
+                outcomes.append(_TRUTHS[said])
+                logits.append(_number(row[LOGIT], path, number))
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CalibrationError(f"{path} is not a CSV file in UTF-8: {error}.") from None
+    return np.array(logits), np.array(outcomes, bool)
+
+
+def recalibrate(
+    manifest: Manifest,
+    logits: NDArray[np.float64],
+    melanoma: NDArray[np.bool_],
+    dataset: str,
+    sensitivity: float = SENSITIVITY,
+) -> Manifest:
+    """Fit calibration and threshold to a clinic's own images.
+
+    Every artifact gets them: the logits may come from any, as all are the same network.
+
+    Args:
+        manifest: Of the bundle that gave the logits.
+        logits: float [N].
+        melanoma: bool [N], the outcomes.
+        dataset: What the clinic calls these images.
+        sensitivity: That the threshold must reach on them.
+
+    Raises:
+        CalibrationError: There are too few outcomes, or the logits do not fit them.
+    """
+    for kind, count in (("with", melanoma.sum()), ("without", (~melanoma).sum())):
+        if count < LEAST_OUTCOMES:
+            raise CalibrationError(
+                f"{count} images {kind} melanoma are too few to calibrate on; at least "
+                f"{LEAST_OUTCOMES} are needed."
+            )
+    calibration = fit_calibration(logits, melanoma)
+    probability = melanoma_probability(logits, calibration)
+    threshold = choose_threshold(probability, melanoma, sensitivity)
+    point = OperatingPoint(
+        criterion=f"sensitivity of at least {100 * sensitivity:g} %",
+        dataset=dataset,
+        images=len(melanoma),
+        melanomas=int(melanoma.sum()),
+        sensitivity=float((probability[melanoma] >= threshold).mean()),
+        specificity=float((probability[~melanoma] < threshold).mean()),
+    )
+    changed = _changed(manifest, lambda _: (calibration, threshold), float(melanoma.mean()))
+    return changed.model_copy(
+        update={
+            "operating_point": point,
+            "metrics": tuple(m for m in manifest.metrics if not _depends_on_threshold(m.name)),
+        }
+    )
+
+
+def change_prevalence(manifest: Manifest, prevalence: float) -> Manifest:
+    """Move probabilities to another share of melanoma. The threshold moves along.
+
+    Which images are called melanoma stays the same, and with it sensitivity and specificity.
+
+    Args:
+        manifest: Of a bundle.
+        prevalence: The clinic's, in (0, 1).
+    """
+    old = manifest.prevalence
+    shift = log_odds(prevalence) - log_odds(old)
+
+    def moved(artifact: Artifact) -> tuple[Calibration, float]:
+        slope, intercept = artifact.calibration.slope, artifact.calibration.intercept
+        threshold = shift_prevalence(artifact.melanoma_threshold, old, prevalence)
+        return Calibration(slope=slope, intercept=intercept + shift), threshold
+
+    return _changed(manifest, moved, prevalence)
+
+
+def save_recalibrated(bundle: Bundle, folder: Path, manifest: Manifest, how: str) -> Bundle:
+    """Write the bundle with another manifest, its card saying so on top.
+
+    Raises:
+        models.bundle.BundleError: `folder` is something else than a bundle.
+    """
+    files: dict[str, bytes | Path] = {
+        path.name: path
+        for path in bundle.folder.iterdir()
+        if path.is_file() and path.name not in (MANIFEST, CARD, METRICS)
+    }
+    card = bundle.folder / CARD
+    note = (
+        f"> Recalibrated: {how}. Probabilities, the threshold and what follows from them "
+        "differ from what is said below, which is of the bundle before.\n\n"
+    )
+    files[CARD] = note.encode() + (card.read_bytes() if card.is_file() else b"")
+    return save_bundle(folder, manifest, files)
+
+
+def differences(first: Manifest, second: Manifest) -> Iterator[tuple[str, str, str]]:
+    """Every field in which two manifests differ: its name, and both values."""
+    ours, theirs = (dict(_flat(json.loads(m.model_dump_json()))) for m in (first, second))
+    for name in {**ours, **theirs}:
+        one, other = ours.get(name, "absent"), theirs.get(name, "absent")
+        if one != other:
+            yield name, one, other
+
+
+def _changed(
+    manifest: Manifest,
+    change: Callable[[Artifact], tuple[Calibration, float]],
+    prevalence: float,
+) -> Manifest:
+    artifacts = []
+    for artifact in manifest.artifacts:
+        calibration, threshold = change(artifact)
+        artifacts.append(
+            artifact.model_copy(
+                update={"calibration": calibration, "melanoma_threshold": threshold}
+            )
+        )
+    changed = manifest.model_copy(update={"artifacts": tuple(artifacts), "prevalence": prevalence})
+    return Manifest.model_validate(changed.model_dump())
+
+
+def _depends_on_threshold(metric: str) -> bool:
+    return any(word in metric for word in ("sensitivity", "specificity"))
+
+
+def _number(cell: str | None, path: Path, row: int) -> float:
+    try:
+        value = float(cell or "")
+    except ValueError:
+        value = np.nan
+    if not np.isfinite(value):
+        raise CalibrationError(f"{path}, row {row}, column {LOGIT}: {cell!r} is not a number.")
+    return value
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Leaves by dotted name; list items by their own name where they have one."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for number, item in enumerate(value):
+            key = item.get("file") or item.get("name") or item.get("seed", number)
+            key = f"{key}, {item['dataset']}" if "dataset" in item else key
+            yield from _flat(item, f"{name}[{key}]")
+    else:
+        yield name, json.dumps(value)

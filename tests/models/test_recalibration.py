@@ -1,0 +1,114 @@
+"""A clinic's outcomes, or its prevalence, give a new bundle; the old one stays."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.bundle import Calibration, load_bundle, melanoma_probability
+from models.calibration import CalibrationError
+from models.recalibration import (
+    change_prevalence,
+    differences,
+    read_outcomes,
+    recalibrate,
+    save_recalibrated,
+)
+
+
+def outcomes(count: int = 3000) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(-1, 2, count)
+    return logits, generator.random(count) < 1 / (1 + np.exp(-(0.7 * logits - 0.5)))
+
+
+def test_outcomes_give_calibration_threshold_and_prevalence(bundle_folder: Path) -> None:
+    manifest = load_bundle(bundle_folder).manifest
+    logits, melanoma = outcomes()
+    found = recalibrate(manifest, logits, melanoma, "a clinic", sensitivity=0.95)
+    assert found.prevalence == pytest.approx(melanoma.mean())
+    assert found.operating_point.dataset == "a clinic"
+    assert found.operating_point.sensitivity >= 0.95
+    for artifact in found.artifacts:
+        assert artifact.calibration.slope == pytest.approx(0.7, abs=0.1)
+        probability = melanoma_probability(logits, artifact.calibration)
+        assert probability.mean() == pytest.approx(melanoma.mean())
+        assert (probability[melanoma] >= artifact.melanoma_threshold).mean() >= 0.95
+    assert [a.sha256 for a in found.artifacts] == [a.sha256 for a in manifest.artifacts]
+    assert not any("sensitivity" in metric.name for metric in found.metrics)
+
+
+def test_another_prevalence_changes_no_decision(bundle_folder: Path) -> None:
+    manifest = load_bundle(bundle_folder).manifest
+    found = change_prevalence(manifest, 0.01)
+    logits = np.linspace(-8, 8, 1001)
+    before, after = (
+        melanoma_probability(logits, m.artifacts[0].calibration)
+        >= m.artifacts[0].melanoma_threshold
+        for m in (manifest, found)
+    )
+    np.testing.assert_array_equal(before, after)
+    assert found.prevalence == 0.01
+    assert found.artifacts[0].calibration.intercept < manifest.artifacts[0].calibration.intercept
+
+
+def test_artifacts_with_their_own_calibration_keep_it(bundle_folder: Path) -> None:
+    manifest = load_bundle(bundle_folder).manifest
+    own = Calibration(slope=2, intercept=1)
+    other = manifest.artifacts[0].model_copy(
+        update={"file": "other.onnx", "calibration": own, "melanoma_threshold": 0.2}
+    )
+    both = manifest.model_copy(update={"artifacts": (*manifest.artifacts, other)})
+    found = change_prevalence(both, 0.01).artifacts
+    shifts = [
+        after.calibration.intercept - before.calibration.intercept
+        for before, after in zip(both.artifacts, found, strict=True)
+    ]
+    assert found[-1].calibration.slope == 2
+    assert shifts == pytest.approx([shifts[0]] * len(shifts))
+
+
+def test_the_new_bundle_says_so_and_the_old_one_stays(bundle_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle_folder, tmp_path / "old")
+    (tmp_path / "old" / "MODEL_CARD.md").write_text("# The card\n")
+    bundle = load_bundle(tmp_path / "old")
+    changed = change_prevalence(bundle.manifest, 0.2)
+    saved = save_recalibrated(bundle, tmp_path / "new", changed, "to 20 %")
+    assert (saved.folder / "MODEL_CARD.md").read_text().startswith("> Recalibrated: to 20 %.")
+    assert load_bundle(tmp_path / "new").manifest == changed
+    assert load_bundle(tmp_path / "old").manifest == bundle.manifest
+    found = {name: (a, b) for name, a, b in differences(bundle.manifest, changed)}
+    assert found["prevalence"] == (str(bundle.manifest.prevalence), "0.2")
+    assert any(name.endswith(".calibration.intercept") for name in found)
+    assert not any("sha256" in name for name in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("logit,melanoma\n1,1\n", "the column melanoma_logit is missing"),
+        ("melanoma_logit,melanoma\n1,maybe\n", "row 2, column melanoma: 'maybe' is not 1 or 0"),
+        ("melanoma_logit,melanoma\n1,1\nhigh,0\n", "row 3, column melanoma_logit: 'high' is not"),
+        ("melanoma_logit,melanoma\nnan,0\n", "'nan' is not a number"),
+        (b"\xff\xfe\x00", "is not a CSV file"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_named(tmp_path: Path, text, sentence: str) -> None:
+    path = tmp_path / "outcomes.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(CalibrationError, match=sentence):
+        read_outcomes(path)
+    with pytest.raises(CalibrationError, match="cannot be read: No such file"):
+        read_outcomes(tmp_path / "missing.csv")
+
+
+def test_rows_without_an_outcome_are_left_out_and_few_are_refused(
+    tmp_path: Path, bundle_folder: Path
+) -> None:
+    path = tmp_path / "outcomes.csv"
+    path.write_text("melanoma_logit,melanoma\n1.5,1.0\n-1,\n0.5,no\n")
+    logits, melanoma = read_outcomes(path)
+    assert (logits.tolist(), melanoma.tolist()) == ([1.5, 0.5], [True, False])
+    with pytest.raises(CalibrationError, match="1 images with melanoma are too few"):
+        recalibrate(load_bundle(bundle_folder).manifest, logits, melanoma, "few")

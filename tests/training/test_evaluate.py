@@ -1,0 +1,236 @@
+"""An evaluation says what was measured, beside its baselines, and what it cannot say."""
+
+import csv
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from training import evaluate as evaluating
+from training import paper
+from training.data.layouts import Dataset, balanced
+from training.data.manifest import DataError, Record
+from training.data.tables import Faults
+from training.data.vocabulary import Diagnosis, Sex, Site, Split
+from training.evaluate import evaluate
+from training.predictions import Predictions, load_predictions, save_predictions
+from training.report import render, save_report, to_json
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_resamples():
+    """What is tested is what is measured, not how sharply."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluating, "REPLICATES", 200)
+        yield
+
+
+AGES = ("0-29", "30-44", "45-59", "60-74", "75+")
+
+
+def records(count: int, dataset: str, split: Split, seed: int = 0) -> list[Record]:
+    """Two images a lesion; melanoma is commoner in the old."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        lesion = number // 2
+        age = float(5 * (lesion % 18))
+        melanoma = bool(np.random.default_rng(lesion).random() < 0.1 + age / 150)
+        made.append(
+            Record(
+                image=f"{dataset}-{number}",
+                path="there",
+                dataset=dataset,
+                lesion=str(lesion),
+                melanoma=melanoma,
+                diagnosis=Diagnosis.MEL if melanoma else Diagnosis.NV,
+                age=age,
+                sex=(Sex.FEMALE, Sex.MALE)[int(generator.integers(2))],
+                site=list(Site)[int(generator.integers(3))],
+                split=split,
+                component=f"{dataset}-{lesion}",
+            )
+        )
+    return made
+
+
+def predictions(images: list[Record], skill: float = 2.0, seed: int = 0) -> Predictions:
+    generator = np.random.default_rng(seed)
+    melanoma = np.array([bool(record.melanoma) for record in images])
+    logit = skill * (melanoma - 0.5) + generator.normal(size=len(images))
+    ages = np.array([float(record.age or 0) for record in images])
+    right = np.eye(5)[np.searchsorted([30, 45, 60, 75], ages, side="right")]
+    guessed = 0.6 * right + 0.4 * generator.dirichlet(np.ones(5), len(images))
+    return Predictions(
+        model="a model",
+        records=images,
+        probability=1 / (1 + np.exp(-logit)),
+        threshold=0.5,
+        outputs={"age": guessed},
+        labels={"age": AGES},
+        age_edges=(30, 45, 60, 75),
+        logit=logit,
+        age_years=ages + 3,
+    )
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    tested = records(240, "A", Split.TEST) + records(8, "tiny", Split.TEST)
+    learned = records(300, "A", Split.TRAIN, seed=5)
+    other = replace(predictions(tested, skill=0.5, seed=9), model="another")
+    return evaluate(predictions(tested), learned, other)
+
+
+def test_figures_have_intervals_and_stand_beside_baselines(report: dict) -> None:
+    found = report["sets"]["A"]
+    assert (found["images"], found["components"]) == (240, 120)
+    for figure in ("AUROC", "partial AUROC above 80 % sensitivity", "Brier score"):
+        estimate = found["melanoma"][figure]
+        assert estimate["low"] < estimate["value"] < estimate["high"]
+    assert found["class"]["metadata_only"]["training_rows"] == 300
+    assert found["class"]["metadata_only"]["auroc"] > 0.55
+    assert sum(map(sum, found["class"]["confusion"]["counts"])) == 240
+    assert found["calibration"]["of a calibrated model of this size"] > 0
+    for reading in ("F1, binary", "F1, macro", "F1, weighted"):
+        assert found["class"][reading]["low"] < found["class"][reading]["value"]
+        assert found["class"]["majority"][reading] < 1
+    assert found["tasks"]["age"]["mean absolute error in years"]["value"] == pytest.approx(3)
+    age = found["tasks"]["age"]
+    assert age["accuracy"]["value"] > age["majority"]["accuracy"]
+
+
+def test_too_few_images_are_not_evaluated(report: dict) -> None:
+    assert report["not evaluated"] == ["tiny"]
+    groups = report["sets"]["A"]["groups"]
+    assert "AUROC" not in groups["diagnosis"]["melanoma"]
+    assert "sensitivity" in groups["diagnosis"]["melanoma"]
+    assert "specificity" not in groups["diagnosis"]["melanoma"]
+    assert set(groups["sex"]) == {"female", "male"}
+    assert set(groups["age"]) == set(AGES)
+    with pytest.raises(DataError, match="nothing can be said"):
+        evaluate(predictions(records(8, "tiny", Split.TEST)), [])
+
+
+def test_two_models_are_compared_on_the_same_images(report: dict) -> None:
+    compared = report["sets"]["A"]["compared"]
+    assert compared["with"] == "another"
+    assert compared["differences"]["AUROC"]["low"] > 0
+    assert compared["differences"]["AUROC"]["p_value"] < 0.05
+    tested = records(240, "A", Split.TEST)
+    with pytest.raises(DataError, match="has no prediction for A-239"):
+        evaluate(predictions(tested), [], predictions(tested[:-1]))
+
+
+def test_without_training_rows_there_is_no_metadata_baseline() -> None:
+    found = evaluate(predictions(records(100, "A", Split.TEST)), [])["sets"]["A"]
+    assert found["class"]["metadata_only"] is None
+    assert found["tasks"]["age"]["metadata_only"] is None
+
+
+def test_a_manifest_without_components_is_clustered_by_its_lesions() -> None:
+    tested = records(100, "A", Split.TEST)
+    bare = [replace(record, component="") for record in tested]
+    found = [evaluate(predictions(images), [])["sets"]["A"] for images in (tested, bare)]
+    assert found[0]["components"] == found[1]["components"] == 50
+
+
+class Page(HTMLParser):
+    """What a browser would fetch, and the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link", "img", "iframe"):
+            self.fetched.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_self_contained_and_says_the_same_numbers(report: dict, tmp_path: Path) -> None:
+    save_report(tmp_path, {**report, "cautions": ["<b>mind</b> the gap"]})
+    page = Page()
+    page.feed((tmp_path / "report.html").read_text())
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert page.fetched == []
+    assert f"{saved['sets']['A']['melanoma']['AUROC']['value']:.3f}" in page.text
+    assert "<b>mind</b> the gap" in page.text
+    assert "Against another" in page.text
+    assert "Not evaluated, for too few images with or without melanoma: tiny." in page.text
+    assert render(report) == render(report)
+
+
+def test_a_figure_without_a_value_is_null() -> None:
+    assert json.loads(to_json({"value": float("nan"), "list": [0.1234567]})) == {
+        "value": None,
+        "list": [0.123457],
+    }
+
+
+def test_predictions_are_read_back_and_so_are_other_peoples(tmp_path: Path) -> None:
+    tested = records(40, "A", Split.TEST)
+    made = predictions(tested)
+    save_predictions(tmp_path / "predictions.csv", made)
+    found = load_predictions(tmp_path / "predictions.csv", tested, 0.5)
+    np.testing.assert_allclose(found.probability, made.probability, atol=1e-6)
+    np.testing.assert_allclose(found.outputs["age"], made.outputs["age"], atol=1e-6)
+    assert (found.labels, found.age_edges) == (made.labels, made.age_edges)
+    with (tmp_path / "theirs.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Image", "Melanoma_Probability"])
+        writer.writerows([[record.image, "0.25"] for record in tested[:30]])
+    found = load_predictions(tmp_path / "theirs.csv", tested, 0.2)
+    assert len(found.records) == 30
+    assert found.labels == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("image,melanoma_probability,age_years\nA-0,0.1,inf\n", "'inf' is not a number"),
+        ("image,melanoma_probability,age:75+,age:0-29\nA-0,0.1,1,0\n", "in order"),
+        ("image\nA-0\n", "the column melanoma_probability is missing"),
+        ("image,melanoma_probability\nA-0,1.5\n", "row 2, column melanoma_probability: '1.5' is"),
+        ("image,melanoma_probability\nA-0,\n", "row 2, column melanoma_probability: '' is not a"),
+        ("image,melanoma_probability\nA-0,0.1\nA-0,0.2\n", "A-0 stands in two rows"),
+        ("image,melanoma_probability\nZ,0.1\n", "has a row for none of the 4 images"),
+        ("image,melanoma_probability,age:young,age:old\nA-0,0.1,1,0\n", "not of the form 0-29"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_named(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "theirs.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=sentence):
+        load_predictions(path, records(4, "A", Split.TEST), 0.5)
+
+
+def test_the_papers_set_is_described_with_its_leaks() -> None:
+    train = [
+        replace(r, lesion=f"IL_{n}") for n, r in enumerate(records(80, "balanced", Split.TRAIN))
+    ]
+    val = [
+        replace(r, image=f"v-{n}", lesion=f"IL_{n + 70}")
+        for n, r in enumerate(records(80, "balanced", Split.TEST, seed=1))
+    ]
+    dataset = Dataset(balanced, None, train + val, Faults(), [])  # type: ignore[arg-type]
+    assert paper.is_complete(dataset)
+    clean = paper.find_clean(dataset, [])
+    assert clean == {f"v-{n}" for n in range(10, 80)}
+    found = paper.describe(dataset, clean, val[:40], predictions(val[:40]))
+    assert "40 of its 1,962 images have pixels" in found["cautions"][0]
+    assert "10 of its 80 test images are joined to its training images" in found["cautions"][1]
+    assert {m["images"] for m in found["metadata_only"].values()} == {70, 80}
+    assert all(m["age"]["accuracy"] for m in found["metadata_only"].values())
+    report = evaluate(predictions(val), train, subsets={paper.CLEAN: list(range(10, 80))})
+    report["paper"] = found
+    page = render(report)
+    assert "0.8625" in page
+    assert "balanced, clean" in page
+    assert not paper.is_complete(replace(dataset, records=[replace(r, lesion=None) for r in val]))

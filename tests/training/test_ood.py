@@ -1,0 +1,34 @@
+"""The distance is Mahalanobis, and grows most where training images do not vary."""
+
+import numpy as np
+import pytest
+import torch
+
+from training.ood import choose_ood_threshold, fit_feature_distance
+
+
+def score(distance: torch.nn.Module, features: np.ndarray) -> np.ndarray:
+    return distance(torch.from_numpy(features.astype(np.float32))).numpy()
+
+
+def test_the_distance_is_mahalanobis_under_probabilistic_pca() -> None:
+    generator = np.random.default_rng(0)
+    widths = np.array([9.0, 4.0, *[0.5] * 18])
+    features = generator.normal(size=(5000, 20)) * widths + 7
+    distance = fit_feature_distance(features, axes=2)
+    assert (score(distance, features) ** 2).mean() == pytest.approx(1, rel=0.02)
+    along, across = np.full((1, 20), 7.0), np.full((1, 20), 7.0)
+    along[0, 0] += 9
+    across[0, 9] += 9
+    # One standard deviation of twenty directions, against eighteen.
+    assert score(distance, along)[0] == pytest.approx(np.sqrt(1 / 20), rel=0.05)
+    assert score(distance, across)[0] == pytest.approx(np.sqrt(18**2 / 20), rel=0.05)
+
+
+def test_few_images_and_few_features_are_enough() -> None:
+    features = np.random.default_rng(1).normal(size=(5, 8))
+    assert np.isfinite(score(fit_feature_distance(features), features)).all()
+
+
+def test_the_threshold_is_a_quantile() -> None:
+    assert choose_ood_threshold(np.arange(101.0), 0.95) == 95

@@ -1,0 +1,71 @@
+"""Intervals and comparisons: images of one component are drawn together."""
+
+import numpy as np
+import pytest
+
+from training.statistics import Clusters, Estimate, bounded
+
+
+def test_images_of_one_lesion_are_drawn_together() -> None:
+    clusters = Clusters(["a", "b", "a", "c", "b", "b"])
+    assert len(clusters) == 3
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        counts = np.bincount(clusters.resample(generator), minlength=6)
+        assert counts[0] == counts[2]
+        assert counts[1] == counts[4] == counts[5]
+
+
+def test_copies_do_not_narrow_the_interval() -> None:
+    values = np.random.default_rng(1).normal(size=200)
+    names = [str(number) for number in range(200)]
+
+    def width(copies: int, clustered: bool) -> float:
+        data = np.tile(values, copies)
+        units = names * copies if clustered else [str(n) for n in range(200 * copies)]
+        statistics = {"mean": lambda chosen: float(data[chosen].mean())}
+        found = Clusters(units).bootstrap(statistics)["mean"]
+        assert found.low < found.value < found.high
+        return found.high - found.low
+
+    assert width(4, clustered=True) == pytest.approx(width(1, clustered=True), rel=0.15)
+    assert width(4, clustered=False) < 0.6 * width(1, clustered=True)
+
+
+def test_a_statistic_that_is_nowhere_defined_has_no_interval() -> None:
+    clusters = Clusters(["a", "b"])
+    found = clusters.bootstrap({"none": lambda chosen: float("nan")}, replicates=10)["none"]
+    assert np.isnan([found.value, found.low, found.high]).all()
+
+
+def test_a_statistic_that_is_seldom_defined_has_no_interval() -> None:
+    clusters = Clusters([str(number) for number in range(20)])
+    seldom = {"seldom": lambda chosen: 1.0 if (chosen == 0).sum() else float("nan")}
+    assert np.isnan(clusters.bootstrap(seldom)["seldom"].low)
+
+
+def test_a_share_of_all_or_none_has_an_exact_interval() -> None:
+    # Ten of ten: 0.9 to the tenth is 35 %, so 1.000 to 1.000 would be a lie.
+    found = bounded(Estimate(1.0, 1.0, 1.0), clusters=10)
+    assert (found.low, found.high) == (pytest.approx(0.692, abs=0.001), 1.0)
+    assert bounded(Estimate(0.0, 0.0, 0.0), 10).high == pytest.approx(0.308, abs=0.001)
+    assert bounded(Estimate(0.9, 0.8, 1.0), 10) == Estimate(0.9, 0.8, 1.0)
+
+
+def test_a_paired_difference_is_sharper_than_two_intervals() -> None:
+    generator = np.random.default_rng(2)
+    hard = generator.normal(size=300)
+    first, second = hard + 0.1, hard + generator.normal(0, 0.05, 300)
+    clusters = Clusters([str(number // 2) for number in range(300)])
+
+    def mean(values: np.ndarray):
+        return {"mean": lambda chosen: float(values[chosen].mean())}
+
+    found = clusters.compare(mean(first), mean(second))["mean"]
+    assert found.value == pytest.approx(0.1, abs=0.01)
+    assert found.low > 0
+    assert found.p_value == pytest.approx(2 / 1001)
+    alone = clusters.bootstrap(mean(first))["mean"]
+    assert found.high - found.low < 0.3 * (alone.high - alone.low)
+    equal = clusters.compare(mean(first), mean(first))["mean"]
+    assert (equal.value, equal.p_value) == (0, 1)

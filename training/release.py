@@ -1,0 +1,159 @@
+"""The whole evaluation of a model: held-out sets, the paper's table, sizes, strange pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from models.bundle import Bundle, Metric
+from training import paper
+from training.data.layouts import Dataset, balanced, image_files, read_datasets
+from training.data.manifest import DataError, Record, fingerprint
+from training.data.vocabulary import Split
+from training.evaluate import Report, evaluate
+from training.predictions import Predictions
+from training.robustness import compare_sizes, flagged_shares
+
+_HEADLINE = "HAM10000"
+_LEARNED = (Split.TRAIN, Split.VALIDATION)
+
+
+def held_out(records: Sequence[Record], split: Split) -> list[Record]:
+    """The records that can be evaluated: of the split, and with pixels.
+
+    Raises:
+        DataError: There is none.
+    """
+    found = [record for record in records if record.split is split and record.path]
+    if not found:
+        raise DataError(f"The manifest has no images of the split {split}.")
+    return found
+
+
+def evaluate_model(
+    predictions: Predictions,
+    records: Sequence[Record],
+    split: Split,
+    data: Path | None = None,
+    bundle: Bundle | None = None,
+    against: Predictions | None = None,
+) -> Report:
+    """Every figure of a model.
+
+    Args:
+        predictions: Of the split's images.
+        records: The manifest, whose training rows the baselines learn from.
+        split: What of it was predicted.
+        data: A folder with whatever datasets there are: the balanced set for the paper's table,
+            others for the share that is flagged as out of distribution, `originals/` and `other/`.
+        bundle: That made the predictions; None where they are a table.
+        against: Another model's predictions of the same images.
+
+    Raises:
+        DataError: The split is too small to be judged, or an image cannot be read.
+    """
+    datasets = read_datasets([data]) if data else []
+    published = next((d for d in datasets if paper.is_complete(d)), None)
+    tested = predictions.records
+    rows = [i for i, r in enumerate(tested) if balanced.is_part(r)]
+    subsets, clean = {}, set[str]()
+    if published is not None and rows:
+        clean = paper.find_clean(published, [d for d in datasets if d is not published])
+        subsets[paper.CLEAN] = [row for row in rows if tested[row].image in clean]
+    training = [record for record in records if record.split is Split.TRAIN]
+    report = evaluate(predictions, training, against, subsets)
+    report["split"] = str(split)
+    report["data_fingerprint"] = fingerprint(records)
+    report["cautions"] = _cautions(predictions, records, split, bundle)
+    if published is not None and rows:
+        evaluated = [tested[row] for row in rows]
+        report["paper"] = paper.describe(published, clean, evaluated, predictions)
+    if bundle is not None:
+        report |= _robustness(bundle, predictions, records, datasets, data)
+    return report
+
+
+def headline_set(report: Report) -> str:
+    """The set that a bundle's manifest and card speak of first."""
+    return _HEADLINE if _HEADLINE in report["sets"] else str(next(iter(report["sets"])))
+
+
+def headline(report: Report) -> tuple[Metric, ...]:
+    """The figures that a bundle's manifest repeats."""
+    name = headline_set(report)
+    found = report["sets"][name]
+    figures = [
+        (f"melanoma {figure}", found["melanoma"][figure], images)
+        for figure, images in (
+            ("AUROC", found["images"]),
+            ("sensitivity", found["melanomas"]),
+            ("specificity", found["images"] - found["melanomas"]),
+        )
+    ]
+    figures += [
+        (f"{task} accuracy", values["accuracy"], values["images"])
+        for task, values in found["tasks"].items()
+    ]
+    return tuple(
+        Metric(name=figure, dataset=f"{name} {report['split']} split", images=images, **estimate)
+        for figure, estimate, images in figures
+    )
+
+
+def _robustness(
+    bundle: Bundle,
+    predictions: Predictions,
+    records: Sequence[Record],
+    datasets: Sequence[Dataset],
+    data: Path | None,
+) -> Report:
+    report: Report = {}
+    originals, other = (
+        folder if data and (folder := data / name).is_dir() and any(image_files(folder)) else None
+        for name in ("originals", "other")
+    )
+    if originals is not None:
+        report["originals"] = compare_sizes(bundle, originals)
+    learned = [record for record in records if record.split in _LEARNED]
+    known = [record for dataset in datasets for record in dataset.records]
+    report["out of distribution"] = flagged_shares(bundle, predictions, learned, known, other)
+    return report
+
+
+def _cautions(
+    predictions: Predictions, records: Sequence[Record], split: Split, bundle: Bundle | None
+) -> list[str]:
+    """What a reader must know of every figure."""
+    cautions = []
+    asked = len(held_out(records, split))
+    if len(predictions.records) < asked:
+        cautions.append(
+            f"Only {len(predictions.records):,} of the {asked:,} images of this split have a "
+            "prediction."
+        )
+    if bundle is None:
+        cautions.append(
+            f"The threshold {predictions.threshold:g} is the one that was given: whether it was "
+            "frozen before these images were seen is not known, nor what the model learned from."
+        )
+    elif bundle.manifest.training_data.fingerprint != fingerprint(records):
+        cautions.append(
+            "This manifest is not the one that the bundle was fitted with: whether the bundle has "
+            "learned from these images, or from the same lesions, is not known; "
+            "mmtl-train data audit can tell."
+        )
+    elif split is not Split.TEST:
+        cautions.append(
+            f"These are images of the {split} split, which the network, its calibration or its "
+            "threshold were fitted to: the figures are better than they would be on others."
+        )
+    if bundle is not None:
+        cautions.append(
+            "The melanoma probability is calibrated to a share of "
+            f"{bundle.manifest.prevalence:.1%} melanoma; where the share differs, probabilities "
+            "and predictive values do not hold until the bundle is recalibrated "
+            "(mmtl bundle recalibrate)."
+        )
+    cautions.append(
+        "Skin type is not recorded, so nothing can be said about how errors differ by it; the "
+        "collections of ISIC are mostly of light skin."
+    )
+    return cautions
