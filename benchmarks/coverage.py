@@ -15,6 +15,8 @@ from functools import partial
 import numpy as np
 import sklearn
 from numpy.typing import NDArray
+from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from training import metrics
@@ -22,13 +24,11 @@ from training.statistics import Clusters, Difference, Estimate, Statistic, bound
 
 FIGURES = (
     "AUROC",
-    "average precision",
     "sensitivity",
     "specificity",
     "positive predictive value",
     "Brier score",
-    "calibration in the large",
-    "calibration slope",
+    "mean probability less prevalence",
 )
 THRESHOLD = 0.15
 PREVALENCE = 0.12
@@ -60,11 +60,23 @@ def study(seed: int, lesions: int) -> tuple[Arrays, NDArray[np.float64]]:
     return (truth, _sigmoid(seen), lesion.astype(str).tolist()), _sigmoid(other)
 
 
+def auroc(truth: NDArray[np.int64], score: NDArray[np.float64]) -> float:
+    """By ranks, as fast as a million resamples need; the same as scikit-learn's."""
+    positive = truth == 1
+    count = int(positive.sum())
+    below = rankdata(score)[positive].sum() - count * (count + 1) / 2
+    return float(below / (count * (len(truth) - count)))
+
+
+MEASURES = {**metrics.binary(THRESHOLD), "AUROC": auroc}
+
+
 def truths_of(population: int) -> dict[str, float]:
     """What the figures are in truth."""
     (truth, probability, _), other = study(10**9, population)
-    measures = metrics.binary(THRESHOLD)
+    measures = MEASURES
     found = {name: measures[name](truth, probability) for name in FIGURES}
+    assert abs(found["AUROC"] - roc_auc_score(truth, probability)) < 1e-12
     found[BETTER] = found["AUROC"] - measures["AUROC"](truth, other)
     found |= {name + FEW: found[name] for name in IN_FEW}
     return found | {NAIVE: found["AUROC"]}
@@ -72,7 +84,7 @@ def truths_of(population: int) -> dict[str, float]:
 
 def covered(seed: int, truths: dict[str, float], replicates: int) -> dict[str, int]:
     """By figure: 0 where one study's interval holds the truth, -1 below it, 1 above it."""
-    measures = metrics.binary(THRESHOLD)
+    measures = MEASURES
 
     def on(name: str, truth: NDArray[np.int64], values: NDArray[np.float64]) -> Statistic:
         return lambda chosen: measures[name](truth[chosen], values[chosen])
@@ -83,9 +95,9 @@ def covered(seed: int, truths: dict[str, float], replicates: int) -> dict[str, i
         clusters = Clusters(names)
         statistics = {name: on(name, truth, probability) for name in FIGURES}
         found |= clusters.bootstrap(statistics, RESAMPLING + seed, replicates)
-        auroc = {BETTER: on("AUROC", truth, probability)}
-        less = {BETTER: on("AUROC", truth, other)}
-        found |= clusters.compare(auroc, less, RESAMPLING + seed, replicates)
+        ours = {BETTER: on("AUROC", truth, probability)}
+        theirs = {BETTER: on("AUROC", truth, other)}
+        found |= clusters.compare(ours, theirs, RESAMPLING + seed, replicates)
         alone = Clusters([str(i) for i in range(len(names))])
         found |= alone.bootstrap({NAIVE: statistics["AUROC"]}, RESAMPLING + seed, replicates)
 
@@ -138,6 +150,6 @@ def _sigmoid(values: NDArray[np.float64]) -> NDArray[np.float64]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--studies", type=int, default=1000)
-    parser.add_argument("--replicates", type=int, default=300)
+    parser.add_argument("--replicates", type=int, default=500)
     arguments = parser.parse_args()
     print("\n".join(lines(arguments.studies, arguments.replicates)))
