@@ -10,6 +10,7 @@ from training.data.manifest import Record
 from training.data.vocabulary import Diagnosis, Sex, Site
 from training.losses import MISSING, Targets, encode_targets, multi_task_loss
 from training.network import HEADS, MultiTaskNetwork, ServedNetwork, age_distribution
+from training.ood import fit_feature_distance
 
 EDGES = (30.0, 45.0, 60.0, 75.0)
 
@@ -22,7 +23,8 @@ def small_network() -> MultiTaskNetwork:
 
 @pytest.fixture
 def served() -> ServedNetwork:
-    return ServedNetwork(small_network(), EDGES, torch.zeros(6), torch.eye(6)).eval()
+    distance = fit_feature_distance(np.random.default_rng(0).normal(size=(50, 8)), axes=3)
+    return ServedNetwork(small_network(), EDGES, distance).eval()
 
 
 @pytest.fixture
@@ -69,6 +71,8 @@ def test_what_is_served_is_what_was_fitted(served, images: torch.Tensor) -> None
     grid = np.array(AGE_GRID)
     torch.testing.assert_close(outputs["age"][:, 1], ages[:, (grid >= 30) & (grid < 45)].sum(1))
     torch.testing.assert_close(outputs["age"][:, 4], ages[:, grid >= 75].sum(1))
+    seen = served.network.backbone_features(images.permute(0, 3, 1, 2)).mean(dim=(2, 3))
+    torch.testing.assert_close(outputs["ood_score"], served.distance(seen))
 
 
 @given(st.lists(st.floats(-60, 60), min_size=18, max_size=18))
@@ -111,8 +115,19 @@ def test_the_age_loss_is_the_distribution_s_log_likelihood() -> None:
 
 
 def test_labels_are_encoded_in_the_order_of_the_vocabularies() -> None:
-    known = Record("a", "", "d", None, True, Diagnosis.MEL, 47.0, Sex.MALE, Site.TORSO)
-    found = encode_targets([known, Record("b", "", "d")]).classes
+    known = Record(
+        "a",
+        "",
+        "d",
+        melanoma=True,
+        diagnosis=Diagnosis.MEL,
+        age=47.0,
+        sex=Sex.MALE,
+        site=Site.TORSO,
+    )
+    # The network has no class for a squamous cell carcinoma.
+    other = Record("b", "", "d", diagnosis=Diagnosis.SCC)
+    found = encode_targets([known, other]).classes
     assert {name: values.tolist() for name, values in found.items()} == {
         "melanoma": [1, MISSING],
         "age": [9, MISSING],  # 45, on the 5-year grid
