@@ -23,7 +23,7 @@ def main(data: Path) -> None:
             ("", ["audit", isic2020, str(balanced / "valid-set-metadata.csv"), "--no-pixels"]),
             ("everything below the folder", ["check", str(data), "--no-pixels"]),
             ("", ["split", str(data), "-o", out, "--clean", "--no-pixels"]),
-            ("likewise, every picture compared", ["split", str(data), "-o", out]),
+            ("every picture compared with every other", ["split", str(data), "-o", out]),
         ]
         program = Path(sys.executable).parent / "mmtl-train"
         print("# How long the data tools take\n")

@@ -3,14 +3,12 @@
 from typing import Any
 
 from models.bundle import MANIFEST, Bundle, save_bundle
+from models.recalibration import CARD, METRICS
 from training.data.manifest import DataError
 from training.evaluate import Report
 from training.ood import IN_DISTRIBUTION
 from training.release import headline, headline_set
 from training.report import interval, number, to_json
-
-METRICS = "metrics.json"
-CARD = "MODEL_CARD.md"
 
 
 def save_figures(bundle: Bundle, report: Report) -> Bundle:

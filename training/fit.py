@@ -212,7 +212,7 @@ class _State:
         self.config = config
         self.device = device
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own gap
-        averaging = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]  # as above
+        averaging = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]  # torch's own gap
         self.average = AveragedModel(self.network, multi_avg_fn=averaging, use_buffers=True)
         decay = [p for p in network.parameters() if p.ndim > 1]
         plain = [p for p in network.parameters() if p.ndim <= 1]

@@ -13,13 +13,13 @@ from tqdm import tqdm
 from models.bundle import Bundle, melanoma_probability
 from models.files import write_atomically
 from models.images import ImageError, decode
+from models.recalibration import LOGIT
 from training.data.manifest import DataError, Record, isic_id
 from training.data.tables import Faults, Row, read_rows
 from training.export import onnx_runner
 
 BATCH_SIZE = 32
 PROBABILITY = "melanoma_probability"
-LOGIT = "melanoma_logit"
 
 Floats = NDArray[np.floating]
 

@@ -5,14 +5,13 @@ from pathlib import Path
 
 from models.bundle import Bundle, Metric
 from training import paper
-from training.data.layouts import Dataset, balanced, image_files, read_datasets
+from training.data.layouts import Dataset, balanced, ham10000, image_files, read_datasets
 from training.data.manifest import DataError, Record, fingerprint
 from training.data.vocabulary import Split
 from training.evaluate import Report, evaluate
 from training.predictions import Predictions
 from training.robustness import compare_sizes, flagged_shares
 
-_HEADLINE = "HAM10000"
 _LEARNED = (Split.TRAIN, Split.VALIDATION)
 
 
@@ -73,7 +72,7 @@ def evaluate_model(
 
 def headline_set(report: Report) -> str:
     """The set that a bundle's manifest and card speak of first."""
-    return _HEADLINE if _HEADLINE in report["sets"] else str(next(iter(report["sets"])))
+    return ham10000.TITLE if ham10000.TITLE in report["sets"] else str(next(iter(report["sets"])))
 
 
 def headline(report: Report) -> tuple[Metric, ...]:

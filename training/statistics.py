@@ -118,10 +118,11 @@ class Clusters:
             seed: Of the resampling.
             replicates: How often.
         """
-        both: dict[str, Statistic] = {
-            name: lambda chosen, name=name: first[name](chosen) - second[name](chosen)  # type: ignore[misc]  # a default binds the name
-            for name in first
-        }
+
+        def less(name: str) -> Statistic:
+            return lambda chosen: first[name](chosen) - second[name](chosen)
+
+        both = {name: less(name) for name in first}
         values = self._replicate(both, seed, replicates)
         everything = np.arange(self._count)
         found = {}

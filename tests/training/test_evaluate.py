@@ -11,7 +11,7 @@ import pytest
 
 from training import evaluate as evaluating
 from training import paper
-from training.data.layouts import Dataset, balanced
+from training.data.layouts import Dataset, Place, balanced
 from training.data.manifest import DataError, Record
 from training.data.tables import Faults
 from training.data.vocabulary import Diagnosis, Sex, Site, Split
@@ -219,7 +219,8 @@ def test_the_papers_set_is_described_with_its_leaks() -> None:
         replace(r, image=f"v-{n}", lesion=f"IL_{n + 70}")
         for n, r in enumerate(records(80, "balanced", Split.TEST, seed=1))
     ]
-    dataset = Dataset(balanced, None, train + val, Faults(), [])  # type: ignore[arg-type]
+    place = Place(Path("balanced"), {}, "balanced")
+    dataset = Dataset(balanced, place, train + val, Faults(), [])
     assert paper.is_complete(dataset)
     clean = paper.find_clean(dataset, [])
     assert clean == {f"v-{n}" for n in range(10, 80)}

@@ -68,9 +68,11 @@ SITES = {
     "trunk": Site.TORSO,
 }
 
+ONE_ZERO = {"1": True, "1.0": True, "0": False, "0.0": False}
 TRUTHS = {
-    **dict.fromkeys(("1", "1.0", "true", "yes", "malignant", "melanoma", "mel"), True),
-    **dict.fromkeys(("0", "0.0", "false", "no", "benign", "not melanoma", "oth"), False),
+    **ONE_ZERO,
+    **dict.fromkeys(("true", "yes", "malignant", "melanoma", "mel"), True),
+    **dict.fromkeys(("false", "no", "benign", "not melanoma", "oth"), False),
 }
 
 _DIAGNOSES: dict[str, Diagnosis | None] = {

@@ -217,7 +217,7 @@ def test_a_mask_is_no_picture(tmp_path: Path) -> None:
 def test_labels_that_disagree_are_told_and_malignant_alone_is_not_melanoma(tmp_path: Path) -> None:
     rows = [
         {"image": "a", "diagnosis": "nevus", "melanoma": "1"},
-        {"image": "b", "diagnosis": "basal cell carcinoma", "melanoma": "malignant"},
+        {"image": "b", "diagnosis": "basal cell carcinoma", "melanoma": "Malignant"},
     ]
     write(tmp_path / "mine.csv", rows)
     (dataset,) = read_datasets([tmp_path])

@@ -260,7 +260,7 @@ def merge(record: Record, other: Record) -> tuple[Record, list[str]]:
             gaps[field.name] = theirs
         elif theirs not in (None, "") and ours != theirs:
             differing.append(field.name)
-    return (replace(record, **gaps) if gaps else record), differing  # type: ignore[arg-type]  # by name
+    return (replace(record, **gaps) if gaps else record), differing  # type: ignore[arg-type]  # fields by name: types are theirs
 
 
 def _may_be_table(file: Path) -> bool:

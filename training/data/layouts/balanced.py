@@ -6,7 +6,7 @@ from pathlib import Path
 from training.data.layouts import Place
 from training.data.manifest import DataError, Record, isic_id
 from training.data.tables import Faults, Row, read_rows
-from training.data.vocabulary import SEXES, SITES, Split
+from training.data.vocabulary import ONE_ZERO, SEXES, SITES, Split
 
 TITLE = "balanced"
 LICENCE = "CC BY-NC"
@@ -19,7 +19,6 @@ _NAMES = {
     frozenset({"val", "valid", "validation", "test"}): Split.TEST,
 }
 _CLASSES = {"mel": True, "oth": False}
-_ONE_ZERO = {"1": True, "1.0": True, "0": False, "0.0": False}
 
 
 def recognise(place: Place) -> bool:
@@ -86,7 +85,7 @@ def _from_row(row: Row, part: Split, names: dict[str, Path]) -> Record | None:
         dataset=_dataset(file),
         lesion=row.text("lesion_id"),
         patient=row.text("patient_id"),
-        melanoma=row.choice(_ONE_ZERO, "class"),
+        melanoma=row.choice(ONE_ZERO, "class"),
         diagnosis=term.diagnosis,
         age=row.age("age_approx"),
         sex=row.word(SEXES, "sex"),

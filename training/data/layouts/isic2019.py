@@ -5,7 +5,7 @@ from pathlib import Path
 from training.data.layouts import Place, image_of
 from training.data.manifest import Record
 from training.data.tables import Faults, Row, read_rows
-from training.data.vocabulary import SEXES, SITES, Term, diagnosis_of
+from training.data.vocabulary import ONE_ZERO, SEXES, SITES, Term, diagnosis_of
 
 TITLE = "ISIC 2019"
 LICENCE = "CC BY-NC 4.0"
@@ -74,11 +74,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
 
 def _term(row: Row) -> Term:
     """The class whose column holds 1."""
-    chosen = [
-        name
-        for name in CLASSES
-        if row.choice({"1": True, "1.0": True, "0": False, "0.0": False}, name.lower())
-    ]
+    chosen = [name for name in CLASSES if row.choice(ONE_ZERO, name.lower())]
     if len(chosen) != 1:
         row.faults.add(
             "bad value",

@@ -46,7 +46,8 @@ def _is_table(header: frozenset[str]) -> bool:
 def _record(row: Row, image: str, place: Place) -> Record:
     term = row.diagnosis("diagnosis", "dx")
     melanoma = row.choice(TRUTHS, *_MELANOMA)
-    if melanoma and term.melanoma is False and row.text(*_MELANOMA) == "malignant":
+    said = (row.text(*_MELANOMA) or "").lower()
+    if said == "malignant" and term.melanoma is False:
         melanoma = False  # a carcinoma is malignant, and no melanoma
     named = next((c for name in _IMAGE if (c := row.text(name)) and _is_path(name, c)), None)
     path = place.folder / named.replace("\\", "/") if named else None
