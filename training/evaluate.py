@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,17 @@ from tqdm import tqdm
 
 from training import metrics
 from training.baselines import MISSING, MetadataModel, majority, truth_of
-from training.data.components import components, names_of
+from training.data.components import with_components
 from training.data.manifest import DataError, Record, fingerprint
 from training.metrics import Classes, Floats
 from training.predictions import Predictions
 from training.statistics import LEAST_CLUSTERS, REPLICATES, Clusters, Estimate, Statistic, bounded
 
 SEED = 0
+INTERVAL = (
+    "95 %, bias-corrected and accelerated bootstrap over components (lesion, patient, "
+    "near-duplicate), expanded to Student's t"
+)
 # Thresholds of the decision curve: from a clinic's that misses nothing to one's that cuts little.
 CURVE = tuple(round(0.01 * step, 2) for step in range(1, 51))
 # What is compared between groups, and between two models.
@@ -75,7 +79,7 @@ def evaluate(
         "command": "mmtl-train evaluate",
         "seed": SEED,
         "replicates": REPLICATES,
-        "interval": "95 %, percentile bootstrap over components (lesion, patient, near-duplicate)",
+        "interval": INTERVAL,
         "data_fingerprint": fingerprint([*training, *predictions.records]),
         "images": dict(Counter(record.dataset for record in predictions.records)),
         "threshold": predictions.threshold,
@@ -94,7 +98,7 @@ class _Evaluation:
         against: Predictions | None,
     ):
         self.predictions = predictions
-        self.records = _with_components(predictions.records)
+        self.records = with_components(predictions.records)
         self.against = _align(against, predictions) if against is not None else None
         self.melanoma = np.array(
             [MISSING if r.melanoma is None else int(r.melanoma) for r in self.records]
@@ -270,14 +274,6 @@ class _Evaluation:
         if not labels:
             return f"{record.age // 20 * 20:.0f}-{record.age // 20 * 20 + 19:.0f}"
         return labels[int(np.searchsorted(edges, record.age, side="right"))]
-
-
-def _with_components(records: Sequence[Record]) -> list[Record]:
-    """The records, with the components that their ids give where the manifest has none."""
-    if all(record.component for record in records):
-        return list(records)
-    names = names_of(records, components(records))
-    return [replace(r, component=name) for r, name in zip(records, names, strict=True)]
 
 
 def _align(other: Predictions, predictions: Predictions) -> Predictions:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -78,3 +79,11 @@ def names_of(records: Sequence[Record], labels: NDArray[np.int32]) -> list[str]:
         name = isic_id(record.image) or f"{record.dataset}/{record.image}"
         names[label] = min(names.get(label, name), name)
     return [names[label] for label in numbers]
+
+
+def with_components(records: Sequence[Record]) -> list[Record]:
+    """The records, with the components that their ids give where the manifest has none."""
+    if all(record.component for record in records):
+        return list(records)
+    names = names_of(records, components(records))
+    return [replace(r, component=name) for r, name in zip(records, names, strict=True)]
