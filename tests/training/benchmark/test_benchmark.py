@@ -1,0 +1,247 @@
+"""`mmtl-train benchmark`, from drawn pictures to a report."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.lesions import lesion
+from training.backbones import Source, build
+from training.benchmark import probes
+from training.benchmark.features import Features, Store, key_of
+from training.benchmark.report import save_report
+from training.benchmark.table import judge
+from training.cli import cli
+from training.cli import main as run_command_line
+from training.data.manifest import Record, load_manifest, save_manifest
+from training.zoo import choose, load_zoo
+
+MMTL_TRAIN = str(Path(sys.executable).with_name("mmtl-train"))
+TINY = ["squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5"]
+LIGHT = [b.name for b in load_zoo() if b.multiply_adds < 0.45e9]
+ODD = ["inception_v3", "swin_t", "deit_tiny_patch16_224", "googlenet"]
+HEAVY = [b.name for b in load_zoo() if b.name not in {*LIGHT, *ODD}]
+
+
+def draw(folder: Path, images: int = 20) -> Path:
+    """A manifest of drawn lesions, half of them melanoma."""
+    records = []
+    for number in range(images):
+        melanoma = number % 2 == 1
+        path = folder / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(lesion(number, 64, 48, melanoma))
+        records.append(
+            Record(
+                image=f"drawn_{number}",
+                dataset="drawn",
+                path=str(path),
+                melanoma=melanoma,
+                component=f"lesion {number}",
+            )
+        )
+    save_manifest(folder / "manifest.csv", records)
+    return folder / "manifest.csv"
+
+
+def run(manifest: Path, folder: Path, *arguments: str, names: list[str] | None = None):
+    only = [part for name in names or TINY for part in ("--only", name)]
+    told = ["benchmark", str(manifest), "--run", str(folder), "-o", str(folder / "report")]
+    return CliRunner().invoke(cli, [*told, *only, *arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw(tmp_path_factory.mktemp("drawn"))
+
+
+def test_the_report_says_what_was_found(drawn: Path, tmp_path: Path) -> None:
+    result = run(drawn, tmp_path, "--weights", "random", "--budget", "10000")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [b["rank"] for b in report["backbones"]] == [1, 2, 3]
+    assert {b["name"] for b in report["backbones"]} == set(TINY)
+    assert report["recommended"] in TINY
+    assert set(report["pareto"]) <= set(TINY)
+    for b in report["backbones"]:
+        assert [cost["batch size"] for cost in b["costs"]] == [1, 32]
+        assert all(c["images per second"] > 0 and c["peak MB"] > 50 for c in b["costs"])
+        assert 0 <= b["zero-train"]["low"] <= b["zero-train"]["value"] <= b["zero-train"]["high"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "src=" not in page
+    assert "<script" not in page
+    assert page.count("RANDOM WEIGHTS") >= 9
+    with (tmp_path / "report" / "backbones.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [b["name"] for b in report["backbones"]]
+    assert {row["weights are"] for row in rows} == {"random"}
+
+
+def test_nothing_is_computed_twice(drawn: Path, tmp_path: Path) -> None:
+    arguments = ("--weights", "random", "--no-costs")
+    run(drawn, tmp_path, *arguments, names=TINY[:2])
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "features").glob("*.npz")}
+    assert len(before) == 2
+    assert not list((tmp_path / "features").glob("pixels*"))
+    run(drawn, tmp_path, *arguments, names=TINY)
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "features").glob("*.npz")}
+    assert len(after) == 3
+    assert before.items() <= after.items()
+    # Other weights are other features.
+    assert not Store(tmp_path / "features").holds(choose(TINY)[0], "another key")
+
+
+def test_a_kill_half_way_costs_one_backbone_at_most(drawn: Path, tmp_path: Path) -> None:
+    only = [part for name in TINY for part in ("--only", name)]
+    told = [MMTL_TRAIN, "benchmark", str(drawn), "--weights", "random"]
+    told += ["--no-costs", "--run", str(tmp_path), "-o", str(tmp_path / "report"), *only]
+    process = subprocess.Popen(
+        told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (done := list((tmp_path / "features").glob("*.npz"))):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in done}
+    assert subprocess.run(told, capture_output=True, check=False).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in done} == before
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_shards_fill_one_cache(drawn: Path, tmp_path: Path) -> None:
+    for part in ("1/2", "2/2"):
+        result = run(drawn, tmp_path, "--weights", "random", "--no-costs", "--shard", part)
+        assert "Without --shard: report." in result.output
+    assert not (tmp_path / "report").exists()
+    assert len(list((tmp_path / "features").glob("*.npz"))) == 3
+
+
+def test_what_has_no_weights_is_listed_and_the_rest_goes_on(drawn: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    (good, bad, _) = choose(TINY)
+    torch.save(build(good).state_dict(), tmp_path / f"{good.name}.pth")
+    torch.save({"one": torch.zeros(1)}, tmp_path / f"{bad.name}.pth")
+    told = ("--weights-dir", str(tmp_path), "--offline", "--no-costs")
+    result = run(drawn, tmp_path / "run", *told, names=[*TINY, "vit_h_14"])
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert [b["name"] for b in report["backbones"]] == [good.name]
+    assert set(report["missing"]) == {bad.name, TINY[2], "vit_h_14"}
+    assert "does not fit its network" in report["missing"][bad.name]
+    assert "not on this machine" in report["missing"]["vit_h_14"]
+    assert report["weights"] == "pretrained"
+    assert "RANDOM" not in (tmp_path / "run" / "report" / "report.html").read_text()
+
+
+def test_the_best_are_fine_tuned(drawn: Path, tmp_path: Path) -> None:
+    told = ("--weights", "random", "--no-costs", "--finetune", "1", "--finetune-epochs", "1")
+    run(drawn, tmp_path, *told, names=TINY[1:])
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    first, second = report["backbones"]
+    assert report["finetuned"] == [first["name"]]
+    assert 0 <= first["fine-tuned"]["AUROC"]["value"] <= 1
+    assert second["fine-tuned"] is None
+    folds = {p: p.stat().st_mtime_ns for p in (tmp_path / "finetuned").glob("*.npz")}
+    assert len(folds) == probes.FOLDS
+    run(drawn, tmp_path, *told, names=TINY[1:])
+    assert folds == {p: p.stat().st_mtime_ns for p in (tmp_path / "finetuned").glob("*.npz")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--split", "test"], "has no labelled images of that split and dataset"),
+        (["--only", "resnet5O"], "Did you mean resnet50"),
+        (["--shard", "3/2"], "write i/n"),
+        (["--offline", "--only", "vgg11"], "No backbone has weights"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    drawn: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = ["mmtl-train", "benchmark", str(drawn), "--run", str(tmp_path), *arguments]
+    monkeypatch.setattr(sys, "argv", told)
+    with pytest.raises(SystemExit) as stopped:
+        run_command_line()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert "Traceback" not in printed
+
+
+def whole_tool(names: list[str], drawn: Path, folder: Path) -> None:
+    result = run(drawn, folder, "--weights", "random", "--no-costs", names=names)
+    assert result.exit_code == 0, result.output
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert report["missing"] == {}
+    assert {b["name"] for b in report["backbones"]} == set(names)
+    records = load_manifest(drawn)
+    for backbone in choose(names):
+        source = Source("random", "random, seed 0")
+        store = Store(folder / "features")
+        assert store.holds(backbone, key_of(backbone, source, records))
+        assert store.load(backbone, source).logits.shape == (len(records), 1000)
+
+
+def test_light_and_odd_backbones_pass_through_the_whole_tool(tmp_path: Path) -> None:
+    """Auxiliary heads, SqueezeNet's convolution, Swin, a token; the others are a slow test."""
+    whole_tool([*LIGHT, *ODD], draw(tmp_path, 10), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_all_others_pass_through_the_whole_tool(tmp_path: Path) -> None:
+    whole_tool(HEAVY, draw(tmp_path, 10), tmp_path)
+
+
+def test_light_odd_and_heavy_are_the_zoo() -> None:
+    assert sorted([*LIGHT, *ODD, *HEAVY]) == sorted(b.name for b in load_zoo())
+
+
+def simulated(name: str, truth: np.ndarray, channels: int, gap: float) -> Features:
+    generator = np.random.default_rng(sum(map(ord, name)))
+    features = generator.normal(size=(len(truth), channels)).astype(np.float32)
+    features[:, 0] += gap * truth
+    logits = generator.normal(size=(len(truth), 1000)).astype(np.float32)
+    (backbone,) = choose([name])
+    return Features(backbone, Source("random", "simulated"), "cpu", (), features, logits)
+
+
+def test_a_report_needs_no_throughput(tmp_path: Path) -> None:
+    truth = np.arange(60) % 2
+    study = probes.design(truth, [str(i) for i in range(60)], replicates=50)
+    found = {n: simulated(n, truth, 30, gap) for n, gap in zip(TINY, (0, 3, 0), strict=True)}
+    report = judge(list(found), found.__getitem__, study, 60)
+    assert report["backbones"][0]["name"] == TINY[1]
+    assert report["recommended"] is None
+    about = {
+        "command": "c",
+        "device": "d",
+        "seed": 0,
+        "weights": "pretrained",
+        "datasets": "x",
+        "data_fingerprint": "0" * 64,
+        "interval": "i",
+        "finetuned": [],
+        "missing": {},
+        "cautions": [],
+    }
+    save_report(tmp_path, report | about)
+    assert "Throughput was not measured" in (tmp_path / "report.html").read_text()

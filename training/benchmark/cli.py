@@ -1,0 +1,246 @@
+"""`mmtl-train benchmark` and `mmtl-train zoo`."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from training.data.manifest import DataError, Record
+from training.data.vocabulary import Split
+from training.zoo import Backbone, choose, load_zoo, shard
+
+zoo_cli = typer.Typer(no_args_is_help=True, help="The pretrained backbones.")
+SEED = 0
+
+
+class Weights(StrEnum):
+    """What the backbones start from."""
+
+    PRETRAINED = "pretrained"
+    RANDOM = "random"
+
+
+@zoo_cli.callback()
+def zoo() -> None:
+    """The pretrained backbones."""
+
+
+@zoo_cli.command("list")
+def list_zoo(
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Every backbone that `benchmark` knows: the paper's 86, and some light ones beside them."""
+    if as_json:
+        print(json.dumps([backbone.as_json() for backbone in load_zoo()], indent=2))
+        return
+    table = Table(title="86 backbones of the paper's families, and extras")
+    right = ("input", "parameters", "multiply-adds", "top-1")
+    for column in ("name", "family", "library", "weights", *right, ""):
+        table.add_column(column, justify="right" if column in right else "left")
+    for b in load_zoo():
+        numbers = (f"{b.input_size}", f"{b.parameters:,}", f"{b.multiply_adds / 1e9:.2f} G")
+        extra = "extra" if b.extra else ""
+        top = f"{b.imagenet_top1:.1f}"
+        table.add_row(b.name, b.family, b.library, b.weights, *numbers, top, extra)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def benchmark(
+    manifest: Annotated[
+        Path, typer.Argument(help="A manifest, as `mmtl-train data split` writes.")
+    ],
+    split: Annotated[
+        Split | None, typer.Option(help="What of it is used; everything without this.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Only datasets whose name begins so.", show_default=False)
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="These backbones, by name (default: all).")
+    ] = None,
+    weights: Annotated[
+        Weights, typer.Option(help="Random ones are for trying the tool, and marked everywhere.")
+    ] = Weights.PRETRAINED,
+    weights_dir: Annotated[
+        Path | None, typer.Option(help="Files NAME.pth, taken before any download.")
+    ] = None,
+    weights_notes: Annotated[
+        Path | None,
+        typer.Option(help="TOML with mean, std and note by NAME (default: DIR/weights.toml)."),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Download nothing; what is not here is left out.")
+    ] = False,
+    shard_text: Annotated[
+        str | None,
+        typer.Option("--shard", help="i/n: only the features of this part, and no report."),
+    ] = None,
+    finetune: Annotated[
+        int, typer.Option(min=0, help="How many of the best are fine-tuned, too.")
+    ] = 0,
+    finetune_epochs: Annotated[int, typer.Option(min=1)] = 4,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Milliseconds an image, for the recommendation."),
+    ] = None,
+    costs: Annotated[bool, typer.Option(help="Measure throughput and memory.")] = True,
+    run: Annotated[Path, typer.Option("--run", help="Folder of the cached features.")] = Path(
+        "runs/benchmark"
+    ),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The report's folder.")] = Path(
+        "runs/benchmark/report"
+    ),
+) -> None:
+    """Rank pretrained backbones on labelled images, without training any (but see --finetune)."""
+    from training.data.components import with_components
+    from training.data.manifest import fingerprint, load_manifest
+
+    records = with_components(_used(load_manifest(manifest), manifest, split, dataset))
+    chosen = choose(only)
+    if shard_text is not None:
+        chosen = shard(chosen, shard_text)
+
+    import numpy as np
+
+    from training.backbones import Source, WeightsError, find_source
+    from training.benchmark import probes
+    from training.benchmark.features import Store, extract_all, key_of
+    from training.benchmark.report import save_report
+    from training.benchmark.table import judge
+
+    random = weights is Weights.RANDOM
+    work: list[tuple[Backbone, Source]] = []
+    missing: dict[str, str] = {}
+    for backbone in chosen:
+        try:
+            source, backbone = find_source(
+                backbone, weights_dir, weights_notes, offline, random, SEED
+            )
+            work.append((backbone, source))
+        except WeightsError as error:
+            missing[backbone.name] = str(error)
+    store = Store(run / "features")
+    missing |= extract_all(work, records, store, costs)
+    ready = {
+        backbone.name: (backbone, source)
+        for backbone, source in work
+        if store.holds(backbone, key_of(backbone, source, records))
+    }
+    _print_missing(missing)
+    if shard_text is not None:
+        print(f"Features of {len(ready)} backbones are in {store.folder}. Without --shard: report.")
+        return
+    if not ready:
+        raise DataError(
+            "No backbone has weights: give --weights-dir, or run where they can be downloaded."
+        )
+    truth = np.array([int(bool(record.melanoma)) for record in records])
+    study = probes.design(truth, [record.component for record in records], SEED)
+
+    def load(name: str) -> Any:
+        return store.load(*ready[name])
+
+    components = len({record.component for record in records})
+    report = judge(list(ready), load, study, components, budget=budget)
+    if finetune:
+        from training.benchmark.finetune import finetune as tune
+
+        tuned = {}
+        for entry in report["backbones"][:finetune]:
+            backbone, source = ready[entry["name"]]
+            folder = run / "finetuned"
+            tuned[backbone.name] = tune(
+                backbone, source, entry["features"], records, study, folder, finetune_epochs
+            )
+        report = judge(list(ready), load, study, components, tuned, budget)
+    report |= {
+        "command": shlex.join(["mmtl-train", *sys.argv[1:]]),
+        "device": _machine(report["backbones"][0]["device"]),
+        "seed": SEED,
+        "weights": str(weights),
+        "datasets": ", ".join(sorted({record.dataset for record in records})),
+        "data_fingerprint": fingerprint(records),
+        "interval": (
+            "95 %, bootstrap over components within folds, widened by how much more the mean of "
+            "folds strays on permuted labels"
+        ),
+        "finetuned": [b["name"] for b in report["backbones"] if b["fine-tuned"]],
+        "missing": missing,
+        "cautions": _cautions(report, records, random, missing),
+    }
+    save_report(out, report)
+    table = Table(title="random weights" if random else "AUROC of the logistic probe")
+    for column in ("", "backbone", "AUROC (95 %)", "images/s", ""):
+        table.add_column(column)
+    for b in report["backbones"][:10]:
+        found = b["logistic"]["AUROC"]
+        speed = f"{b['costs'][-1]['images per second']:.1f}" if b["costs"] else ""
+        text = f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+        table.add_row(str(b["rank"]), b["name"], text, speed, "tied" if b["tied for first"] else "")
+    Console().print(table)
+    print(f"Wrote {out}/report.html, report.json and backbones.csv.")
+
+
+def _used(
+    records: Sequence[Record], path: Path, split: Split | None, dataset: str | None
+) -> list[Record]:
+    used = [
+        record
+        for record in records
+        if record.path
+        and record.melanoma is not None
+        and (split is None or record.split is split)
+        and (dataset is None or record.dataset.startswith(dataset))
+    ]
+    if not used:
+        there = sorted({f"{record.dataset} ({record.split})" for record in records})
+        raise DataError(
+            f"{path} has no labelled images of that split and dataset; it has {', '.join(there)}."
+        )
+    return used
+
+
+def _cautions(
+    report: dict[str, Any], records: Sequence[Record], random: bool, missing: dict[str, str]
+) -> list[str]:
+    of_86 = report["of the 86"]
+    lines = []
+    if random:
+        lines.append("RANDOM WEIGHTS: every figure here is of networks that learned nothing.")
+    if of_86 < 86:
+        lines.append(
+            f"{of_86} of the paper's 86 backbones are here; {len(missing)} of those asked for had "
+            "no weights or failed, and are listed at the end."
+        )
+    share = report["melanomas"] / report["images"]
+    if report["images"] != 1962:
+        lines.append(
+            f"These are {report['images']:,} images, {share:.0%} of them melanoma; the paper's "
+            "table is of 1,962, half of them melanoma. Its figures and these are not comparable."
+        )
+    if any(b["note"] for b in report["backbones"]):
+        lines.append("Some weights are not their library's own: see the notes beside them.")
+    if len({record.dataset for record in records}) > 1:
+        lines.append("Several sources are pooled: a probe can learn the source for the lesion.")
+    return lines
+
+
+def _machine(device: str) -> str:
+    cores = f"{os.cpu_count()} {platform.machine()} cores"
+    return cores if device == "cpu" else f"{device}, {cores}"
+
+
+def _print_missing(missing: dict[str, str]) -> None:
+    if missing:
+        print(f"Left out ({len(missing)}):", file=sys.stderr)
+        for name, reason in missing.items():
+            print(f"  {name}: {reason}", file=sys.stderr)

@@ -1,0 +1,175 @@
+"""Fine-tune a backbone in the probes' folds: what the cheaper scores have to foretell."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from models.files import write_atomically
+from training.augment import seeded, training_transform
+from training.backbones import Classifier, Source, load_classifier
+from training.benchmark.features import BATCH_SIZE, key_of
+from training.benchmark.probes import FOLDS, Study
+from training.data.cache import build_cache
+from training.data.manifest import DataError, Record
+from training.zoo import Backbone
+
+EPOCHS = 4
+BACKBONE_RATE = 2e-4
+HEAD_RATE = 2e-3
+WEIGHT_DECAY = 0.02
+
+Floats = NDArray[np.floating]
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    """Augmented images of one epoch."""
+
+    def __init__(self, pixels: NDArray[np.uint8], positions: list[int], epoch: int):
+        self.pixels, self.positions, self.epoch = pixels, positions, epoch
+        self.transform = training_transform(pixels.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        position = self.positions[item]
+        image = torch.from_numpy(np.array(self.pixels[position])).permute(2, 0, 1)
+        drawn = seeded(self.transform, image, 0, self.epoch, position)
+        return drawn.permute(1, 2, 0), position
+
+
+class _Tuned(nn.Module):
+    """A backbone whose penultimate features go to one new output; its batch norm stays frozen."""
+
+    def __init__(self, classifier: Classifier, channels: int):
+        super().__init__()
+        self.classifier = classifier
+        self.head = nn.Linear(channels, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 [N, H, W, 3] -> logits [N]."""
+        features, _ = self.classifier(images)
+        logits: Tensor = self.head(features)
+        return logits[:, 0]
+
+    def train(self, mode: bool = True) -> "_Tuned":
+        """Statistics of a few hundred images are worse than ImageNet's, and some are folded."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+def finetune(
+    backbone: Backbone,
+    source: Source,
+    channels: int,
+    records: Sequence[Record],
+    study: Study,
+    folder: Path,
+    epochs: int = EPOCHS,
+    workers: int = 2,
+) -> Floats:
+    """Held-out scores of every image, [N], fold by fold; a fold that is there is not done again.
+
+    Args:
+        backbone: To tune.
+        source: Of the weights that it starts from.
+        channels: Of its penultimate features.
+        records: Of the images.
+        study: Its folds and labels.
+        folder: For the scores of finished folds.
+        epochs: Of one cycle of the learning rate.
+        workers: Processes that augment images.
+
+    Raises:
+        DataError: The loss is not finite.
+    """
+    size = backbone.input_size
+    pixels = build_cache(folder / f"pixels-{size}.npy", records, size, size)
+    scores = np.empty(len(records))
+    for fold in tqdm(range(FOLDS), f"fine-tune {backbone.name}", unit="fold"):
+        held = np.flatnonzero(study.folds == fold)
+        key = f"{key_of(backbone, source, records)} epochs {epochs} fold {fold} of {held.tolist()}"
+        path = folder / f"{backbone.name}-{fold}.npz"
+        done = _load(path, key)
+        if done is None:
+            model = _Tuned(load_classifier(backbone, source), channels)
+            train = np.flatnonzero(study.folds != fold).tolist()
+            done = _tune(model, pixels, study, train, held.tolist(), epochs, workers)
+            with write_atomically(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, key=key, scores=done)
+        scores[held] = done
+    return scores
+
+
+def _tune(
+    model: _Tuned,
+    pixels: NDArray[np.uint8],
+    study: Study,
+    train: list[int],
+    held: list[int],
+    epochs: int,
+    workers: int,
+) -> Floats:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    groups = [
+        {"params": model.classifier.parameters(), "lr": BACKBONE_RATE},
+        {"params": model.head.parameters(), "lr": HEAD_RATE},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    batch_size = max(2, round(BATCH_SIZE * (224 / pixels.shape[1]) ** 2))
+    steps = epochs * max(len(train) // batch_size, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
+    )
+    truth = torch.from_numpy(study.truth).float()
+    for epoch in range(epochs):
+        model.train()
+        order = torch.Generator().manual_seed(epoch)
+        torch.manual_seed(epoch)
+        images = _Images(pixels, train, epoch)
+        loader = DataLoader(
+            images,
+            batch_size,
+            shuffle=True,
+            drop_last=len(train) >= batch_size,
+            num_workers=workers,
+            generator=order,
+        )
+        for batch, positions in loader:
+            logits = model(batch.to(device))
+            target = truth[positions].to(device)
+            loss = functional.binary_cross_entropy_with_logits(logits, target)
+            if not math.isfinite(loss.item()):
+                raise DataError(f"The loss of fine-tuning is not finite in epoch {epoch + 1}.")
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own gap
+            optimizer.step()
+            schedule.step()
+    model.eval()
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(held), batch_size):
+            batch = torch.from_numpy(np.array(pixels[held[start : start + batch_size]])).to(device)
+            parts.append(model(batch).float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _load(path: Path, key: str) -> Floats | None:
+    try:
+        with np.load(path) as saved:
+            scores: Floats = saved["scores"]
+            return scores if str(saved["key"]) == key else None
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,113 @@
+"""The ranking: which backbones are best, which are tied with the best, and which to take."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import kendalltau, norm
+
+from training.benchmark.probes import Judged
+
+Floats = NDArray[np.floating]
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One backbone's place.
+
+    Attributes:
+        name: Of the backbone.
+        behind: How far its AUROC is behind the best's.
+        p_value: Of that difference, adjusted for all comparisons (Holm 1979); 1 for the best.
+        tied: Not shown to be worse than the best.
+    """
+
+    name: str
+    behind: float
+    p_value: float
+    tied: bool
+
+
+def rank(judged: Mapping[str, Judged], figure: str = "AUROC") -> list[Place]:
+    """Backbones, best first, each compared with the best in pairs: on the same resamples."""
+    order = sorted(judged, key=lambda name: -judged[name].values[figure])
+    if not order:
+        return []
+    best = judged[order[0]]
+    raw = [_p_value(best, judged[name], figure) for name in order[1:]]
+    adjusted = [1.0, *holm(raw)]
+    return [
+        Place(
+            name,
+            best.values[figure] - judged[name].values[figure],
+            p_value,
+            p_value >= SIGNIFICANT,
+        )
+        for name, p_value in zip(order, adjusted, strict=True)
+    ]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for their number, step down (Holm 1979)."""
+    adjusted = [0.0] * len(p_values)
+    least = 0.0
+    for done, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        least = max(least, min(1.0, (len(p_values) - done) * p_values[index]))
+        adjusted[index] = least
+    return adjusted
+
+
+def rank_correlation(one: Sequence[float | None], other: Sequence[float | None]) -> float | None:
+    """Kendall's tau over what both have; None with fewer than three, or where one is constant."""
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    if len(pairs) < 3:
+        return None
+    tau = float(kendalltau(*zip(*pairs, strict=True))[0])
+    return None if np.isnan(tau) else tau
+
+
+def recommend(
+    places: Sequence[Place], milliseconds: Mapping[str, float], budget: float | None
+) -> str | None:
+    """The fastest of those tied for first within a budget; else the best that keeps it.
+
+    Args:
+        places: Best first.
+        milliseconds: One image, by name.
+        budget: Milliseconds; None for no limit.
+
+    Returns:
+        Its name, or None where none keeps the budget (or none was measured).
+    """
+    kept = [
+        place
+        for place in places
+        if place.name in milliseconds and (budget is None or milliseconds[place.name] <= budget)
+    ]
+    tied = [place for place in kept if place.tied]
+    if tied:
+        return min(tied, key=lambda place: milliseconds[place.name]).name
+    return kept[0].name if kept else None
+
+
+def pareto(quality: Sequence[float], speed: Sequence[float]) -> list[bool]:
+    """Which points no other is both better and faster than."""
+    return [
+        not any(
+            q >= own and s >= fast and (q > own or s > fast)
+            for q, s in zip(quality, speed, strict=True)
+        )
+        for own, fast in zip(quality, speed, strict=True)
+    ]
+
+
+def _p_value(best: Judged, other: Judged, figure: str) -> float:
+    difference = best.values[figure] - other.values[figure]
+    spread = float(np.nanstd(best.replicates[figure] - other.replicates[figure], ddof=1))
+    spread *= max(best.widening, other.widening)
+    if not spread:
+        return 1.0 if not difference else 0.0
+    return float(2 * norm.sf(abs(difference) / spread))
