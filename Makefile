@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?= ../shared/data
+WEIGHTS ?= ../shared/weights
 RUN ?= runs/default
 
 # As pip does: behind a hospital's proxy the machine's own certificates are the ones that count.
@@ -11,7 +12,7 @@ uv := $(VENV)/bin/uv
 install := $(uv) pip install --quiet --python $(VENV)/bin/python --require-hashes
 editable := $(uv) pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
 
-.PHONY: serve test lint check default-bundle docs lock clean
+.PHONY: serve test test-slow lint check default-bundle benchmark docs lock clean
 
 ## Serve the shipped bundle on http://127.0.0.1:8000 (settings: MMTL_*; see docs/settings.md).
 serve: $(VENV)/.cpu
@@ -28,6 +29,10 @@ lint: $(VENV)/.dev
 test: $(VENV)/.dev
 	$(VENV)/bin/pytest
 
+## Every backbone of the zoo through the whole benchmark, the largest included (half an hour).
+test-slow: $(VENV)/.dev
+	$(VENV)/bin/pytest -m slow
+
 ## What .ci/run runs.
 check: lint
 	$(MAKE) test
@@ -39,6 +44,13 @@ default-bundle: $(VENV)/.dev
 	$(VENV)/bin/mmtl-train export --run $(RUN) --bundle models/default
 	$(VENV)/bin/mmtl-train evaluate $(DATA) --run $(RUN) --bundle models/default --publish \
 		--out docs/evaluation
+
+## Rank the backbones whose weights are in WEIGHTS or in packages, on the balanced set's val pixels.
+benchmark: $(VENV)/.dev
+	$(VENV)/bin/mmtl-train data split $(DATA) --paper -o runs/paper.csv
+	$(VENV)/bin/mmtl-train benchmark runs/paper.csv --split test --offline \
+		--weights-dir $(WEIGHTS) --weights-notes docs/benchmark/weights.toml \
+		--finetune 3 --run runs/benchmark --out docs/benchmark
 
 ## Write the generated pages of docs/ anew; a breaking change of the HTTP contract is refused.
 docs: $(VENV)/.dev

@@ -2,6 +2,7 @@
 
 import hashlib
 import tomllib
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
@@ -17,10 +18,8 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from training.data.manifest import DataError
-from training.zoo import Backbone, choose
+from training.zoo import Backbone
 
-LITE0 = "tf_efficientnet_lite0"
-LITE0_CHANNELS = 1280
 IMAGENET_CLASSES = 1000
 # The same tensors in the same order under other names, so they are mapped position by position.
 PACKAGES = {
@@ -30,7 +29,7 @@ PACKAGES = {
 }
 # What torchvision's own weights of these two come with: their classes' defaults are for training.
 _PLAIN = {"aux_logits": False, "transform_input": True, "init_weights": False}
-_BUILT_PLAIN = {"googlenet": _PLAIN, "inception_v3": _PLAIN}
+BUILT_PLAIN = {"googlenet": _PLAIN, "inception_v3": _PLAIN}
 
 
 class WeightsError(DataError):
@@ -54,19 +53,6 @@ class Source:
     path: Path | None = None
     note: str = ""
     seed: int = 0
-
-
-class FeatureMap(nn.Module):
-    """A timm model without its classifier: images in, the last feature map out."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """float32 [N, 3, H, W] -> float32 [N, C, h, w]."""
-        features: Tensor = self.model.forward_features(images)
-        return features
 
 
 class Classifier(nn.Module):
@@ -116,7 +102,7 @@ def build(backbone: Backbone) -> nn.Module:
     if backbone.library == "timm":
         model: nn.Module = timm.create_model(backbone.name, pretrained=False)
         return model
-    plain = _BUILT_PLAIN.get(backbone.name, {})
+    plain = BUILT_PLAIN.get(backbone.name, {})
     built: nn.Module = torchvision.models.get_model(backbone.name, weights=None, **plain)
     return built
 
@@ -176,44 +162,33 @@ def load_classifier(backbone: Backbone, source: Source) -> Classifier:
     else:
         model = build(backbone)
         if source.path is not None:
-            _fill(model, source.path, by_position=source.kind == "package")
+            fill(model, source.path, by_position=source.kind == "package")
     return Classifier(model, backbone).eval()
 
 
-def build_lite0(
-    pretrained: bool = True, drop_path: float = 0.0
-) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
-    """EfficientNet-Lite0 (Tan & Le 2019, without squeeze-and-excitation) as a feature extractor.
+def fill(model: nn.Module, path: Path, by_position: bool) -> None:
+    """Load a file's tensors into a network.
 
     Args:
-        pretrained: With ImageNet weights.
-        drop_path: Stochastic depth, in training.
-
-    Returns:
-        The feature extractor, its number of channels, and the mean and standard deviation (0 to 1,
-        per channel) of the normalisation it was trained with.
+        model: Built without heads that only training uses.
+        path: A state dict.
+        by_position: Its names are others, and its order the same.
 
     Raises:
-        WeightsError: The weights' package is missing or its tensors do not fit.
+        WeightsError: It cannot be read, or does not fit.
     """
-    (backbone,) = choose([LITE0])
-    model: Any = timm.create_model(LITE0, pretrained=False, drop_path_rate=drop_path)
-    if pretrained:
-        _fill(model, _packaged(PACKAGES[LITE0]), by_position=True)
-    model.reset_classifier(0, "")
-    return FeatureMap(model), LITE0_CHANNELS, backbone.mean, backbone.std
-
-
-def _fill(model: nn.Module, path: Path, by_position: bool) -> None:
     try:
         source = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
         raise WeightsError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     state = model.state_dict()
     if by_position and [t.shape for t in source.values()] == [t.shape for t in state.values()]:
-        source = dict(zip(state, source.values(), strict=True))
+        source = OrderedDict(zip(state, source.values(), strict=True))
+    metadata = getattr(source, "_metadata", None) or getattr(state, "_metadata", None)
     # Heads that only training uses are not built.
-    source = {name: t for name, t in source.items() if not name.lower().startswith("aux")}
+    source = OrderedDict((n, t) for n, t in source.items() if not n.lower().startswith("aux"))
+    # The version that some networks (MNASNet) need to know their own file by.
+    vars(source)["_metadata"] = metadata
     wrong = {
         name for name in state if name not in source or source[name].shape != state[name].shape
     }

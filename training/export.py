@@ -43,7 +43,7 @@ from training.data.layouts import ham10000
 from training.data.manifest import DataError, Record, fingerprint
 from training.data.origins import origin_of
 from training.data.vocabulary import Sex, Site, Split
-from training.fit import batches, build_network, identity_of, load_tensors
+from training.fit import batches, belongs, build_network, identity_of, load_tensors
 from training.network import DIAGNOSES, MultiTaskNetwork, ServedNetwork
 from training.ood import choose_ood_threshold, fit_feature_distance
 from training.run import Run, rows
@@ -170,7 +170,7 @@ def load_fitted(run: Run, records: list[Record]) -> MultiTaskNetwork:
     if not (run.best.is_file() and run.checkpoint.is_file()):
         raise DataError(f"{run.folder} is not fitted. Run `mmtl-train fit` first.")
     config = run.load_config()
-    if load_tensors(run.checkpoint)["identity"] != identity_of(config, records):
+    if not belongs(load_tensors(run.checkpoint), identity_of(config, records)):
         raise DataError(
             f"{run.folder} was fitted on other data than its manifest names. "
             f"Delete {run.checkpoint} and fit again."

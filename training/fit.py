@@ -3,7 +3,7 @@
 import csv
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,14 +20,16 @@ from tqdm import tqdm
 
 from models.files import write_atomically
 from training.augment import seeded, training_transform
-from training.backbones import build_lite0
+from training.backbones import find_source
 from training.data.cache import Pixels
 from training.data.layouts import ham10000
 from training.data.manifest import DataError, Record, fingerprint
 from training.data.vocabulary import Split
+from training.feature_maps import build_feature_map
 from training.losses import Targets, encode_targets, multi_task_loss
 from training.network import MultiTaskNetwork
 from training.run import Config, Run, rows
+from training.zoo import choose
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
@@ -56,7 +58,12 @@ def build_network(config: Config, pretrained: bool = True) -> MultiTaskNetwork:
         training.backbones.WeightsError: The pretrained weights are missing.
     """
     torch.manual_seed(config.seed)
-    backbone, channels, mean, std = build_lite0(pretrained, config.drop_path)
+    (entry,) = choose([config.backbone])
+    source = None
+    if pretrained:
+        weights_dir = Path(config.weights_dir) if config.weights_dir else None
+        source, entry = find_source(entry, weights_dir)
+    backbone, channels, mean, std = build_feature_map(entry, source, config.drop_path)
     return MultiTaskNetwork(backbone, channels, config.trunk_channels, mean, std)
 
 
@@ -190,6 +197,12 @@ def identity_of(config: Config, records: Sequence[Record]) -> dict[str, Any]:
     return {"config": asdict(config), "data": fingerprint(records)}
 
 
+def belongs(checkpoint: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of this configuration (newer settings: default) and data."""
+    saved = checkpoint["identity"]
+    return bool({**saved, "config": asdict(Config()) | saved["config"]} == identity)
+
+
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read what `torch.save` wrote.
 
@@ -250,7 +263,7 @@ class _State:
         if not run.checkpoint.is_file():
             return
         saved = load_tensors(run.checkpoint, self.device)
-        if saved["identity"] != identity:
+        if not belongs(saved, identity):
             raise DataError(
                 f"{run.checkpoint} was made with another configuration or other data. "
                 "Choose another folder with --run, or delete it."

@@ -15,6 +15,8 @@ class Config:
     """Everything that decides what a run's network becomes, besides its data.
 
     Attributes:
+        backbone: Of the zoo, by name.
+        weights_dir: Of files NAME.pth with its weights; empty for its package or download.
         seed: Of initialisation, order and augmentation.
         size: Side of the network's input, in pixels.
         epochs: At most.
@@ -28,6 +30,8 @@ class Config:
         drop_path: Stochastic depth of the backbone, in training.
     """
 
+    backbone: str = "tf_efficientnet_lite0"
+    weights_dir: str = ""
     seed: int = 0
     size: int = 160
     epochs: int = 14

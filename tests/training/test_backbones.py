@@ -13,7 +13,6 @@ from training.backbones import (
     Classifier,
     WeightsError,
     build,
-    build_lite0,
     find_source,
     load_classifier,
 )
@@ -24,21 +23,11 @@ SHARED_WEIGHTS = Path(__file__).parents[3] / "shared" / "weights"
 NOTES = Path(__file__).parents[2] / "docs" / "benchmark" / "weights.toml"
 
 
-@torch.inference_mode()
-def test_lite0_gives_a_grid_of_features() -> None:
-    backbone, channels, mean, std = build_lite0()
-    features = backbone.eval()(torch.zeros(2, 3, 96, 64))
-    assert features.shape == (2, channels, 3, 2)
-    assert (mean, std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-def test_weights_that_do_not_fit_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.save({"one": torch.zeros(1)}, tmp_path / "weights.pth")
-    monkeypatch.setattr(backbones, "_packaged", lambda _: tmp_path / "weights.pth")
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    torch.save({"one": torch.zeros(1)}, tmp_path / "mnasnet0_5.pth")
+    source, backbone = find_source(MNASNET, tmp_path)
     with pytest.raises(WeightsError, match="does not fit its network: see the tensor"):
-        build_lite0()
+        load_classifier(backbone, source)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +36,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(backbones, "files", missing)
     with pytest.raises(WeightsError, match=r"install requirements/training\.txt"):
-        build_lite0()
+        find_source(LITE0)
 
 
 def test_a_file_of_the_folder_comes_before_a_package(tmp_path: Path) -> None:

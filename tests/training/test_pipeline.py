@@ -47,14 +47,14 @@ CONFIG = Config(
 def _small_backbone():
     """What is learned here can be learned by two convolutions, in seconds."""
 
-    def build(pretrained: bool = True, drop_path: float = 0.0):
+    def build(*_: object):
         backbone = nn.Sequential(
             nn.Conv2d(3, 16, 5, stride=4), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=3), nn.ReLU()
         )
         return backbone, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, "build_lite0", build)
+        patch.setattr(fitting, "build_feature_map", build)
         # A tenth of the resamples: what is tested is what is measured, not how sharply.
         patch.setattr(evaluating, "REPLICATES", 100)
         yield

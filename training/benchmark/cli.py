@@ -1,14 +1,12 @@
 """`mmtl-train benchmark` and `mmtl-train zoo`."""
 
 import json
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -16,10 +14,9 @@ from rich.table import Table
 
 from training.data.manifest import DataError, Record
 from training.data.vocabulary import Split
-from training.zoo import Backbone, choose, load_zoo, shard
+from training.zoo import choose, load_zoo, shard
 
 zoo_cli = typer.Typer(no_args_is_help=True, help="The pretrained backbones.")
-SEED = 0
 
 
 class Weights(StrEnum):
@@ -101,82 +98,36 @@ def benchmark(
     ),
 ) -> None:
     """Rank pretrained backbones on labelled images, without training any (but see --finetune)."""
-    from training.data.components import with_components
-    from training.data.manifest import fingerprint, load_manifest
+    from training.data.manifest import load_manifest
 
-    records = with_components(_used(load_manifest(manifest), manifest, split, dataset))
     chosen = choose(only)
     if shard_text is not None:
         chosen = shard(chosen, shard_text)
+    records = _used(load_manifest(manifest), manifest, split, dataset)
 
-    import numpy as np
-
-    from training.backbones import Source, WeightsError, find_source
-    from training.benchmark import probes
-    from training.benchmark.features import Store, extract_all, key_of
+    from training.benchmark.compare import compare, extract
     from training.benchmark.report import save_report
-    from training.benchmark.table import judge
 
     random = weights is Weights.RANDOM
-    work: list[tuple[Backbone, Source]] = []
-    missing: dict[str, str] = {}
-    for backbone in chosen:
-        try:
-            source, backbone = find_source(
-                backbone, weights_dir, weights_notes, offline, random, SEED
-            )
-            work.append((backbone, source))
-        except WeightsError as error:
-            missing[backbone.name] = str(error)
-    store = Store(run / "features")
-    missing |= extract_all(work, records, store, costs)
-    ready = {
-        backbone.name: (backbone, source)
-        for backbone, source in work
-        if store.holds(backbone, key_of(backbone, source, records))
-    }
-    _print_missing(missing)
+    done = extract(
+        chosen,
+        records,
+        run,
+        weights_dir=weights_dir,
+        weights_notes=weights_notes,
+        offline=offline,
+        random=random,
+        measure_costs=costs,
+    )
+    if done.missing:
+        print(f"Left out ({len(done.missing)}):", file=sys.stderr)
+        for name, reason in done.missing.items():
+            print(f"  {name}: {reason}", file=sys.stderr)
     if shard_text is not None:
-        print(f"Features of {len(ready)} backbones are in {store.folder}. Without --shard: report.")
+        print(f"Features of {len(done.ready)} backbones are in {run}. Without --shard: report.")
         return
-    if not ready:
-        raise DataError(
-            "No backbone has weights: give --weights-dir, or run where they can be downloaded."
-        )
-    truth = np.array([int(bool(record.melanoma)) for record in records])
-    study = probes.design(truth, [record.component for record in records], SEED)
-
-    def load(name: str) -> Any:
-        return store.load(*ready[name])
-
-    components = len({record.component for record in records})
-    report = judge(list(ready), load, study, components, budget=budget)
-    if finetune:
-        from training.benchmark.finetune import finetune as tune
-
-        tuned = {}
-        for entry in report["backbones"][:finetune]:
-            backbone, source = ready[entry["name"]]
-            folder = run / "finetuned"
-            tuned[backbone.name] = tune(
-                backbone, source, entry["features"], records, study, folder, finetune_epochs
-            )
-        report = judge(list(ready), load, study, components, tuned, budget)
-    report |= {
-        "command": shlex.join(["mmtl-train", *sys.argv[1:]]),
-        "device": _machine(report["backbones"][0]["device"]),
-        "seed": SEED,
-        "weights": str(weights),
-        "datasets": ", ".join(sorted({record.dataset for record in records})),
-        "data_fingerprint": fingerprint(records),
-        "interval": (
-            "95 %, bootstrap over components within folds, widened by how much more the mean of "
-            "folds strays on permuted labels"
-        ),
-        "finetuned": [b["name"] for b in report["backbones"] if b["fine-tuned"]],
-        "missing": missing,
-        "cautions": _cautions(report, records, random, missing),
-    }
+    command = shlex.join(["mmtl-train", *sys.argv[1:]])
+    report = compare(done, command, finetune, finetune_epochs, budget)
     save_report(out, report)
     table = Table(title="random weights" if random else "AUROC of the logistic probe")
     for column in ("", "backbone", "AUROC (95 %)", "images/s", ""):
@@ -207,40 +158,3 @@ def _used(
             f"{path} has no labelled images of that split and dataset; it has {', '.join(there)}."
         )
     return used
-
-
-def _cautions(
-    report: dict[str, Any], records: Sequence[Record], random: bool, missing: dict[str, str]
-) -> list[str]:
-    of_86 = report["of the 86"]
-    lines = []
-    if random:
-        lines.append("RANDOM WEIGHTS: every figure here is of networks that learned nothing.")
-    if of_86 < 86:
-        lines.append(
-            f"{of_86} of the paper's 86 backbones are here; {len(missing)} of those asked for had "
-            "no weights or failed, and are listed at the end."
-        )
-    share = report["melanomas"] / report["images"]
-    if report["images"] != 1962:
-        lines.append(
-            f"These are {report['images']:,} images, {share:.0%} of them melanoma; the paper's "
-            "table is of 1,962, half of them melanoma. Its figures and these are not comparable."
-        )
-    if any(b["note"] for b in report["backbones"]):
-        lines.append("Some weights are not their library's own: see the notes beside them.")
-    if len({record.dataset for record in records}) > 1:
-        lines.append("Several sources are pooled: a probe can learn the source for the lesion.")
-    return lines
-
-
-def _machine(device: str) -> str:
-    cores = f"{os.cpu_count()} {platform.machine()} cores"
-    return cores if device == "cpu" else f"{device}, {cores}"
-
-
-def _print_missing(missing: dict[str, str]) -> None:
-    if missing:
-        print(f"Left out ({len(missing)}):", file=sys.stderr)
-        for name, reason in missing.items():
-            print(f"  {name}: {reason}", file=sys.stderr)

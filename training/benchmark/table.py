@@ -54,8 +54,6 @@ def judge(
         finetuned: Held-out scores of those that were fine-tuned, by name.
         budget: Milliseconds an image that the recommended backbone may take.
     """
-    if not names:
-        return {}
 
     def find(name: str) -> _Found:
         return _judge_one(load(name), study)

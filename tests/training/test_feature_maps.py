@@ -1,0 +1,90 @@
+"""Every kind of backbone as a grid of features, with the weights it had as a classifier."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.ops import StochasticDepth
+
+from training.backbones import find_source, load_classifier
+from training.feature_maps import build_feature_map
+from training.zoo import choose
+
+# One of every way in which the libraries build them.
+KINDS = {
+    "alexnet": (256, 6),
+    "convnext_tiny": (768, 7),
+    "deit_tiny_patch16_224": (192, 14),
+    "densenet121": (1024, 7),
+    "efficientnet_b0": (1280, 7),
+    "googlenet": (1024, 7),
+    "inception_v3": (2048, 8),
+    "legacy_xception": (2048, 10),
+    "maxvit_t": (512, 7),
+    "mnasnet0_5": (1280, 7),
+    "mobilenet_v2": (1280, 7),
+    "mobilenet_v3_small": (576, 7),
+    "regnet_x_400mf": (400, 7),
+    "regnetx_002": (368, 7),
+    "resnet18": (512, 7),
+    "shufflenet_v2_x0_5": (1024, 7),
+    "squeezenet1_1": (512, 13),
+    "swin_t": (768, 7),
+    "swin_v2_t": (768, 8),
+    "tf_efficientnet_lite0": (1280, 7),
+    "vgg11": (512, 7),
+    "vit_b_32": (768, 7),
+    "xception41": (2048, 10),
+}
+# Between the map and the classifier these have nothing but a mean over places.
+POOLED = ("densenet121", "googlenet", "inception_v3", "mnasnet0_5", "regnetx_002", "resnet18")
+POOLED += ("shufflenet_v2_x0_5", "swin_t", "tf_efficientnet_lite0", "xception41")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", KINDS)
+def test_a_backbone_gives_a_grid_of_features(name: str) -> None:
+    (backbone,) = choose([name])
+    features, channels, mean, std = build_feature_map(backbone, None, drop_path=0.1)
+    size = backbone.input_size
+    found = features.eval()(torch.zeros(2, 3, size, size))
+    assert channels == KINDS[name][0]
+    assert found.shape == (2, channels, KINDS[name][1], KINDS[name][1])
+    assert len(mean) == len(std) == 3
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", POOLED)
+def test_the_grids_mean_is_what_its_classifier_saw(name: str) -> None:
+    (backbone,) = choose([name])
+    source, _ = find_source(backbone, random=True)
+    features, _, mean, std = build_feature_map(backbone, source)
+    size = backbone.input_size
+    images = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)
+    expected, _ = load_classifier(backbone, source)(images)
+    shape = (1, 3, 1, 1)
+    floats = images.permute(0, 3, 1, 2) / 255
+    grid = features.eval()(
+        (floats - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    )
+    assert torch.allclose(grid.mean(dim=(2, 3)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "swin_t", "efficientnet_b0"])
+def test_stochastic_depth_rises_with_depth(name: str) -> None:
+    features, *_ = build_feature_map(*choose([name]), None, drop_path=0.3)
+    drops = [m.p for m in features.modules() if isinstance(m, StochasticDepth)]
+    assert drops[0] == 0
+    assert drops[-1] == pytest.approx(0.3)
+    assert drops == sorted(drops)
+
+
+def test_a_file_of_weights_is_used(tmp_path: Path) -> None:
+    (backbone,) = choose(["mnasnet0_5"])
+    torch.manual_seed(1)
+    state = load_classifier(backbone, find_source(backbone, random=True)[0]).model.state_dict()
+    torch.save(state, tmp_path / "mnasnet0_5.pth")
+    source, _ = find_source(backbone, tmp_path)
+    features, *_ = build_feature_map(backbone, source)
+    first = next(iter(state.values()))
+    assert torch.equal(next(features.parameters()), first)
