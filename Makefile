@@ -39,7 +39,7 @@ check: lint
 
 ## Retrain, evaluate and export the shipped bundle from the data folder (about an hour on two cores).
 default-bundle: $(VENV)/.dev
-	$(VENV)/bin/mmtl-train prepare $(DATA) --run $(RUN)
+	$(VENV)/bin/mmtl-train prepare $(DATA) --config configs/default.toml --run $(RUN)
 	$(VENV)/bin/mmtl-train fit --run $(RUN)
 	$(VENV)/bin/mmtl-train export --run $(RUN) --bundle models/default
 	$(VENV)/bin/mmtl-train evaluate $(DATA) --run $(RUN) --bundle models/default --publish \

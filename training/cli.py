@@ -8,15 +8,15 @@ import typer
 
 from models.bundle import BundleError, load_bundle
 from training.benchmark.cli import benchmark, zoo_cli
+from training.config import configure
 from training.data.cli import cli as data_cli
 from training.data.manifest import DataError
 from training.data.vocabulary import Split
-from training.run import Config, Run
+from training.run import Run
+from training.zoo import choose
 
 DEFAULT_RUN = Path("runs/default")
-DEFAULTS = Config()
 Folder = Annotated[Path, typer.Option("--run", help="The run's folder.")]
-Data = Annotated[Path, typer.Argument(help="A folder with HAM10000 and whatever else is there.")]
 
 cli = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Train, evaluate and export M-MTL."
@@ -40,22 +40,41 @@ def main() -> None:
 
 @cli.command()
 def prepare(
-    data: Data,
+    data: Annotated[
+        Path | None, typer.Argument(help="A folder with HAM10000 and whatever else is there.")
+    ] = None,
     run: Folder = DEFAULT_RUN,
-    epochs: Annotated[int, typer.Option(min=1)] = DEFAULTS.epochs,
-    size: Annotated[int, typer.Option(min=64, max=512)] = DEFAULTS.size,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = DEFAULTS.seed,
-    learning_rate: Annotated[float, typer.Option(min=1e-7)] = DEFAULTS.learning_rate,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="Instead: a manifest with its own splits.", show_default=False),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="TOML with any setting; flags go before it."),
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="Of the zoo.", show_default=False)] = None,
+    epochs: Annotated[int | None, typer.Option(show_default=False)] = None,
+    size: Annotated[int | None, typer.Option(show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(show_default=False)] = None,
+    learning_rate: Annotated[float | None, typer.Option(show_default=False)] = None,
     train_on: Annotated[
         list[str] | None,
-        typer.Option(help="Datasets to learn from, by name (default: HAM10000)."),
+        typer.Option(help="Datasets of DATA to learn from, by name.", show_default=False),
     ] = None,
 ) -> None:
     """Read the data, split it, cache its pixels and freeze the run's configuration."""
-    from training.prepare import TRAINED_ON, prepare
+    from training.data.manifest import load_manifest
+    from training.prepare import prepare, prepare_manifest
 
-    config = Config(epochs=epochs, size=size, seed=seed, learning_rate=learning_rate)
-    counts = prepare(data, Run(run), config, train_on or TRAINED_ON)
+    flags = {"backbone": backbone, "epochs": epochs, "size": size, "seed": seed}
+    frozen = configure(config, **flags, learning_rate=learning_rate, train_on=train_on)
+    choose([frozen.backbone])
+    if (data is None) == (manifest is None):
+        raise DataError("Give a folder of datasets, or --manifest.")
+    if data is not None:
+        counts = prepare(data, Run(run), frozen)
+    else:
+        counts = prepare_manifest(load_manifest(manifest or Path()), Run(run), frozen)
     for (dataset, split), images in sorted(counts.items()):
         print(f"{dataset:24} {split:12} {images:7,}")
 

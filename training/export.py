@@ -39,14 +39,15 @@ from models.calibration import (
     fit_calibration,
 )
 from training.data.cache import Pixels
-from training.data.layouts import ham10000
 from training.data.manifest import DataError, Record, fingerprint
 from training.data.origins import origin_of
 from training.data.vocabulary import Sex, Site, Split
-from training.fit import batches, belongs, build_network, identity_of, load_tensors
-from training.network import DIAGNOSES, MultiTaskNetwork, ServedNetwork
+from training.fit import batches, build_network
+from training.network import MultiTaskNetwork, ServedNetwork
 from training.ood import choose_ood_threshold, fit_feature_distance
 from training.run import Run, rows
+from training.state import belongs, identity_of, load_tensors
+from training.tasks import DIAGNOSES
 
 NAME = "mmtl-lite0"
 VERSION = "0.2.0"
@@ -91,9 +92,10 @@ def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
         DataError: The run is not fitted, or an artifact disagrees with eager torch.
     """
     records, pixels = run.load_data()
+    config = run.load_config()
     validation = [
         row
-        for row in rows(records, Split.VALIDATION, ham10000.TITLE)
+        for row in rows(records, Split.VALIDATION, config.validate_on)
         if records[row].melanoma is not None
     ]
     network = load_fitted(run, records)
@@ -116,7 +118,7 @@ def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
             name=NAME,
             version=VERSION,
             description=(
-                "M-MTL on EfficientNet-Lite0: melanoma, age, site, sex and diagnosis from "
+                f"M-MTL on {config.backbone}: melanoma, age, site, sex and diagnosis from "
                 "dermoscopic images. Research software, not a medical device."
             ),
             input=InputSpec(height=pixels.shape[1], width=pixels.shape[2]),
@@ -138,7 +140,7 @@ def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
             prevalence=float(melanoma.mean()),
             operating_point=OperatingPoint(
                 criterion=f"sensitivity of at least {100 * SENSITIVITY:g} %",
-                dataset="HAM10000 validation split",
+                dataset=f"{config.validate_on} validation split".strip(),
                 images=len(melanoma),
                 melanomas=int(melanoma.sum()),
                 sensitivity=float((probabilities[melanoma] >= threshold).mean()),

@@ -1,34 +1,33 @@
-"""Fit M-MTL: warm-up and cosine, averaged weights, early stopping, a checkpoint every epoch."""
+"""Fit M-MTL: the loop over epochs, batches and validation images."""
 
 import csv
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, WeightedRandomSampler
 from tqdm import tqdm
 
 from models.files import write_atomically
 from training.augment import seeded, training_transform
 from training.backbones import find_source
+from training.config import Config
 from training.data.cache import Pixels
-from training.data.layouts import ham10000
-from training.data.manifest import DataError, Record, fingerprint
+from training.data.manifest import DataError
 from training.data.vocabulary import Split
 from training.feature_maps import build_feature_map
-from training.losses import Targets, encode_targets, multi_task_loss
+from training.losses import MultiTaskLoss
 from training.network import MultiTaskNetwork
-from training.run import Config, Run, rows
+from training.plots import curves
+from training.run import Run, rows
+from training.state import State, identity_of
+from training.tasks import MISSING, Targets, encode_targets
 from training.zoo import choose
 
 
@@ -85,14 +84,15 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
     records, pixels = run.load_data()
     targets = encode_targets(records)
     train = rows(records, Split.TRAIN)
-    validation = rows(records, Split.VALIDATION, ham10000.TITLE)
+    validation = rows(records, Split.VALIDATION, config.validate_on)
     if not train or len(set(targets.classes["melanoma"][validation].tolist()) - {-1}) < 2:
         raise DataError(
             f"{run.manifest} must have training images, and validation images with and without "
             f"melanoma; it has {len(train)} and {len(validation)}."
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    state = _State(build_network(config, pretrained), config, len(train), device)
+    loss = MultiTaskLoss(config, targets.take(torch.tensor(train)))
+    state = State(build_network(config, pretrained), loss, config, len(train), device)
     identity = identity_of(config, records)
     state.resume(run, identity)
     images = AugmentedImages(pixels, train, config)
@@ -100,7 +100,7 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
         started = time.monotonic()
         images.epoch = state.epoch
         losses = train_one_epoch(state, images, targets, workers)
-        scores = validate(state.average.module, pixels, targets, validation)
+        scores = validate(state.average.module, state.loss, pixels, targets, validation)
         improved = scores["validation_auroc"] > state.best
         if improved:
             with write_atomically(run.best) as temporary:
@@ -116,55 +116,92 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
         state.history.append({name: f"{value:.6g}" for name, value in row.items()})
         state.save(run, identity)
         _write_log(run, state.history)
+        with write_atomically(run.curves) as temporary:
+            temporary.write_text(curves(state.history))
         tqdm.write("  ".join(f"{name} {value}" for name, value in state.history[-1].items()))
     return state.best
 
 
 def train_one_epoch(
-    state: "_State", images: AugmentedImages, targets: Targets, workers: int
+    state: State, images: AugmentedImages, targets: Targets, workers: int
 ) -> dict[str, float]:
     """One pass over the training images; the mean of each task's loss.
 
     Raises:
         DataError: The loss is not finite.
     """
-    config = state.config
+    config, network = state.config, state.network
     order = torch.Generator().manual_seed(config.seed * 1_000_003 + images.epoch)
     loader = DataLoader(
         images,
         config.batch_size,
-        shuffle=True,
+        sampler=sampler(images.positions, targets, config, order),
         drop_last=len(images) >= config.batch_size,
         num_workers=workers,
         generator=order,
     )
-    state.network.train()
+    state.loss.train()
+    set_mode(network, config, images.epoch)
     torch.manual_seed(config.seed * 1_000_003 + images.epoch)
     sums: dict[str, float] = {}
-    for batch, positions in tqdm(loader, f"epoch {images.epoch + 1}", unit="batch"):
-        logits = state.network(batch.to(state.device).contiguous(memory_format=torch.channels_last))
-        loss, parts = multi_task_loss(logits, targets.take(positions).to(state.device))
+    bar = tqdm(loader, f"epoch {images.epoch + 1}", unit="batch")
+    for number, (batch, positions) in enumerate(bar, start=1):
+        logits = network(batch.to(state.device).contiguous(memory_format=torch.channels_last))
+        loss, parts = state.loss(logits, targets.take(positions).to(state.device))
         if not math.isfinite(loss.item()):
             raise DataError(
                 f"The loss of epoch {images.epoch + 1} is not finite; the last whole epoch is "
                 "kept. Prepare another run with a lower --learning-rate."
             )
-        state.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own gap
-        state.optimizer.step()
-        state.scheduler.step()
-        state.average.update_parameters(state.network)
+        (loss / config.accumulate).backward()
         for task, value in parts.items():
             sums[task] = sums.get(task, 0.0) + value / len(loader)
+        if number % config.accumulate == 0 or number == len(loader):
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            state.scheduler.step()
+            state.average.update_parameters(network)
     return {f"train_{task}": value for task, value in sums.items()}
 
 
+def sampler(
+    positions: list[int], targets: Targets, config: Config, generator: torch.Generator
+) -> Sampler[int]:
+    """The order of one epoch; balanced, it draws both classes alike often, with replacement."""
+    if config.imbalance != "balanced_sampling":
+        return RandomSampler(positions, generator=generator)
+    melanoma = targets.classes["melanoma"][positions]
+    known = melanoma != MISSING
+    counts = torch.bincount(melanoma[known], minlength=2).clamp(min=1)
+    weights = torch.full((len(positions),), 1 / len(positions), dtype=torch.float64)
+    weights[known] = (known.sum() / (2 * counts[melanoma[known]])).double() / len(positions)
+    return WeightedRandomSampler(weights.tolist(), len(positions), generator=generator)
+
+
+def set_mode(network: MultiTaskNetwork, config: Config, epoch: int) -> None:
+    """Training mode, but for what is frozen in this epoch."""
+    frozen = epoch < config.frozen_epochs
+    network.train()
+    network.backbone.requires_grad_(not frozen)
+    if frozen:
+        network.backbone.eval()
+    elif config.freeze_batch_norm:
+        for module in network.backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
 def validate(
-    network: nn.Module, pixels: Pixels, targets: Targets, positions: list[int]
+    network: nn.Module,
+    loss: MultiTaskLoss,
+    pixels: Pixels,
+    targets: Targets,
+    positions: list[int],
 ) -> dict[str, float]:
     """AUROC for melanoma and each task's loss on unaugmented images."""
     logits = predict_logits(network, pixels, positions)
-    _, parts = multi_task_loss(logits, targets.take(torch.tensor(positions)))
+    _, parts = loss.cpu().eval()(logits, targets.take(torch.tensor(positions)))
+    loss.to(next(network.parameters()).device)
     melanoma = targets.classes["melanoma"][positions]
     known = melanoma >= 0
     auroc = roc_auc_score(melanoma[known], logits["melanoma"][known, 0])
@@ -190,99 +227,6 @@ def batches(pixels: Pixels, positions: list[int], size: int) -> Iterator[Tensor]
     for start in range(0, len(positions), size):
         batch: NDArray[np.uint8] = np.stack([pixels[i] for i in positions[start : start + size]])
         yield torch.from_numpy(batch)
-
-
-def identity_of(config: Config, records: Sequence[Record]) -> dict[str, Any]:
-    """What a checkpoint belongs to: configuration and data."""
-    return {"config": asdict(config), "data": fingerprint(records)}
-
-
-def belongs(checkpoint: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is of this configuration (newer settings: default) and data."""
-    saved = checkpoint["identity"]
-    return bool({**saved, "config": asdict(Config()) | saved["config"]} == identity)
-
-
-def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `torch.save` wrote.
-
-    Raises:
-        DataError: The file is damaged.
-    """
-    try:
-        saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-        raise DataError(f"{path} is damaged ({error}). Delete it and fit again.") from None
-    return saved
-
-
-class _State:
-    """What a checkpoint holds: network, its average, optimiser, schedule and progress."""
-
-    def __init__(
-        self, network: MultiTaskNetwork, config: Config, images: int, device: torch.device
-    ):
-        self.config = config
-        self.device = device
-        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own gap
-        averaging = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]  # torch's own gap
-        self.average = AveragedModel(self.network, multi_avg_fn=averaging, use_buffers=True)
-        decay = [p for p in network.parameters() if p.ndim > 1]
-        plain = [p for p in network.parameters() if p.ndim <= 1]
-        groups: list[dict[str, Any]] = [
-            {"params": decay, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-        steps = max(images // config.batch_size, 1)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda step: warmup_cosine(step / steps, config.warmup_epochs, config.epochs),
-        )
-        self.epoch = 0
-        self.best = -math.inf
-        self.stale = 0
-        self.history: list[dict[str, str]] = []
-
-    @property
-    def finished(self) -> bool:
-        return self.epoch >= self.config.epochs or self.stale >= self.config.patience
-
-    def advance(self, score: float) -> None:
-        self.epoch += 1
-        self.stale = 0 if score > self.best else self.stale + 1
-        self.best = max(self.best, score)
-
-    def save(self, run: Run, identity: dict[str, Any]) -> None:
-        parts = {name: getattr(self, name).state_dict() for name in self._PARTS}
-        progress = {name: getattr(self, name) for name in self._PROGRESS}
-        with write_atomically(run.checkpoint) as temporary:
-            torch.save({"identity": identity, **parts, **progress}, temporary)
-
-    def resume(self, run: Run, identity: dict[str, Any]) -> None:
-        if not run.checkpoint.is_file():
-            return
-        saved = load_tensors(run.checkpoint, self.device)
-        if not belongs(saved, identity):
-            raise DataError(
-                f"{run.checkpoint} was made with another configuration or other data. "
-                "Choose another folder with --run, or delete it."
-            )
-        for name in self._PARTS:
-            getattr(self, name).load_state_dict(saved[name])
-        for name in self._PROGRESS:
-            setattr(self, name, saved[name])
-        tqdm.write(f"Resuming after epoch {self.epoch}.")
-
-    _PARTS = ("network", "average", "optimizer", "scheduler")
-    _PROGRESS = ("epoch", "best", "stale", "history")
-
-
-def warmup_cosine(epoch: float, warmup: float, epochs: int) -> float:
-    """Linear from 0 to 1 over `warmup` epochs, then a half cosine down to 0 at `epochs`."""
-    if epoch < warmup:
-        return (epoch + 1e-3) / (warmup + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * min((epoch - warmup) / max(epochs - warmup, 1e-9), 1)))
 
 
 def _write_log(run: Run, history: list[dict[str, str]]) -> None:

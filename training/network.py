@@ -12,19 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.bundle import AGE_GRID
-from training.data.vocabulary import Diagnosis, Sex, Site
 from training.ood import FeatureDistance
-
-# The seven classes of HAM10000, which has no invasive squamous cell carcinoma.
-DIAGNOSES = tuple(diagnosis for diagnosis in Diagnosis if diagnosis is not Diagnosis.SCC)
-# One entry a task: its head's number of outputs.
-HEADS: dict[str, int] = {
-    "melanoma": 1,
-    "age": len(AGE_GRID) - 1,
-    "site": len(Site),
-    "sex": len(Sex),
-    "diagnosis": len(DIAGNOSES),
-}
+from training.tasks import TASKS
 
 
 class MultiTaskNetwork(nn.Module):
@@ -56,7 +45,7 @@ class MultiTaskNetwork(nn.Module):
         self.trunk = nn.Sequential(nn.Conv2d(channels, trunk_channels, 1), nn.SiLU())
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(trunk_channels, size) for name, size in HEADS.items()}
+            {task.name: nn.Linear(trunk_channels, task.outputs) for task in TASKS}
         )
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
@@ -74,7 +63,7 @@ class MultiTaskNetwork(nn.Module):
         return features
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits by task, each [N, HEADS[task]]; `age` as `continuation_logits`."""
+        """Logits by task, each [N, outputs]; `age` as `continuation_logits`."""
         features = self.trunk(self.backbone_features(images))
         pooled = self.dropout(features.mean(dim=(2, 3)))
         return {name: head(pooled) for name, head in self.heads.items()}

@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 BLUE, GREY, RED = "#1f5fa8", "#8a8f98", "#b3372f"
 
@@ -148,3 +149,23 @@ def forest(groups: Mapping[str, Mapping[str, Any]], figure: str, overall: float)
         axes.set(xlabel=f"{figure} (95 % interval)", title=f"{figure} by group (images)")
 
     return draw(plot, 6.4, 1.1 + 0.24 * len(rows)) if rows else ""
+
+
+def curves(history: Sequence[Mapping[str, str]]) -> str:
+    """Losses of the melanoma task and validation AUROC over epochs (the paper's Fig. 4)."""
+    epochs = [int(float(row["epoch"])) for row in history]
+
+    def plot(axes: Axes) -> None:
+        for part, color in (("train", GREY), ("validation", BLUE)):
+            values = [float(row.get(f"{part}_melanoma", "nan")) for row in history]
+            axes.plot(epochs, values, ".-", color=color, label=f"{part} loss")
+        right = axes.twinx()
+        auroc = [float(row["validation_auroc"]) for row in history]
+        right.plot(epochs, auroc, ".-", color=RED, label="validation AUROC")
+        right.set(ylabel="AUROC", ylim=(min(0.5, *auroc), 1))
+        axes.set(xlabel="epoch", ylabel="loss", title="Melanoma")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        handles = [*axes.get_lines(), *right.get_lines()]
+        axes.legend(handles=handles, frameon=False, loc="lower left")
+
+    return draw(plot, 6.0)

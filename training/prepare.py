@@ -1,23 +1,21 @@
-"""From a data folder to a run folder: records, pixels, components and splits."""
+"""From a data folder, or a manifest, to a run folder: records, pixels, components and splits."""
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from training.config import Config
 from training.data.cache import build_cache
 from training.data.components import components
 from training.data.duplicates import find_duplicates, thumbnails
 from training.data.layouts import balanced, gather, ham10000, read_datasets
-from training.data.manifest import DataError, save_manifest
+from training.data.manifest import DataError, Record, save_manifest
 from training.data.splits import assign_fixed, is_published_test
-from training.run import Config, Run
+from training.data.vocabulary import Split
+from training.run import Run
 
-TRAINED_ON = (ham10000.TITLE,)
 
-
-def prepare(
-    data: Path, run: Run, config: Config, trained_on: Sequence[str] = TRAINED_ON
-) -> Counter[tuple[str, str]]:
+def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     """Find every dataset below a folder, split what is to be used, and cache its pixels.
 
     Datasets that are not trained on still say which images belong together.
@@ -25,8 +23,8 @@ def prepare(
     Args:
         data: The folder that holds HAM10000 and, where they are there, other datasets.
         run: Where the manifest and the cache go.
-        config: Frozen into the run.
-        trained_on: Names of the datasets to learn from. The balanced set's `val` is tested on.
+        config: Frozen into the run; it says what is learned from. The balanced set's `val` is
+            tested on.
 
     Returns:
         Number of images by (dataset, split).
@@ -40,13 +38,13 @@ def prepare(
     used = [
         position
         for position, record in enumerate(records)
-        if record.path and (record.dataset in trained_on or is_published_test(record))
+        if record.path and (record.dataset in config.train_on or is_published_test(record))
     ]
     if not any(records[i].dataset == ham10000.TITLE for i in used):
         raise DataError(
             f"{data} holds no images of HAM10000, which the network is validated and tested on."
         )
-    if absent := set(trained_on) - {records[i].dataset for i in used}:
+    if absent := set(config.train_on) - {records[i].dataset for i in used}:
         raise DataError(
             f"{data} holds no images of {min(absent)}; found are "
             f"{', '.join(sorted({record.dataset for record in records if record.path}))}."
@@ -61,4 +59,39 @@ def prepare(
     divided = assign_fixed(records, components(records, pairs, listed))
     manifest = [divided[i] for i in used]
     save_manifest(run.manifest, manifest)
-    return Counter((record.dataset, str(record.split)) for record in manifest)
+    return _count(manifest)
+
+
+def prepare_manifest(
+    records: Sequence[Record], run: Run, config: Config
+) -> Counter[tuple[str, str]]:
+    """Take a manifest as it is, splits and all, and cache its pixels.
+
+    Args:
+        records: Those without an image or a split are left out.
+        run: Where the manifest and the cache go.
+        config: Frozen into the run.
+
+    Returns:
+        Number of images by (dataset, split).
+
+    Raises:
+        DataError: There is nothing to train on or to validate on, an image cannot be read, or the
+            run folder holds another configuration.
+    """
+    used = [record for record in records if record.path and record.split is not None]
+    for split in (Split.TRAIN, Split.VALIDATION):
+        if not any(record.split is split for record in used):
+            raise DataError(
+                f"The manifest has no images of the split {split}. `mmtl-train data split` deals "
+                "them out."
+            )
+    run.save_config(config)
+    run.manifest.unlink(missing_ok=True)
+    build_cache(run.cache, used, config.size, config.size)
+    save_manifest(run.manifest, used)
+    return _count(used)
+
+
+def _count(records: Sequence[Record]) -> Counter[tuple[str, str]]:
+    return Counter((record.dataset, str(record.split)) for record in records)

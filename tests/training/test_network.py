@@ -6,10 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.bundle import AGE_GRID
-from training.data.manifest import Record
-from training.data.vocabulary import Diagnosis, Sex, Site
-from training.losses import MISSING, Targets, encode_targets, multi_task_loss
-from training.network import HEADS, MultiTaskNetwork, ServedNetwork, age_distribution
+from training.network import MultiTaskNetwork, ServedNetwork, age_distribution
 from training.ood import fit_feature_distance
 
 EDGES = (30.0, 45.0, 60.0, 75.0)
@@ -80,58 +77,3 @@ def test_any_logits_give_an_age_distribution(logits: list[float]) -> None:
     found = age_distribution(torch.tensor([logits], dtype=torch.float64))
     assert found.min() >= 0
     assert float(found.sum()) == pytest.approx(1)
-
-
-def targets(**classes: list[int]) -> Targets:
-    full = {name: [MISSING] * len(next(iter(classes.values()))) for name in HEADS}
-    return Targets({name: torch.tensor(v) for name, v in {**full, **classes}.items()})
-
-
-def zero_logits(count: int) -> dict[str, torch.Tensor]:
-    return {name: torch.zeros(count, size) for name, size in HEADS.items()}
-
-
-def test_a_missing_label_does_not_count() -> None:
-    logits = zero_logits(3)
-    logits["site"][2] = 100 * torch.randn(6)
-    _, parts = multi_task_loss(logits, targets(site=[1, 4, MISSING]))
-    assert set(parts) == {"site"}
-    assert parts["site"] == pytest.approx(np.log(6))
-
-
-def test_no_label_at_all_is_no_loss() -> None:
-    total, parts = multi_task_loss(zero_logits(2), targets(melanoma=[MISSING, MISSING]))
-    assert (float(total), parts) == (0.0, {})
-
-
-def test_the_age_loss_is_the_distribution_s_log_likelihood() -> None:
-    torch.manual_seed(0)
-    logits = zero_logits(19)
-    logits["age"] = torch.randn(19, 18)
-    ages = torch.arange(19)
-    _, parts = multi_task_loss(logits, targets(age=ages.tolist()))
-    expected = -age_distribution(logits["age"])[ages, ages].log().mean()
-    assert parts["age"] == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_labels_are_encoded_in_the_order_of_the_vocabularies() -> None:
-    known = Record(
-        "a",
-        "",
-        "d",
-        melanoma=True,
-        diagnosis=Diagnosis.MEL,
-        age=47.0,
-        sex=Sex.MALE,
-        site=Site.TORSO,
-    )
-    # The network has no class for a squamous cell carcinoma.
-    other = Record("b", "", "d", diagnosis=Diagnosis.SCC)
-    found = encode_targets([known, other]).classes
-    assert {name: values.tolist() for name, values in found.items()} == {
-        "melanoma": [1, MISSING],
-        "age": [9, MISSING],  # 45, on the 5-year grid
-        "site": [3, MISSING],
-        "sex": [1, MISSING],
-        "diagnosis": [4, MISSING],
-    }

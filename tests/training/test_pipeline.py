@@ -23,14 +23,17 @@ from training import fit as fitting
 from training.card import save_figures
 from training.cli import cli
 from training.cli import main as run_command_line
+from training.config import Config
 from training.data.manifest import DataError, save_manifest
 from training.data.vocabulary import Split
 from training.export import export
-from training.fit import fit, warmup_cosine
+from training.fit import fit
+from training.losses import MultiTaskLoss
 from training.predictions import predict
 from training.prepare import prepare
 from training.release import evaluate_model, held_out
-from training.run import Config, Run, rows
+from training.run import Run, rows
+from training.state import warmup_cosine
 
 CONFIG = Config(
     size=64,
@@ -40,6 +43,7 @@ CONFIG = Config(
     warmup_epochs=0.5,
     ema_decay=0.5,
     patience=8,
+    train_on=("HAM10000", "isic2017"),
 )
 
 
@@ -77,7 +81,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Run:
     run = Run(tmp_path_factory.mktemp("runs") / "run")
-    prepare(data, run, CONFIG, trained_on=("HAM10000", "isic2017"))
+    prepare(data, run, CONFIG)
     fit(run, workers=0)
     return run
 
@@ -137,7 +141,49 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
 
 def test_a_run_keeps_its_configuration_and_its_data(fitted: Run, data: Path) -> None:
     with pytest.raises(DataError, match=r"another configuration \(epochs 8 -> 3\)"):
-        prepare(data, fitted, Config(**{**_as_dict(CONFIG), "epochs": 3}))
+        prepare(data, fitted, CONFIG.model_copy(update={"epochs": 3}))
+
+
+def test_every_option_of_a_recipe_is_learned_with(data: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    recipe = {
+        "epochs": 2,
+        "accumulate": 2,
+        "backbone_rate": 0.5,
+        "frozen_epochs": 1,
+        "freeze_batch_norm": True,
+        "imbalance": "focal",
+        "task_balancing": "uncertainty",
+        "validate_on": "",
+    }
+    prepare(data, run, CONFIG.model_copy(update=recipe))
+    fit(run, workers=0)
+    with run.log.open() as file:
+        first, second = csv.DictReader(file)
+    assert float(second["train_age"]) < float(first["train_age"])
+    assert "<svg" in run.curves.read_text()
+    bundle, _ = export(run, tmp_path / "bundle")
+    assert bundle.manifest.operating_point.dataset == "validation split"
+
+
+def test_a_manifest_brings_its_own_splits(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest, run = tmp_path / "clean.csv", tmp_path / "run"
+    folders = [str(data / "ham10000"), str(data / "balanced")]
+    cli(["data", "split", *folders, "--clean", "-o", str(manifest)], standalone_mode=False)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('backbone = "mnasnet0_5"\nsize = 64\nvalidate_on = ""\n')
+    told = ["prepare", "--manifest", str(manifest), "--config", str(recipe), "--run", str(run)]
+    cli([*told, "--epochs", "3"], standalone_mode=False)
+    assert "balanced (ISIC2019)" in capsys.readouterr().out
+    config = Run(run).load_config()
+    assert (config.backbone, config.size, config.epochs) == ("mnasnet0_5", 64, 3)
+    records, pixels = Run(run).load_data()
+    assert pixels.shape == (len(records), 64, 64, 3)
+    assert {record.split for record in records} >= {Split.TRAIN, Split.VALIDATION, Split.TEST}
+    with pytest.raises(DataError, match="Give a folder of datasets, or --manifest"):
+        cli(["prepare"], standalone_mode=False)
 
 
 def test_what_is_missing_is_said_in_a_sentence(tmp_path: Path, data: Path) -> None:
@@ -187,9 +233,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     run = Run(tmp_path / "run")
     shutil.copytree(fitted.folder, run.folder)
     run.checkpoint.unlink()
-    monkeypatch.setattr(
-        fitting, "multi_task_loss", lambda *_: (torch.tensor(torch.nan, requires_grad=True), {})
-    )
+    nan = torch.tensor(torch.nan, requires_grad=True)
+    monkeypatch.setattr(MultiTaskLoss, "forward", lambda *_: (nan, {}))
     with pytest.raises(DataError, match="not finite"):
         fit(run, workers=0)
 
@@ -310,7 +355,3 @@ def test_warm_up_rises_and_the_cosine_falls() -> None:
 def _probability(client: TestClient, path: Path) -> float:
     answer = client.post("/predict", files={"files": path.read_bytes()}).json()
     return answer["results"][0]["prediction"]["melanoma"]["probability"]
-
-
-def _as_dict(config: Config) -> dict:
-    return {name: getattr(config, name) for name in Config.__slots__}

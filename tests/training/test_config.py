@@ -1,0 +1,56 @@
+"""A configuration: defaults, TOML, flags; each mistake one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from training.config import Config, changed_fields, configure
+from training.data.manifest import DataError
+from training.zoo import choose
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('backbone = "resnet18"\nepochs = 7\n')
+    found = configure(path, epochs=3, size=None)
+    assert (found.backbone, found.epochs, found.size) == ("resnet18", 3, Config().size)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epocs = 3", "there is no setting epocs; did you mean epochs?"),
+        ("zzz = 3", "there is no setting zzz; known are backbone"),
+        ("epochs = 0", "epochs: Input should be greater than or equal to 1 (found 0)"),
+        ('size = "large"', "size: Input should be a valid integer"),
+        ('imbalance = "some"', "imbalance: Input should be 'none', 'balanced_sampling'"),
+        ("epochs = ", "is not TOML"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(DataError) as refused:
+        configure(path)
+    assert said in str(refused.value)
+    assert "recipe.toml" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_changed_is_named() -> None:
+    changed = changed_fields(Config(), Config(epochs=3, seed=1))
+    assert changed == ["seed 0 -> 1", "epochs 14 -> 3"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_ready_configurations_are_sound(path: Path) -> None:
+    config = configure(path)
+    (backbone,) = choose([config.backbone])
+    assert config.size <= backbone.input_size
+
+
+def test_the_papers_setting_is_the_papers() -> None:
+    paper = configure(CONFIGS / "paper.toml")
+    assert (paper.backbone, paper.batch_size) == ("regnet_x_16gf", 32)

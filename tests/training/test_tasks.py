@@ -1,0 +1,37 @@
+from training.data.manifest import Record
+from training.data.vocabulary import Diagnosis, Sex, Site
+from training.network import ServedNetwork
+from training.tasks import MISSING, TASKS, encode_targets
+
+
+def test_labels_are_encoded_in_the_order_of_the_vocabularies() -> None:
+    known = Record(
+        "a",
+        "",
+        "d",
+        melanoma=True,
+        diagnosis=Diagnosis.MEL,
+        age=47.0,
+        sex=Sex.MALE,
+        site=Site.TORSO,
+    )
+    # The network has no class for a squamous cell carcinoma.
+    other = Record("b", "", "d", diagnosis=Diagnosis.SCC)
+    found = encode_targets([known, other]).classes
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "melanoma": [1, MISSING],
+        "age": [9, MISSING],  # 45, on the 5-year grid
+        "site": [3, MISSING],
+        "sex": [1, MISSING],
+        "diagnosis": [4, MISSING],
+    }
+
+
+def test_a_head_has_the_outputs_of_its_kind() -> None:
+    outputs = {task.name: task.outputs for task in TASKS}
+    assert outputs == {"melanoma": 1, "diagnosis": 7, "age": 18, "site": 6, "sex": 2}
+    assert {"age", "site", "sex", "diagnosis"} <= set(ServedNetwork.OUTPUTS)
+
+
+def test_no_records_have_no_targets() -> None:
+    assert all(len(values) == 0 for values in encode_targets([]).classes.values())

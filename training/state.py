@@ -1,0 +1,152 @@
+"""What a checkpoint holds: network, its average, loss, optimiser, schedule and progress."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from models.files import write_atomically
+from training.config import Config
+from training.data.manifest import DataError, Record, fingerprint
+from training.losses import MultiTaskLoss
+from training.network import MultiTaskNetwork
+from training.run import Run
+
+
+class State:
+    """Of a run, after a whole epoch.
+
+    Args:
+        network: Freshly built.
+        loss: Freshly built.
+        config: Of the run.
+        images: To train on, for the steps of an epoch.
+        device: To train on.
+    """
+
+    def __init__(
+        self,
+        network: MultiTaskNetwork,
+        loss: MultiTaskLoss,
+        config: Config,
+        images: int,
+        device: torch.device,
+    ):
+        self.config = config
+        self.device = device
+        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own gap
+        averaging = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]  # torch's own gap
+        self.average = AveragedModel(self.network, multi_avg_fn=averaging, use_buffers=True)
+        self.loss = loss.to(device)
+        self.optimizer = torch.optim.AdamW(
+            [
+                *_groups(network.backbone, config.learning_rate * config.backbone_rate, config),
+                *_groups(network.trunk, config.learning_rate, config),
+                *_groups(network.heads, config.learning_rate, config),
+                *_groups(loss, config.learning_rate, config),
+            ]
+        )
+        batches = max(images // config.batch_size, 1)
+        self.steps = math.ceil(batches / config.accumulate)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda step: warmup_cosine(step / self.steps, config.warmup_epochs, config.epochs),
+        )
+        self.epoch = 0
+        self.best = -math.inf
+        self.stale = 0
+        self.history: list[dict[str, str]] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no epoch left, or no hope of a better one."""
+        return self.epoch >= self.config.epochs or self.stale >= self.config.patience
+
+    def advance(self, score: float) -> None:
+        """Count a whole epoch with its validation AUROC."""
+        self.epoch += 1
+        self.stale = 0 if score > self.best else self.stale + 1
+        self.best = max(self.best, score)
+
+    def save(self, run: Run, identity: dict[str, Any]) -> None:
+        """Write the checkpoint."""
+        parts = {name: getattr(self, name).state_dict() for name in self._PARTS}
+        progress = {name: getattr(self, name) for name in self._PROGRESS}
+        with write_atomically(run.checkpoint) as temporary:
+            torch.save({"identity": identity, **parts, **progress}, temporary)
+
+    def resume(self, run: Run, identity: dict[str, Any]) -> None:
+        """Go on where the run's checkpoint is, if there is one.
+
+        Raises:
+            DataError: It is damaged, or of another configuration, other data or another version.
+        """
+        if not run.checkpoint.is_file():
+            return
+        saved = load_tensors(run.checkpoint, self.device)
+        if not belongs(saved, identity):
+            raise DataError(
+                f"{run.checkpoint} was made with another configuration or other data. "
+                "Choose another folder with --run, or delete it."
+            )
+        if missing := [name for name in (*self._PARTS, *self._PROGRESS) if name not in saved]:
+            raise DataError(
+                f"{run.checkpoint} was made by another version of mmtl (it has no {missing[0]}). "
+                "Delete it and fit again."
+            )
+        for name in self._PARTS:
+            getattr(self, name).load_state_dict(saved[name])
+        for name in self._PROGRESS:
+            setattr(self, name, saved[name])
+        tqdm.write(f"Resuming after epoch {self.epoch}.")
+
+    _PARTS = ("network", "average", "loss", "optimizer", "scheduler")
+    _PROGRESS = ("epoch", "best", "stale", "history")
+
+
+def identity_of(config: Config, records: Sequence[Record]) -> dict[str, Any]:
+    """What a checkpoint belongs to: configuration and data."""
+    return {"config": config.model_dump(), "data": fingerprint(records)}
+
+
+def belongs(checkpoint: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of this configuration (newer settings: default) and data."""
+    saved = checkpoint["identity"]
+    return bool({**saved, "config": Config().model_dump() | saved["config"]} == identity)
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `torch.save` wrote.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
+        raise DataError(f"{path} is damaged ({error}). Delete it and fit again.") from None
+    return saved
+
+
+def warmup_cosine(epoch: float, warmup: float, epochs: int) -> float:
+    """Linear from 0 to 1 over `warmup` epochs, then a half cosine down to 0 at `epochs`."""
+    if epoch < warmup:
+        return (epoch + 1e-3) / (warmup + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * min((epoch - warmup) / max(epochs - warmup, 1e-9), 1)))
+
+
+def _groups(module: torch.nn.Module, rate: float, config: Config) -> list[dict[str, Any]]:
+    """Weights decay; biases, norms and the loss's own parameters do not."""
+    parameters = list(module.parameters())
+    decay = [p for p in parameters if p.ndim > 1]
+    plain = [p for p in parameters if p.ndim <= 1]
+    return [
+        {"params": chosen, "lr": rate, "weight_decay": weight_decay}
+        for chosen, weight_decay in ((decay, config.weight_decay), (plain, 0.0))
+        if chosen
+    ]

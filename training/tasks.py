@@ -1,0 +1,92 @@
+"""What the network learns: one table entry a task."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.bundle import AGE_GRID
+from training.data.manifest import Record
+from training.data.vocabulary import Diagnosis, Sex, Site
+
+MISSING = -1
+# The seven classes of HAM10000, which has no invasive squamous cell carcinoma.
+DIAGNOSES = tuple(diagnosis for diagnosis in Diagnosis if diagnosis is not Diagnosis.SCC)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One head and its labels.
+
+    Attributes:
+        name: Of the head.
+        kind: Decides the loss: a binary head has one output, a categorical one a class each, an
+            ordinal one a step between neighbouring classes each.
+        classes: How many.
+        weight: Of its loss. Melanoma is what the network is for; the others regularise the trunk
+            and are reported.
+        read: A record's class, or None where it is not known.
+    """
+
+    name: str
+    kind: Literal["binary", "categorical", "ordinal"]
+    classes: int
+    weight: float
+    read: Callable[[Record], int | None]
+
+    @property
+    def outputs(self) -> int:
+        """Of the head."""
+        return self.classes if self.kind == "categorical" else self.classes - 1
+
+
+def _age(record: Record) -> int | None:
+    """On ISIC's 5-year grid, nearest below."""
+    if record.age is None:
+        return None
+    return max(i for i, years in enumerate(AGE_GRID) if years <= record.age)
+
+
+TASKS = (
+    Task("melanoma", "binary", 2, 1.0, lambda r: None if r.melanoma is None else int(r.melanoma)),
+    Task("diagnosis", "categorical", len(DIAGNOSES), 1.0, lambda r: _place(r.diagnosis, DIAGNOSES)),
+    Task("age", "ordinal", len(AGE_GRID), 0.1, _age),
+    Task("site", "categorical", len(Site), 0.3, lambda r: _place(r.site, list(Site))),
+    Task("sex", "categorical", len(Sex), 0.1, lambda r: _place(r.sex, list(Sex))),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Class numbers by task, int64 [N]; MISSING where the label is not known."""
+
+    classes: dict[str, Tensor]
+
+    def take(self, indices: Tensor) -> "Targets":
+        """The targets of some of the images."""
+        return Targets({task: values[indices] for task, values in self.classes.items()})
+
+    def to(self, device: torch.device) -> "Targets":
+        """The targets on another device."""
+        return Targets({task: values.to(device) for task, values in self.classes.items()})
+
+
+def encode_targets(records: Sequence[Record]) -> Targets:
+    """The labels of a manifest as class numbers."""
+
+    def encode(task: Task, record: Record) -> int:
+        found = task.read(record)
+        return MISSING if found is None else found
+
+    return Targets(
+        {
+            task.name: torch.tensor([encode(task, r) for r in records], dtype=torch.int64)
+            for task in TASKS
+        }
+    )
+
+
+def _place(value: object, labels: Sequence[object]) -> int | None:
+    return labels.index(value) if value in labels else None
