@@ -22,7 +22,7 @@ def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path: Pat
     ("text", "said"),
     [
         ("epocs = 3", "there is no setting epocs; did you mean epochs?"),
-        ("zzz = 3", "there is no setting zzz; known are backbone"),
+        ("zzz = 3", "there is no setting zzz; known are train_on, backbone"),
         ("epochs = 0", "epochs: Input should be greater than or equal to 1 (found 0)"),
         ('size = "large"', "size: Input should be a valid integer"),
         ('imbalance = "some"', "imbalance: Input should be 'none', 'balanced_sampling'"),
