@@ -1,6 +1,5 @@
 """Pretrained backbones: where each one's weights come from, and how they are loaded."""
 
-import hashlib
 import tomllib
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torchvision
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
+from models.bundle import sha256_of
 from training.data.manifest import DataError
 from training.zoo import Backbone
 
@@ -131,6 +131,7 @@ def find_source(
 
     Raises:
         WeightsError: There are none.
+        DataError: The notes cannot be used.
     """
     if random:
         return Source("random", f"random, seed {seed}", seed=seed), backbone
@@ -138,15 +139,15 @@ def find_source(
     if path is not None and path.is_file():
         note = _note(notes or path.with_name("weights.toml"), backbone.name)
         mean, std = (tuple(note.get(name, getattr(backbone, name))) for name in ("mean", "std"))
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256_of(path)
         source = Source("file", f"{path.name} {digest[:16]}", path, str(note.get("note", "")))
         return source, replace(backbone, mean=mean, std=std)
-    if backbone.name in PACKAGES:
-        package = PACKAGES[backbone.name]
-        path = _packaged(package)
+    package = PACKAGES.get(backbone.name)
+    if package and (path := _packaged(package)):
         return Source("package", f"{package} {version(package)}", path), backbone
     if offline and not _is_downloaded(backbone):
-        raise WeightsError(f"{backbone.weights} is not on this machine.")
+        hint = f"; nor is the package {package}" if package else ""
+        raise WeightsError(f"{backbone.weights} is not on this machine{hint}.")
     return Source("download", f"{backbone.library} {backbone.weights}"), backbone
 
 
@@ -156,11 +157,12 @@ def load_classifier(backbone: Backbone, source: Source) -> Classifier:
     Raises:
         WeightsError: They cannot be had, or do not fit.
     """
-    torch.manual_seed(source.seed)
     if source.kind == "download":
         model = _download(backbone)
     else:
-        model = build(backbone)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(source.seed)
+            model = build(backbone)
         if source.path is not None:
             fill(model, source.path, by_position=source.kind == "package")
     return Classifier(model, backbone).eval()
@@ -181,6 +183,8 @@ def fill(model: nn.Module, path: Path, by_position: bool) -> None:
         source = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
         raise WeightsError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(source, dict) or not all(isinstance(t, Tensor) for t in source.values()):
+        raise WeightsError(f"{path} is no state dict: save `model.state_dict()`.")
     state = model.state_dict()
     if by_position and [t.shape for t in source.values()] == [t.shape for t in state.values()]:
         source = OrderedDict(zip(state, source.values(), strict=True))
@@ -228,24 +232,31 @@ def _is_downloaded(backbone: Backbone) -> bool:
     return (Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name).is_file()
 
 
-def _packaged(package: str) -> Path:
+def _packaged(package: str) -> Path | None:
+    """The weights of a package that is installed."""
     try:
         folder = files(package.replace("-", "_"))
     except ModuleNotFoundError:
-        raise WeightsError(
-            f"The package {package} is missing: install requirements/training.txt."
-        ) from None
+        return None
     found = sorted(Path(str(folder)).glob("models/*.pth"))
-    if not found:
-        raise WeightsError(f"No weights in {folder}.")
-    return found[0]
+    return found[0] if found else None
 
 
 def _note(path: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        note: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")).get(name, {})
+        note = tomllib.loads(path.read_text(encoding="utf-8")).get(name, {})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} is not TOML: {error}.") from None
+        raise DataError(f"{path} is not TOML: {error}.") from None
+    if not isinstance(note, dict):
+        raise DataError(f"{path}: {name} must be a table, [{name}].")
+    for key in ("mean", "std"):
+        values = note.get(key, [0.5, 0.5, 0.5])
+        if not (
+            isinstance(values, list)
+            and len(values) == 3
+            and all(isinstance(value, int | float) and 0 < value < 1 for value in values)
+        ):
+            raise DataError(f"{path}: {key} of {name} must be three numbers between 0 and 1.")
     return note

@@ -13,7 +13,6 @@ from training.data.cli import cli as data_cli
 from training.data.manifest import DataError
 from training.data.vocabulary import Split
 from training.run import Run
-from training.zoo import choose
 
 DEFAULT_RUN = Path("runs/default")
 Folder = Annotated[Path, typer.Option("--run", help="The run's folder.")]
@@ -68,9 +67,10 @@ def prepare(
 
     flags = {"backbone": backbone, "epochs": epochs, "size": size, "seed": seed}
     frozen = configure(config, **flags, learning_rate=learning_rate, train_on=train_on)
-    choose([frozen.backbone])
     if (data is None) == (manifest is None):
         raise DataError("Give a folder of datasets, or --manifest.")
+    if manifest is not None and train_on:
+        raise DataError("--train-on is for a folder: a manifest says itself what is learned from.")
     if data is not None:
         counts = prepare(data, Run(run), frozen)
     else:

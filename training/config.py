@@ -17,6 +17,10 @@ class Config(BaseModel):
         train_on: Datasets of a data folder to learn from, by name; a manifest has its own splits.
         backbone: Of the zoo, by name.
         weights_dir: Of files NAME.pth with its weights; empty for its package or download.
+        weights_notes: TOML with `mean` and `std` by NAME, for files that want others than the
+            zoo's; empty for weights.toml in that folder.
+        start_from: A fitted run whose best weights are the first of this one: to go on at another
+            size, or with other data. Empty for the backbone's.
         seed: Of initialisation, order and augmentation.
         size: Side of the network's input, in pixels.
         epochs: At most.
@@ -47,6 +51,8 @@ class Config(BaseModel):
     train_on: tuple[str, ...] = ("HAM10000",)
     backbone: str = "tf_efficientnet_lite0"
     weights_dir: str = ""
+    weights_notes: str = ""
+    start_from: str = ""
     seed: int = Field(0, ge=0, lt=2**32)
     size: int = Field(160, ge=32, le=1024)
     epochs: int = Field(14, ge=1)

@@ -50,7 +50,7 @@ from training.state import belongs, identity_of, load_tensors
 from training.tasks import DIAGNOSES
 
 NAME = "mmtl-lite0"
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 AGE_EDGES = (30.0, 45.0, 60.0, 75.0)
 AGE_LABELS = ("0-29", "30-44", "45-59", "60-74", "75+")
 TASKS = (

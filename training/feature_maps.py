@@ -50,7 +50,7 @@ class VitMap(nn.Module):
 
 
 def build_feature_map(
-    backbone: Backbone, source: Source | None, drop_path: float = 0.0
+    backbone: Backbone, source: Source | None, drop_path: float = 0.0, size: int | None = None
 ) -> tuple[nn.Module, int, Sequence[float], Sequence[float]]:
     """A backbone as a feature extractor.
 
@@ -58,6 +58,7 @@ def build_feature_map(
         backbone: Of the zoo.
         source: Of its pretrained weights; None for none.
         drop_path: Stochastic depth in training, where the backbone has it.
+        size: Of the images that it will see, in pixels; None for the zoo's.
 
     Returns:
         The feature extractor (float32 [N, 3, H, W] -> [N, C, h, w]), C, and the mean and standard
@@ -65,6 +66,7 @@ def build_feature_map(
 
     Raises:
         training.backbones.WeightsError: The weights cannot be had, or do not fit.
+        DataError: It takes no images of this size.
     """
     model = _build(backbone, drop_path)
     if source is not None:
@@ -77,7 +79,7 @@ def build_feature_map(
         # These two turn ImageNet's normalisation into this one in a step that is left out here.
         mean = std = _HALF
     features = _features(backbone, model)
-    return features, _channels(features, backbone), mean, std
+    return features, _channels(features, backbone, size or backbone.input_size), mean, std
 
 
 def _build(backbone: Backbone, drop_path: float) -> nn.Module:
@@ -112,10 +114,17 @@ def _features(backbone: Backbone, model: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def _channels(features: nn.Module, backbone: Backbone) -> int:
-    size = backbone.input_size
+def _channels(features: nn.Module, backbone: Backbone, size: int) -> int:
     before = features.training
-    channels = features.eval()(torch.zeros(1, 3, size, size)).shape[1]
+    try:
+        channels = features.eval()(torch.zeros(1, 3, size, size)).shape[1]
+    # Each library says it in its own way.
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{backbone.name} takes no images of {size} px ({reason}). Set size = "
+            f"{backbone.input_size}."
+        ) from None
     features.train(before)
     return int(channels)
 

@@ -3,7 +3,8 @@
 import csv
 import math
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from models.files import write_atomically
@@ -23,31 +24,42 @@ from training.data.manifest import DataError
 from training.data.vocabulary import Split
 from training.feature_maps import build_feature_map
 from training.losses import MultiTaskLoss
-from training.network import MultiTaskNetwork
+from training.network import MultiTaskNetwork, melanoma_log_odds
 from training.plots import curves
 from training.run import Run, rows
-from training.state import State, identity_of
+from training.state import State, identity_of, load_tensors
 from training.tasks import MISSING, Targets, encode_targets
 from training.zoo import choose
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
-    """Training images of one epoch; image and position, each drawn from (seed, epoch, sample)."""
+    """Training images of one epoch; image and position, each drawn from (seed, epoch, sample).
 
-    def __init__(self, pixels: Pixels, positions: list[int], config: Config):
+    Args:
+        pixels: Of all images.
+        draws: Of this epoch, in order: position, and how often it was drawn before.
+        config: Of the run.
+        epoch: From 0.
+    """
+
+    def __init__(
+        self, pixels: Pixels, draws: Sequence[tuple[int, int]], config: Config, epoch: int
+    ):
         self.pixels = pixels
-        self.positions = positions
+        self.draws = draws
         self.seed = config.seed
-        self.epoch = 0
+        self.epoch = epoch
         self.transform = training_transform(config.size)
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.draws)
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
-        position = self.positions[item]
+        position, before = self.draws[item]
         image = torch.from_numpy(np.array(self.pixels[position])).permute(2, 0, 1)
-        return seeded(self.transform, image, self.seed, self.epoch, position), position
+        # Drawn again, it looks otherwise.
+        sample = position + before * len(self.pixels)
+        return seeded(self.transform, image, self.seed, self.epoch, sample), position
 
 
 def build_network(config: Config, pretrained: bool = True) -> MultiTaskNetwork:
@@ -60,9 +72,9 @@ def build_network(config: Config, pretrained: bool = True) -> MultiTaskNetwork:
     (entry,) = choose([config.backbone])
     source = None
     if pretrained:
-        weights_dir = Path(config.weights_dir) if config.weights_dir else None
-        source, entry = find_source(entry, weights_dir)
-    backbone, channels, mean, std = build_feature_map(entry, source, config.drop_path)
+        folder, notes = (Path(x) if x else None for x in (config.weights_dir, config.weights_notes))
+        source, entry = find_source(entry, folder, notes)
+    backbone, channels, mean, std = build_feature_map(entry, source, config.drop_path, config.size)
     return MultiTaskNetwork(backbone, channels, config.trunk_channels, mean, std)
 
 
@@ -92,13 +104,17 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loss = MultiTaskLoss(config, targets.take(torch.tensor(train)))
-    state = State(build_network(config, pretrained), loss, config, len(train), device)
+    network = build_network(config, pretrained)
+    if config.start_from:
+        start(network, Run(Path(config.start_from)))
+    state = State(network, loss, config, len(train), device)
     identity = identity_of(config, records)
     state.resume(run, identity)
-    images = AugmentedImages(pixels, train, config)
     while not state.finished:
         started = time.monotonic()
-        images.epoch = state.epoch
+        images = AugmentedImages(
+            pixels, draw(train, targets, config, state.epoch), config, state.epoch
+        )
         losses = train_one_epoch(state, images, targets, workers)
         scores = validate(state.average.module, state.loss, pixels, targets, validation)
         improved = scores["validation_auroc"] > state.best
@@ -122,6 +138,22 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
     return state.best
 
 
+def start(network: MultiTaskNetwork, run: Run) -> None:
+    """Load another run's best weights.
+
+    Raises:
+        DataError: It has none, or they are of another network.
+    """
+    if not run.best.is_file():
+        raise DataError(f"start_from: {run.folder} has no fitted network.")
+    try:
+        network.load_state_dict(load_tensors(run.best))
+    except RuntimeError:
+        raise DataError(
+            f"start_from: the network of {run.folder} has another backbone or other heads."
+        ) from None
+
+
 def train_one_epoch(
     state: State, images: AugmentedImages, targets: Targets, workers: int
 ) -> dict[str, float]:
@@ -131,21 +163,15 @@ def train_one_epoch(
         DataError: The loss is not finite.
     """
     config, network = state.config, state.network
-    order = torch.Generator().manual_seed(config.seed * 1_000_003 + images.epoch)
-    loader = DataLoader(
-        images,
-        config.batch_size,
-        sampler=sampler(images.positions, targets, config, order),
-        drop_last=len(images) >= config.batch_size,
-        num_workers=workers,
-        generator=order,
-    )
+    drop_last = len(images) >= config.batch_size
+    loader = DataLoader(images, config.batch_size, drop_last=drop_last, num_workers=workers)
     state.loss.train()
     set_mode(network, config, images.epoch)
     torch.manual_seed(config.seed * 1_000_003 + images.epoch)
     sums: dict[str, float] = {}
     bar = tqdm(loader, f"epoch {images.epoch + 1}", unit="batch")
     for number, (batch, positions) in enumerate(bar, start=1):
+        group = (number - 1) // config.accumulate
         logits = network(batch.to(state.device).contiguous(memory_format=torch.channels_last))
         loss, parts = state.loss(logits, targets.take(positions).to(state.device))
         if not math.isfinite(loss.item()):
@@ -153,7 +179,9 @@ def train_one_epoch(
                 f"The loss of epoch {images.epoch + 1} is not finite; the last whole epoch is "
                 "kept. Prepare another run with a lower --learning-rate."
             )
-        (loss / config.accumulate).backward()
+        # The last step of an epoch may have fewer batches.
+        batches_of_step = min(config.accumulate, len(loader) - group * config.accumulate)
+        (loss / batches_of_step).backward()
         for task, value in parts.items():
             sums[task] = sums.get(task, 0.0) + value / len(loader)
         if number % config.accumulate == 0 or number == len(loader):
@@ -164,18 +192,30 @@ def train_one_epoch(
     return {f"train_{task}": value for task, value in sums.items()}
 
 
-def sampler(
-    positions: list[int], targets: Targets, config: Config, generator: torch.Generator
-) -> Sampler[int]:
-    """The order of one epoch; balanced, it draws both classes alike often, with replacement."""
+def draw(
+    positions: list[int], targets: Targets, config: Config, epoch: int
+) -> list[tuple[int, int]]:
+    """The images of one epoch, in order: position, and how often it was drawn before.
+
+    Balanced, both classes are drawn alike often, with replacement; an image without a label as
+    often as the average one.
+    """
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     if config.imbalance != "balanced_sampling":
-        return RandomSampler(positions, generator=generator)
+        order = torch.randperm(len(positions), generator=generator).tolist()
+        return [(positions[i], 0) for i in order]
     melanoma = targets.classes["melanoma"][positions]
     known = melanoma != MISSING
     counts = torch.bincount(melanoma[known], minlength=2).clamp(min=1)
-    weights = torch.full((len(positions),), 1 / len(positions), dtype=torch.float64)
-    weights[known] = (known.sum() / (2 * counts[melanoma[known]])).double() / len(positions)
-    return WeightedRandomSampler(weights.tolist(), len(positions), generator=generator)
+    weights = torch.ones(len(positions), dtype=torch.float64)
+    weights[known] = known.sum() / (2 * counts[melanoma[known]]).double()
+    chosen = torch.multinomial(weights, len(positions), replacement=True, generator=generator)
+    before: Counter[int] = Counter()
+    drawn = []
+    for position in (positions[i] for i in chosen.tolist()):
+        drawn.append((position, before[position]))
+        before[position] += 1
+    return drawn
 
 
 def set_mode(network: MultiTaskNetwork, config: Config, epoch: int) -> None:
@@ -186,9 +226,14 @@ def set_mode(network: MultiTaskNetwork, config: Config, epoch: int) -> None:
     if frozen:
         network.backbone.eval()
     elif config.freeze_batch_norm:
-        for module in network.backbone.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        freeze_batch_norm(network.backbone)
+
+
+def freeze_batch_norm(module: nn.Module) -> None:
+    """Keep its statistics as they are, until it is set to training mode again."""
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.eval()
 
 
 def validate(
@@ -204,7 +249,8 @@ def validate(
     loss.to(next(network.parameters()).device)
     melanoma = targets.classes["melanoma"][positions]
     known = melanoma >= 0
-    auroc = roc_auc_score(melanoma[known], logits["melanoma"][known, 0])
+    scores = melanoma_log_odds(logits["melanoma"], logits["diagnosis"])
+    auroc = roc_auc_score(melanoma[known], scores[known])
     return {"validation_auroc": float(auroc)} | {f"validation_{k}": v for k, v in parts.items()}
 
 

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.bundle import AGE_GRID
+from training.data.vocabulary import Diagnosis
 from training.ood import FeatureDistance
-from training.tasks import TASKS
+from training.tasks import DIAGNOSES, TASKS
+
+MELANOMA = DIAGNOSES.index(Diagnosis.MEL)
 
 
 class MultiTaskNetwork(nn.Module):
@@ -88,6 +91,28 @@ def age_distribution(continuation_logits: Tensor) -> Tensor:
     return torch.cat([before + stops, reached[:, -1:]], dim=1).exp()
 
 
+def melanoma_log_odds(melanoma: Tensor, diagnosis: Tensor) -> Tensor:
+    """The melanoma logit: the mean of what both heads say that know of it.
+
+    The diagnosis head, which has to tell each other diagnosis from melanoma, ranks a little better
+    than the head that only knows melanoma and not; together they rank as well, and know what images
+    without a diagnosis taught.
+
+    Args:
+        melanoma: Logits of that head, [N, 1].
+        diagnosis: Logits of that head, [N, 7].
+
+    Returns:
+        float32 [N].
+    """
+    against = diagnosis[:, MELANOMA] - _without_melanoma(diagnosis).logsumexp(dim=1)
+    return (melanoma[:, 0] + against) / 2
+
+
+def _without_melanoma(values: Tensor) -> Tensor:
+    return torch.cat([values[:, :MELANOMA], values[:, MELANOMA + 1 :]], dim=1)
+
+
 class ServedNetwork(nn.Module):
     """The network as every artifact holds it: uint8 [N, H, W, 3] in, DESIGN.md's outputs out.
 
@@ -110,6 +135,7 @@ class ServedNetwork(nn.Module):
 
     age_grid: Tensor
     age_bins: Tensor
+    melanoma_bias: Tensor
 
     def __init__(
         self,
@@ -124,6 +150,11 @@ class ServedNetwork(nn.Module):
         bins = torch.bucketize(grid, torch.tensor(age_edges), right=True)
         self.register_buffer("age_grid", grid)
         self.register_buffer("age_bins", functional.one_hot(bins).float())
+        with torch.no_grad():
+            biases = {name: cast(Tensor, head.bias)[None] for name, head in network.heads.items()}
+            nothing = melanoma_log_odds(biases["melanoma"], biases["diagnosis"])
+        # The logit of an image without any feature.
+        self.register_buffer("melanoma_bias", nothing[0].clone())
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 [N, H, W, 3] -> the outputs by name, in the order of `OUTPUTS`."""
@@ -132,15 +163,30 @@ class ServedNetwork(nn.Module):
         features = self.network.trunk(seen)
         pooled = features.mean(dim=(2, 3))
         ages = age_distribution(heads["age"](pooled))
-        melanoma = heads["melanoma"]
-        evidence = cast(Tensor, melanoma.weight)[:, :, None, None]
+        diagnosis = heads["diagnosis"](pooled)
+        logit = melanoma_log_odds(heads["melanoma"](pooled), diagnosis)
         return {
-            "melanoma_logit": melanoma(pooled)[:, 0],
+            "melanoma_logit": logit,
             "age": ages @ self.age_bins,
             "age_years": ages @ self.age_grid,
             "site": heads["site"](pooled).softmax(dim=1),
             "sex": heads["sex"](pooled).softmax(dim=1),
-            "diagnosis": heads["diagnosis"](pooled).softmax(dim=1),
-            "melanoma_map": functional.conv2d(features, evidence)[:, 0],
+            "diagnosis": diagnosis.softmax(dim=1),
+            "melanoma_map": self._map(features, diagnosis, logit),
             "ood_score": self.distance(seen.mean(dim=(2, 3))),
         }
+
+    def _map(self, features: Tensor, diagnosis: Tensor, logit: Tensor) -> Tensor:
+        """What each place adds to the melanoma logit, beside `melanoma_bias`.
+
+        A place speaks for melanoma and against the other diagnoses, each as much as it is in
+        question for this image. What is of no place (the logarithm that brings the others
+        together is not linear) is spread evenly, so that the mean is exact.
+        """
+        own = cast(Tensor, self.network.heads["melanoma"].weight)
+        against = cast(Tensor, self.network.heads["diagnosis"].weight)
+        others = _without_melanoma(diagnosis).softmax(dim=1) @ _without_melanoma(against.T).T
+        direction = (own + against[MELANOMA] - others) / 2
+        places = (features * direction[:, :, None, None]).sum(dim=1)
+        rest = logit - self.melanoma_bias - places.mean(dim=(1, 2))
+        return places + rest[:, None, None]

@@ -12,7 +12,9 @@ from training.data.layouts import balanced, gather, ham10000, read_datasets
 from training.data.manifest import DataError, Record, save_manifest
 from training.data.splits import assign_fixed, is_published_test
 from training.data.vocabulary import Split
-from training.run import Run
+from training.feature_maps import build_feature_map
+from training.run import Run, rows
+from training.zoo import choose
 
 
 def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
@@ -49,6 +51,7 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
             f"{data} holds no images of {min(absent)}; found are "
             f"{', '.join(sorted({record.dataset for record in records if record.path}))}."
         )
+    check_size(config)
     run.save_config(config)
     # Until the new one is written there is none: pixels and labels of two preparations never meet.
     run.manifest.unlink(missing_ok=True)
@@ -76,21 +79,33 @@ def prepare_manifest(
         Number of images by (dataset, split).
 
     Raises:
-        DataError: There is nothing to train on or to validate on, an image cannot be read, or the
-            run folder holds another configuration.
+        DataError: There is nothing to train on or to validate on, an image cannot be read, the
+            backbone does not take the size, or the run folder holds another configuration.
     """
     used = [record for record in records if record.path and record.split is not None]
-    for split in (Split.TRAIN, Split.VALIDATION):
-        if not any(record.split is split for record in used):
+    for split, dataset in ((Split.TRAIN, ""), (Split.VALIDATION, config.validate_on)):
+        if not rows(used, split, dataset):
+            of = f" of {dataset} (validate_on)" if dataset else ""
             raise DataError(
-                f"The manifest has no images of the split {split}. `mmtl-train data split` deals "
-                "them out."
+                f"The manifest has no images{of} in the split {split}. `mmtl-train data split` "
+                'deals them out; validate_on = "" takes every dataset.'
             )
+    check_size(config)
     run.save_config(config)
     run.manifest.unlink(missing_ok=True)
     build_cache(run.cache, used, config.size, config.size)
     save_manifest(run.manifest, used)
     return _count(used)
+
+
+def check_size(config: Config) -> None:
+    """Whether the backbone takes images of this size.
+
+    Raises:
+        DataError: It does not; before anything is decoded.
+    """
+    (backbone,) = choose([config.backbone])
+    build_feature_map(backbone, None, size=config.size)
 
 
 def _count(records: Sequence[Record]) -> Counter[tuple[str, str]]:

@@ -6,7 +6,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from models.files import write_atomically
@@ -33,9 +33,7 @@ def to_json(report: Report) -> str:
 
 def render(report: Report) -> str:
     """The page: no script, nothing loaded from elsewhere."""
-    environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    environment.globals |= {"interval": interval, "number": number}
-    template = environment.from_string(files("training").joinpath("report.html.j2").read_text())
+    template = load_template("report.html.j2")
     shown: Report = {
         "paper": None,
         "originals": None,
@@ -44,6 +42,14 @@ def render(report: Report) -> str:
     } | report
     shown["sets"] = {name: {"compared": None} | found for name, found in report["sets"].items()}
     return template.render(report=shown, plots=_Plots(), figures=KEY_FIGURES, least=LEAST_CLUSTERS)
+
+
+def load_template(name: str) -> Template:
+    """A page of this package, with what formats figures for people."""
+    environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    environment.globals |= {"interval": interval, "number": number}
+    text = files("training").joinpath(name).read_text(encoding="utf-8")
+    return environment.from_string(text)
 
 
 def number(value: float | None, digits: int = 3) -> str:

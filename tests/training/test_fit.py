@@ -1,15 +1,19 @@
 """The loop's parts: what is drawn, what is frozen, what a step is."""
 
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from training.config import Config
-from training.fit import sampler, set_mode
+from training.data.manifest import DataError
+from training.fit import AugmentedImages, draw, set_mode, start
 from training.losses import MultiTaskLoss
 from training.network import MultiTaskNetwork
+from training.run import Run
 from training.state import State
 from training.tasks import TASKS, Targets
 
@@ -26,19 +30,21 @@ def targets(melanoma: list[int]) -> Targets:
 
 
 def test_an_epoch_is_every_image_once() -> None:
-    order = sampler(list(range(9)), targets([0] * 9), Config(), torch.Generator())
-    assert sorted(order) == list(range(9))
+    positions = list(range(10, 30))
+    drawn = draw(positions, targets([0] * 30), Config(), epoch=0)
+    assert sorted(drawn) == [(position, 0) for position in positions]
+    assert drawn != draw(positions, targets([0] * 30), Config(), epoch=1)
+
+
+BALANCED = Config(imbalance="balanced_sampling")
 
 
 def test_balanced_sampling_draws_both_classes_alike_often() -> None:
     known = targets([1] * 40 + [0] * 360)
-    config = Config(imbalance="balanced_sampling")
     drawn = [
         int(known.classes["melanoma"][position])
-        for seed in range(20)
-        for position in sampler(
-            list(range(400)), known, config, torch.Generator().manual_seed(seed)
-        )
+        for epoch in range(20)
+        for position, _ in draw(list(range(400)), known, BALANCED, epoch)
     ]
     assert len(drawn) == 20 * 400
     assert Counter(drawn)[1] / len(drawn) == pytest.approx(0.5, abs=0.03)
@@ -46,15 +52,23 @@ def test_balanced_sampling_draws_both_classes_alike_often() -> None:
 
 def test_an_image_without_label_is_drawn_as_often_as_the_average() -> None:
     known = targets([1] * 10 + [0] * 90 + [-1] * 100)
-    config = Config(imbalance="balanced_sampling")
     drawn = [
         position
-        for seed in range(40)
-        for position in sampler(
-            list(range(200)), known, config, torch.Generator().manual_seed(seed)
-        )
+        for epoch in range(40)
+        for position, _ in draw(list(range(200)), known, BALANCED, epoch)
     ]
     assert sum(position >= 100 for position in drawn) / len(drawn) == pytest.approx(0.5, abs=0.04)
+
+
+def test_an_image_that_is_drawn_again_looks_otherwise() -> None:
+    drawn = draw(list(range(20)), targets([1] + [0] * 19), BALANCED, epoch=0)
+    assert len(set(drawn)) == len(drawn)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    config = Config(size=32)
+    first, second, other = AugmentedImages(pixels, [(0, 0), (0, 1), (0, 0)], config, epoch=0)
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[0], other[0])
+    assert first[1] == second[1] == 0
 
 
 def test_a_frozen_backbone_neither_learns_nor_counts() -> None:
@@ -97,3 +111,16 @@ def test_an_epoch_has_as_many_steps_as_batches_accumulated() -> None:
     config = Config(batch_size=8, accumulate=4)
     loss = MultiTaskLoss(config, targets([0, 1]))
     assert State(network(), loss, config, 8 * 10, torch.device("cpu")).steps == 3
+
+
+def test_a_run_starts_from_anothers_best_weights(tmp_path: Path) -> None:
+    net, other = network(), Run(tmp_path)
+    with pytest.raises(DataError, match="has no fitted network"):
+        start(net, other)
+    fitted = {name: value + 1 for name, value in net.state_dict().items()}
+    torch.save(fitted, other.best)
+    start(net, other)
+    assert all(torch.equal(value, fitted[name]) for name, value in net.state_dict().items())
+    torch.save({"one": torch.zeros(1)}, other.best)
+    with pytest.raises(DataError, match="another backbone or other heads"):
+        start(net, other)

@@ -6,7 +6,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.bundle import AGE_GRID
-from training.network import MultiTaskNetwork, ServedNetwork, age_distribution
+from training.network import (
+    MELANOMA,
+    MultiTaskNetwork,
+    ServedNetwork,
+    age_distribution,
+    melanoma_log_odds,
+)
 from training.ood import fit_feature_distance
 
 EDGES = (30.0, 45.0, 60.0, 75.0)
@@ -51,17 +57,48 @@ def test_the_outputs_are_those_of_the_contract(served, images: torch.Tensor) -> 
 @torch.inference_mode()
 def test_the_heat_map_is_the_logit_taken_apart(served, images: torch.Tensor) -> None:
     outputs = served(images)
-    bias = served.network.heads["melanoma"].bias
     torch.testing.assert_close(
-        outputs["melanoma_map"].mean(dim=(1, 2)) + bias, outputs["melanoma_logit"]
+        outputs["melanoma_map"].mean(dim=(1, 2)) + served.melanoma_bias, outputs["melanoma_logit"]
     )
+
+
+@torch.inference_mode()
+def test_the_heat_map_is_what_a_small_change_of_a_place_does(served, images: torch.Tensor) -> None:
+    """To first order: where the map is high, a bit more of what is there raises the logit most."""
+    served.double()
+    features = served.network.trunk(served.network.backbone_features(images.permute(0, 3, 1, 2)))
+    heads = served.network.heads
+
+    def logit(changed: torch.Tensor) -> torch.Tensor:
+        pooled = changed.mean(dim=(2, 3))
+        return melanoma_log_odds(heads["melanoma"](pooled), heads["diagnosis"](pooled))
+
+    diagnosis = heads["diagnosis"](features.mean(dim=(2, 3)))
+    places = served._map(features, diagnosis, logit(features))[0]
+    step, found = 1e-4, []
+    for row, column in ((0, 0), (3, 2), (7, 5)):
+        changed = features.clone()
+        changed[0, :, row, column] *= 1 + step
+        found.append(float(logit(changed)[0] - logit(features)[0]) / step * places.numel())
+    # The evenly spread rest is the same everywhere, so differences between places must agree.
+    assert found[1] - found[0] == pytest.approx(float(places[3, 2] - places[0, 0]), rel=1e-2)
+    assert found[2] - found[0] == pytest.approx(float(places[7, 5] - places[0, 0]), rel=1e-2)
+
+
+def test_the_melanoma_logit_is_the_mean_of_both_heads() -> None:
+    # Of seven diagnoses with equal logits but melanoma's: its odds are e / 6.
+    diagnosis = torch.zeros(1, 7)
+    diagnosis[0, MELANOMA] = 1.0
+    found = melanoma_log_odds(torch.tensor([[3.0]]), diagnosis)
+    assert float(found) == pytest.approx((3 + 1 - np.log(6)) / 2)
 
 
 @torch.inference_mode()
 def test_what_is_served_is_what_was_fitted(served, images: torch.Tensor) -> None:
     logits = served.network(images.permute(0, 3, 1, 2))
     outputs = served(images)
-    torch.testing.assert_close(outputs["melanoma_logit"], logits["melanoma"][:, 0])
+    together = melanoma_log_odds(logits["melanoma"], logits["diagnosis"])
+    torch.testing.assert_close(outputs["melanoma_logit"], together)
     torch.testing.assert_close(outputs["site"], logits["site"].softmax(1))
     ages = age_distribution(logits["age"])
     torch.testing.assert_close(outputs["age_years"], ages @ torch.tensor(AGE_GRID).float())

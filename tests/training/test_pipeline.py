@@ -182,6 +182,14 @@ def test_a_manifest_brings_its_own_splits(
     records, pixels = Run(run).load_data()
     assert pixels.shape == (len(records), 64, 64, 3)
     assert {record.split for record in records} >= {Split.TRAIN, Split.VALIDATION, Split.TEST}
+    recipe.write_text('validate_on = "elsewhere"\n')
+    with pytest.raises(DataError, match=r"no images of elsewhere \(validate_on\)"):
+        cli(told, standalone_mode=False)
+    recipe.write_text('backbone = "vit_b_32"\nvalidate_on = ""\n')
+    with pytest.raises(DataError, match=r"takes no images of 160 px .* Set size = 224"):
+        cli(told, standalone_mode=False)
+    with pytest.raises(DataError, match="--train-on is for a folder"):
+        cli([*told, "--train-on", "HAM10000"], standalone_mode=False)
     with pytest.raises(DataError, match="Give a folder of datasets, or --manifest"):
         cli(["prepare"], standalone_mode=False)
 

@@ -68,11 +68,18 @@ def benchmark(
         Weights, typer.Option(help="Random ones are for trying the tool, and marked everywhere.")
     ] = Weights.PRETRAINED,
     weights_dir: Annotated[
-        Path | None, typer.Option(help="Files NAME.pth, taken before any download.")
+        Path | None,
+        typer.Option(
+            help="Files NAME.pth, taken before any download.", exists=True, file_okay=False
+        ),
     ] = None,
     weights_notes: Annotated[
         Path | None,
-        typer.Option(help="TOML with mean, std and note by NAME (default: DIR/weights.toml)."),
+        typer.Option(
+            help="TOML with mean, std and note by NAME (default: DIR/weights.toml).",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="Download nothing; what is not here is left out.")
@@ -105,7 +112,7 @@ def benchmark(
         chosen = shard(chosen, shard_text)
     records = _used(load_manifest(manifest), manifest, split, dataset)
 
-    from training.benchmark.compare import compare, extract
+    from training.benchmark.compare import compare, extract, tune_best
     from training.benchmark.report import save_report
 
     random = weights is Weights.RANDOM
@@ -127,14 +134,17 @@ def benchmark(
         print(f"Features of {len(done.ready)} backbones are in {run}. Without --shard: report.")
         return
     command = shlex.join(["mmtl-train", *sys.argv[1:]])
-    report = compare(done, command, finetune, finetune_epochs, budget)
+    report = compare(done, command, budget)
     save_report(out, report)
+    if finetune:
+        report = tune_best(report, done, finetune, finetune_epochs)
+        save_report(out, report)
     table = Table(title="random weights" if random else "AUROC of the logistic probe")
-    for column in ("", "backbone", "AUROC (95 %)", "images/s", ""):
+    for column in ("", "backbone", "AUROC (95 %)", "images/s at batch 1", ""):
         table.add_column(column)
     for b in report["backbones"][:10]:
         found = b["logistic"]["AUROC"]
-        speed = f"{b['costs'][-1]['images per second']:.1f}" if b["costs"] else ""
+        speed = f"{b['costs'][0]['images per second']:.1f}" if b["costs"] else ""
         text = f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
         table.add_row(str(b["rank"]), b["name"], text, speed, "tied" if b["tied for first"] else "")
     Console().print(table)

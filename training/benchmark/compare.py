@@ -1,7 +1,5 @@
 """One run of the benchmark: weights, features, what they say, and the cautions that apply."""
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +9,12 @@ import numpy as np
 
 from training.backbones import Source, WeightsError, find_source
 from training.benchmark import probes
-from training.benchmark.features import Features, Store, extract_all, key_of
+from training.benchmark.features import Features, Store, extract_all, keys_of, machine
 from training.benchmark.finetune import finetune
 from training.benchmark.probes import Study
-from training.benchmark.table import judge
+from training.benchmark.table import add_finetuned, judge
 from training.data.components import with_components
+from training.data.layouts import balanced
 from training.data.manifest import DataError, Record, fingerprint
 from training.zoo import Backbone
 
@@ -37,6 +36,7 @@ class Extracted:
         records: Of the images, with components.
         study: Folds and resamples that all are judged on.
         ready: Backbone and weights, by name.
+        keys: Of their features, by name.
         missing: By name, why a backbone has no features.
         random: Whether the weights are.
     """
@@ -45,6 +45,7 @@ class Extracted:
     records: list[Record]
     study: Study
     ready: dict[str, tuple[Backbone, Source]]
+    keys: dict[str, str]
     missing: dict[str, str]
     random: bool
 
@@ -55,7 +56,7 @@ class Extracted:
 
     def load(self, name: str) -> Features:
         """One backbone's features."""
-        return self.store.load(*self.ready[name])
+        return self.store.load(self.keys[name], *self.ready[name])
 
 
 def extract(
@@ -89,6 +90,7 @@ def extract(
     # Before hours of work: it knows whether the images are enough.
     study = probes.design(truth, [record.component for record in images], SEED)
     work, missing = [], {}
+    gone: list[tuple[Backbone, Source]] = []
     for backbone in backbones:
         try:
             source, wanted = find_source(
@@ -97,75 +99,95 @@ def extract(
             work.append((wanted, source))
         except WeightsError as error:
             missing[backbone.name] = str(error)
+            # Its features may be here although its weights are not.
+            source, wanted = find_source(backbone, weights_dir, weights_notes)
+            gone.append((wanted, source))
+    keys = keys_of([*work, *gone], images)
     store = Store(folder / "features")
-    missing |= extract_all(work, images, store, measure_costs)
-    ready = {pair[0].name: pair for pair in work if store.holds(pair[0], key_of(*pair, images))}
-    return Extracted(folder, images, study, ready, missing, random)
+    missing |= extract_all(work, keys, images, store, measure_costs)
+    ready = {
+        pair[0].name: pair for pair in [*work, *gone] if store.holds(pair[0], keys[pair[0].name])
+    }
+    missing = {name: reason for name, reason in missing.items() if name not in ready}
+    return Extracted(folder, images, study, ready, keys, missing, random)
 
 
-def compare(
-    extracted: Extracted, command: str, tuned: int = 0, epochs: int = 1, budget: float | None = None
-) -> Report:
-    """The whole report.
+def compare(extracted: Extracted, command: str, budget: float | None = None) -> Report:
+    """The whole report, without fine-tuning.
 
     Args:
         extracted: The backbones.
         command: That made it.
-        tuned: How many of the best are fine-tuned.
-        epochs: Of that.
         budget: Milliseconds an image, for the recommendation.
 
     Raises:
         DataError: No backbone has features.
     """
-    records, study, names = extracted.records, extracted.study, list(extracted.ready)
+    records, names = extracted.records, list(extracted.ready)
     if not names:
         raise DataError(
             "No backbone has weights: give --weights-dir, or run where they can be downloaded."
         )
     components = len({record.component for record in records})
-    report = judge(names, extracted.load, study, components, budget=budget)
-    if tuned:
-        scores = {
-            entry["name"]: finetune(
-                *extracted.ready[entry["name"]],
-                entry["features"],
-                records,
-                study,
-                extracted.folder / "finetuned",
-                epochs,
-            )
-            for entry in report["backbones"][:tuned]
-        }
-        report = judge(names, extracted.load, study, components, scores, budget)
+    report = judge(names, extracted.load, extracted.study, components, budget)
     return report | {
         "command": command,
-        "device": _machine(report["backbones"][0]["device"]),
+        "machine": machine(),
         "seed": SEED,
         "weights": "random" if extracted.random else "pretrained",
         "datasets": ", ".join(sorted({record.dataset for record in records})),
         "data_fingerprint": fingerprint(records),
         "interval": INTERVAL,
-        "finetuned": [b["name"] for b in report["backbones"] if b["fine-tuned"]],
+        "finetuned": [],
         "missing": extracted.missing,
         "cautions": _cautions(report, extracted),
     }
 
 
+def tune_best(report: Report, extracted: Extracted, number: int, epochs: int) -> Report:
+    """The report, with the best backbones fine-tuned; one that fails is listed, the rest go on.
+
+    Args:
+        report: Of `compare`.
+        extracted: The backbones.
+        number: How many.
+        epochs: Of one cycle of the learning rate.
+    """
+    scores, failed = {}, {}
+    for entry in report["backbones"][:number]:
+        name = entry["name"]
+        try:
+            scores[name] = finetune(
+                *extracted.ready[name],
+                entry["features"],
+                extracted.records,
+                extracted.study,
+                extracted.folder / "finetuned",
+                extracted.keys[name],
+                epochs,
+            )
+        # Too little memory comes as a RuntimeError.
+        except (DataError, RuntimeError) as error:
+            failed[f"{name}, fine-tuned"] = str(error).splitlines()[0]
+    add_finetuned(report, extracted.study, scores)
+    return report | {"finetuned": list(scores), "missing": report["missing"] | failed}
+
+
 def _cautions(report: Report, extracted: Extracted) -> list[str]:
-    of_86, missing = report["of the 86"], len(extracted.missing)
     lines = []
     if extracted.random:
         lines.append("RANDOM WEIGHTS: every figure here is of networks that learned nothing.")
-    if of_86 < 86:
-        left_out = f"; {missing} had no weights or failed, and are listed below" if missing else ""
-        lines.append(f"Only {of_86} of the paper's 86 backbones are here{left_out}.")
-    if report["images"] != PAPER_IMAGES:
-        share = report["melanomas"] / report["images"]
+    if report["of the 86"] < 86:
         lines.append(
-            f"These are {report['images']:,} images, {share:.0%} of them melanoma; the paper's "
-            f"table is of {PAPER_IMAGES:,}, half of them melanoma. Its figures and these do not "
-            "compare."
+            f"Only {report['of the 86']} of the paper's 86 backbones are here; what was asked for "
+            "and has no weights, or failed, is listed at the end."
+        )
+    share = report["melanomas"] / report["images"]
+    if not _is_papers(extracted.records):
+        lines.append(
+            f"These are {report['images']:,} images, {share:.0%} of them melanoma, and not the "
+            f"{PAPER_IMAGES:,} of the paper's table, half of them melanoma: its figures and these "
+            "do not compare."
         )
     if any(b["note"] for b in report["backbones"]):
         lines.append("Some weights are not their library's own: see the notes beside them.")
@@ -174,6 +196,6 @@ def _cautions(report: Report, extracted: Extracted) -> list[str]:
     return lines
 
 
-def _machine(device: str) -> str:
-    cores = f"{os.cpu_count()} {platform.machine()} cores"
-    return cores if device == "cpu" else f"{device}, {cores}"
+def _is_papers(records: Sequence[Record]) -> bool:
+    """Whether these are all of the balanced set's val."""
+    return len(records) == PAPER_IMAGES and all(balanced.is_part(record) for record in records)

@@ -4,16 +4,20 @@ A process of its own bounds the memory (it is all given back), measures its peak
 that fails or is killed takes no other with it.
 """
 
+import hashlib
 import json
+import os
+import platform
 import resource
+import shutil
+import socket
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -25,11 +29,13 @@ from tqdm import tqdm
 
 from models.files import write_atomically
 from training.backbones import Classifier, Source, load_classifier
-from training.data.cache import build_cache, open_cache
-from training.data.manifest import DataError, Record, fingerprint
+from training.data.cache import build_cache, files_key, open_cache
+from training.data.manifest import DataError, Record
 from training.zoo import Backbone
 
 Floats = NDArray[np.floating]
+Work = tuple[Backbone, Source]
+
 # Of images of 224 x 224; fewer where they are larger.
 BATCH_SIZE = 32
 COST_BATCH_SIZES = (1, 32)
@@ -40,12 +46,12 @@ _COST_RUNS = 5
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a backbone takes on this machine at one batch size.
+    """What a backbone takes on one machine at one batch size.
 
     Attributes:
         batch_size: Images at a time.
         images_per_second: Median of a few runs.
-        peak_bytes: Of the process (of the GPU's memory, on one), weights included.
+        peak_bytes: Of the process, its weights and the runtime included; on a GPU, of its memory.
     """
 
     batch_size: int
@@ -60,15 +66,13 @@ class Features:
     Attributes:
         backbone: With the normalisation that was used.
         source: Of its weights.
-        device: That it ran on.
-        costs: By batch size; without those that would have taken too long.
+        costs: On this machine, by batch size; without those that would have taken too long.
         penultimate: float32 [N, C].
         logits: float32 [N, 1000].
     """
 
     backbone: Backbone
     source: Source
-    device: str
     costs: tuple[Cost, ...]
     penultimate: Floats
     logits: Floats
@@ -76,68 +80,104 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """The folder of the cached features."""
+    """The folder of the cached features, each file named for all that it depends on."""
 
     folder: Path
 
-    def path(self, backbone: Backbone) -> Path:
-        """One backbone's file."""
-        return self.folder / f"{backbone.name}.npz"
+    def path(self, backbone: Backbone, key: str) -> Path:
+        """One backbone's features."""
+        return self.folder / f"{backbone.name}-{_short(key)}.npz"
+
+    def costs_path(self, backbone: Backbone) -> Path:
+        """What a backbone takes on this machine; its weights do not matter."""
+        return self.folder / f"{backbone.name}-{_short(machine())}.json"
 
     def holds(self, backbone: Backbone, key: str) -> bool:
-        """Whether its features of these weights and images are there, and whole."""
-        try:
-            with np.load(self.path(backbone)) as saved:
-                return str(saved["key"]) == key
-        except (OSError, ValueError, KeyError, BadZipFile):
-            return False
+        """Whether its features of these weights and images are there."""
+        return load_arrays(self.path(backbone, key), key, ()) is not None
 
-    def save(self, features: Features, key: str) -> None:
-        """Write the features, so that they are there as a whole or not at all."""
-        about = {"device": features.device, "costs": [asdict(cost) for cost in features.costs]}
-        with write_atomically(self.path(features.backbone)) as temporary, temporary.open("wb") as f:
-            np.savez(
-                f,
-                key=key,
-                about=json.dumps(about),
-                penultimate=features.penultimate,
-                logits=features.logits,
-            )
+    def save(self, key: str, backbone: Backbone, penultimate: Floats, logits: Floats) -> None:
+        """Write features, so that they are there as a whole or not at all."""
+        save_arrays(self.path(backbone, key), key, penultimate=penultimate, logits=logits)
 
-    def load(self, backbone: Backbone, source: Source) -> Features:
-        """Read the features."""
-        with np.load(self.path(backbone)) as saved:
-            about = json.loads(str(saved["about"]))
-            return Features(
-                backbone,
-                source,
-                about["device"],
-                tuple(Cost(**cost) for cost in about["costs"]),
-                saved["penultimate"],
-                saved["logits"],
-            )
+    def save_costs(self, backbone: Backbone, costs: Iterable[Cost]) -> None:
+        """Write what it takes."""
+        with write_atomically(self.costs_path(backbone)) as temporary:
+            temporary.write_text(json.dumps([asdict(cost) for cost in costs]))
+
+    def load(self, key: str, backbone: Backbone, source: Source) -> Features:
+        """Read the features, and what they cost where that was measured.
+
+        Raises:
+            DataError: They are not there, or damaged.
+        """
+        found = load_arrays(self.path(backbone, key), key, ("penultimate", "logits"))
+        if found is None:
+            raise DataError(f"{self.path(backbone, key)} is damaged. Delete it and run again.")
+        costs: tuple[Cost, ...] = ()
+        if self.costs_path(backbone).is_file():
+            costs = tuple(Cost(**c) for c in json.loads(self.costs_path(backbone).read_text()))
+        return Features(backbone, source, costs, found["penultimate"], found["logits"])
 
 
-Work = tuple[Backbone, Source]
+def save_arrays(path: Path, key: str, **arrays: Floats) -> None:
+    """Write arrays under a key."""
+    with write_atomically(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, key=np.array(key), **arrays)  # type: ignore[arg-type]  # its stub wants bools
 
 
-def key_of(backbone: Backbone, source: Source, records: Sequence[Record]) -> str:
-    """What features depend on: weights, preprocessing and images."""
-    parts: dict[str, Any] = {
-        "weights": source.label,
-        "input": [backbone.input_size, *backbone.mean, *backbone.std],
-        "data": fingerprint(records),
-    }
-    return json.dumps(parts)
+def load_arrays(path: Path, key: str, names: Sequence[str]) -> dict[str, Floats] | None:
+    """Read arrays, if the file is there, whole and of this key."""
+    try:
+        with np.load(path) as saved:
+            if str(saved["key"]) != key:
+                return None
+            return {name: saved[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
+
+
+def machine() -> str:
+    """What costs are measured on."""
+    cores = f"{os.cpu_count()} {platform.machine()} cores"
+    return f"{torch.cuda.get_device_name()}, {cores}" if torch.cuda.is_available() else cores
+
+
+def keys_of(work: Iterable[Work], records: Sequence[Record]) -> dict[str, str]:
+    """What each backbone's features depend on, by name: weights, preprocessing, images in order.
+
+    Raises:
+        DataError: An image is not there.
+    """
+    images: dict[int, str] = {}
+    keys = {}
+    for backbone, source in work:
+        size = backbone.input_size
+        if size not in images:
+            images[size] = files_key(records, size, size)
+        parts: dict[str, Any] = {
+            "weights": source.label,
+            "normalisation": [*backbone.mean, *backbone.std],
+            "images": images[size],
+        }
+        keys[backbone.name] = json.dumps(parts)
+    return keys
 
 
 def extract_all(
-    work: Sequence[Work], records: Sequence[Record], store: Store, measure_costs: bool = True
+    work: Sequence[Work],
+    keys: Mapping[str, str],
+    records: Sequence[Record],
+    store: Store,
+    measure_costs: bool = True,
 ) -> dict[str, str]:
     """Have every backbone's features in the store; what is there already stays.
 
+    Several of these may fill one store, each with its own backbones.
+
     Args:
         work: The backbones and their weights.
+        keys: Theirs.
         records: Of the images.
         store: To fill.
         measure_costs: Whether throughput and memory are measured, too.
@@ -148,57 +188,100 @@ def extract_all(
     Raises:
         DataError: An image cannot be read.
     """
-    missing = [
-        (backbone, source)
-        for backbone, source in work
-        if not store.holds(backbone, key_of(backbone, source, records))
-    ]
+    missing = [pair for pair in work if not store.holds(pair[0], keys[pair[0].name])]
     failed: dict[str, str] = {}
     # The estimate goes by the multiply-adds that remain.
     total = sum(backbone.multiply_adds for backbone, _ in missing)
+    pixels = _own_folder(store.folder)
     unit = "multiply-adds an image"
-    with tqdm(total=total, desc="features", unit=unit, unit_scale=True, disable=not missing) as bar:
-        for size, group in _by_size(missing):
-            path = store.folder / f"pixels-{size}.npy"
-            build_cache(path, records, size, size)
-            for backbone, source in group:
-                bar.set_postfix_str(backbone.name)
-                reason = _in_own_process(backbone, source, records, store, path, measure_costs)
-                if reason:
-                    failed[backbone.name] = reason
-                    tqdm.write(f"{backbone.name}: {reason}")
-                bar.update(backbone.multiply_adds)
-            # Pixels at 600 px are large, and all that needed these is done.
-            path.unlink()
-            path.with_suffix(".json").unlink(missing_ok=True)
+    try:
+        with tqdm(
+            total=total, desc="features", unit=unit, unit_scale=True, disable=not missing
+        ) as bar:
+            for size, group in _by_size(missing):
+                path = pixels / f"{size}.npy"
+                build_cache(path, records, size, size)
+                for backbone, source in group:
+                    bar.set_postfix_str(backbone.name)
+                    arguments = (backbone, source, len(records), store, path, keys[backbone.name])
+                    reason = in_own_process(extract_and_save, *arguments)
+                    if reason:
+                        failed[backbone.name] = reason
+                        tqdm.write(f"{backbone.name}: {reason}")
+                    bar.update(backbone.multiply_adds)
+                # Pixels at 600 px are large, and all that needed these is done.
+                path.unlink()
+    finally:
+        shutil.rmtree(pixels, ignore_errors=True)
+    if measure_costs:
+        wanted = [
+            p for p in work if p[0].name not in failed and not store.costs_path(p[0]).is_file()
+        ]
+        for backbone, _ in tqdm(wanted, "costs", unit="net", disable=not wanted):
+            # A batch that does not fit is not measured; the ranking needs none.
+            in_own_process(measure_and_save, backbone, store)
     return failed
 
 
-def extract(
-    backbone: Backbone, source: Source, pixels: NDArray[np.uint8], measure_costs: bool
-) -> Features:
-    """Run a backbone over images of its input size: uint8 [N, S, S, 3].
+def extract_and_save(
+    backbone: Backbone, source: Source, images: int, store: Store, pixels: Path, key: str
+) -> None:
+    """Run a backbone over images of its input size, and store what it makes of them.
 
     Raises:
         WeightsError: Its weights cannot be had or do not fit.
+        DataError: Its features are not finite.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_classifier(backbone, source).to(device)
-    costs = tuple(_costs(model, backbone.input_size, device)) if measure_costs else ()
+    cache = open_cache(pixels, images)
     batch_size = max(1, round(BATCH_SIZE * (224 / backbone.input_size) ** 2))
-    penultimate: list[Floats] = []
-    logits: list[Floats] = []
+    parts: tuple[list[Floats], list[Floats]] = ([], [])
     with torch.inference_mode():
-        for start in range(0, len(pixels), batch_size):
-            batch = torch.from_numpy(np.array(pixels[start : start + batch_size])).to(device)
-            for parts, part in zip((penultimate, logits), model(batch), strict=True):
-                parts.append(part.float().cpu().numpy())
-    found = Features(
-        backbone, source, str(device), costs, np.concatenate(penultimate), np.concatenate(logits)
-    )
-    if not (np.isfinite(found.penultimate).all() and np.isfinite(found.logits).all()):
+        for start in range(0, images, batch_size):
+            batch = torch.from_numpy(np.array(cache[start : start + batch_size])).to(device)
+            for found, part in zip(parts, model(batch), strict=True):
+                found.append(part.float().cpu().numpy())
+    penultimate, logits = (np.concatenate(part) for part in parts)
+    if not (np.isfinite(penultimate).all() and np.isfinite(logits).all()):
         raise DataError("its features are not finite")
-    return found
+    store.save(key, backbone, penultimate, logits)
+
+
+def measure_and_save(backbone: Backbone, store: Store) -> None:
+    """Measure throughput and memory; after every batch size, so that a larger one may fail."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_classifier(backbone, Source("random", "random")).to(device)
+    costs: list[Cost] = []
+    for cost in _costs(model, backbone.input_size, device):
+        costs.append(cost)
+        store.save_costs(backbone, costs)
+
+
+def in_own_process(function: Callable[..., None], *arguments: Any) -> str:
+    """The reason why it failed, or nothing."""
+    # Forked from a server without threads, which has torch imported already.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["training.benchmark.features"])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(theirs, function, arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        reason: str = ours.recv()
+    except EOFError:
+        reason = "its process died; was there memory enough?"
+    process.join()
+    return reason
+
+
+def _report(to: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    try:
+        function(*arguments)
+        to.send("")
+    # Whatever one backbone fails with, the others go on.
+    except Exception as error:
+        to.send(str(error).splitlines()[0] if str(error) else type(error).__name__)
 
 
 def _by_size(work: Sequence[Work]) -> Iterator[tuple[int, Iterable[Work]]]:
@@ -206,41 +289,18 @@ def _by_size(work: Sequence[Work]) -> Iterator[tuple[int, Iterable[Work]]]:
     return groupby(ordered, key=lambda pair: pair[0].input_size)
 
 
-def _in_own_process(
-    backbone: Backbone,
-    source: Source,
-    records: Sequence[Record],
-    store: Store,
-    pixels: Path,
-    measure_costs: bool,
-) -> str:
-    """The reason why there are no features, or nothing."""
-    # A process that is forked from a server without threads, which has torch imported already.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["training.benchmark.features"])
-    key = key_of(backbone, source, records)
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        arguments = (backbone, source, len(records), store, pixels, key, measure_costs)
-        try:
-            pool.submit(_extract_and_save, *arguments).result()
-        except BrokenProcessPool:
-            return "its process died; was there memory enough?"
-        # Whatever one backbone fails with, the others go on.
-        except Exception as error:
-            return str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ""
+def _own_folder(store: Path) -> Path:
+    """For pixels of this process; what a killed one of this machine left is removed."""
+    host = socket.gethostname()
+    for left in store.glob(f"pixels-{host}-*"):
+        pid = left.name.rpartition("-")[2]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return store / f"pixels-{host}-{os.getpid()}"
 
 
-def _extract_and_save(
-    backbone: Backbone,
-    source: Source,
-    images: int,
-    store: Store,
-    pixels: Path,
-    key: str,
-    measure_costs: bool,
-) -> None:
-    store.save(extract(backbone, source, open_cache(pixels, images), measure_costs), key)
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _costs(model: Classifier, size: int, device: torch.device) -> Iterator[Cost]:

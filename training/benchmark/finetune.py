@@ -12,16 +12,15 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.files import write_atomically
 from training.augment import seeded, training_transform
 from training.backbones import Classifier, Source, load_classifier
-from training.benchmark.features import BATCH_SIZE, key_of
+from training.benchmark.features import BATCH_SIZE, load_arrays, save_arrays
 from training.benchmark.probes import FOLDS, Study
 from training.data.cache import build_cache
 from training.data.manifest import DataError, Record
+from training.fit import freeze_batch_norm
 from training.zoo import Backbone
 
-EPOCHS = 4
 BACKBONE_RATE = 2e-4
 HEAD_RATE = 2e-3
 WEIGHT_DECAY = 0.02
@@ -63,9 +62,7 @@ class _Tuned(nn.Module):
     def train(self, mode: bool = True) -> "_Tuned":
         """Statistics of a few hundred images are worse than ImageNet's, and some are folded."""
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        freeze_batch_norm(self)
         return self
 
 
@@ -76,7 +73,8 @@ def finetune(
     records: Sequence[Record],
     study: Study,
     folder: Path,
-    epochs: int = EPOCHS,
+    key: str,
+    epochs: int,
     workers: int = 2,
 ) -> Floats:
     """Held-out scores of every image, [N], fold by fold; a fold that is there is not done again.
@@ -88,6 +86,7 @@ def finetune(
         records: Of the images.
         study: Its folds and labels.
         folder: For the scores of finished folds.
+        key: Of its features.
         epochs: Of one cycle of the learning rate.
         workers: Processes that augment images.
 
@@ -99,16 +98,17 @@ def finetune(
     scores = np.empty(len(records))
     for fold in tqdm(range(FOLDS), f"fine-tune {backbone.name}", unit="fold"):
         held = np.flatnonzero(study.folds == fold)
-        key = f"{key_of(backbone, source, records)} epochs {epochs} fold {fold} of {held.tolist()}"
+        own_key = f"{key} epochs {epochs} labels {study.truth.tolist()} held {held.tolist()}"
         path = folder / f"{backbone.name}-{fold}.npz"
-        done = _load(path, key)
-        if done is None:
-            model = _Tuned(load_classifier(backbone, source), channels)
+        found = load_arrays(path, own_key, ("scores",))
+        if found is None:
             train = np.flatnonzero(study.folds != fold).tolist()
+            torch.manual_seed(fold)
+            model = _Tuned(load_classifier(backbone, source), channels)
             done = _tune(model, pixels, study, train, held.tolist(), epochs, workers)
-            with write_atomically(path) as temporary, temporary.open("wb") as file:
-                np.savez(file, key=key, scores=done)
-        scores[held] = done
+            found = {"scores": done}
+            save_arrays(path, own_key, scores=done)
+        scores[held] = found["scores"]
     return scores
 
 
@@ -164,12 +164,3 @@ def _tune(
             batch = torch.from_numpy(np.array(pixels[held[start : start + batch_size]])).to(device)
             parts.append(model(batch).float().cpu().numpy())
     return np.concatenate(parts)
-
-
-def _load(path: Path, key: str) -> Floats | None:
-    try:
-        with np.load(path) as saved:
-            scores: Floats = saved["scores"]
-            return scores if str(saved["key"]) == key else None
-    except (OSError, ValueError, KeyError):
-        return None

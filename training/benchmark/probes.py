@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedGroupKFold
@@ -29,8 +28,12 @@ NEIGHBOURS = 20
 LEAST_SENSITIVITY = 0.80
 HIGH_SENSITIVITY = 0.95
 FIGURES = ("AUROC", "partial AUROC above 80 % sensitivity", "specificity at 95 % sensitivity")
+# The largest value of each.
+MOST = dict(zip(FIGURES, (1.0, 1 - LEAST_SENSITIVITY, 1.0), strict=True))
 _PENALTIES = (1.0, 10.0, 100.0, 1_000.0)
 _TEMPERATURE = 0.07
+# Held-out images at a time, so that memory does not grow with the square of their number.
+_BLOCK = 512
 _PERMUTATIONS = 200
 _NULL_BOOTSTRAPS = 10
 _NULL_REPLICATES = 200
@@ -62,20 +65,21 @@ class Judged:
     Attributes:
         values: By figure, the mean over folds.
         replicates: By figure, on every resample, [R].
-        widening: Of intervals, since the folds are not independent; at least 1.
+        widening: Of intervals by figure, since the folds are not independent; at least 1.
         scores: Held out, [N]; those of different folds do not compare.
     """
 
     values: dict[str, float]
     replicates: dict[str, Floats] = field(repr=False)
-    widening: float
+    widening: dict[str, float]
     scores: Floats = field(repr=False)
 
     def interval(self, figure: str) -> tuple[float, float]:
         """95 %, by the resamples' standard error."""
-        reach = _Z * self.widening * float(np.nanstd(self.replicates[figure], ddof=1))
+        spread = float(np.nanstd(self.replicates[figure], ddof=1))
+        reach = _Z * self.widening[figure] * spread
         value = self.values[figure]
-        return max(value - reach, 0.0), min(value + reach, 1.0)
+        return max(value - reach, 0.0), min(value + reach, MOST[figure])
 
 
 def design(
@@ -166,13 +170,17 @@ def neighbours(projected: Floats, study: Study) -> Judged:
     unit = projected / np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), 1e-12)
 
     def learn(train: Floats, held: Floats, rows: NDArray[np.bool_], permuted: Truth) -> Scores:
-        similarity = held @ train.T
         count = min(NEIGHBOURS, len(train))
-        nearest = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
-        votes = np.exp(np.take_along_axis(similarity, nearest, axis=1) / _TEMPERATURE)
-        votes /= votes.sum(axis=1, keepdims=True)
-        scores = (votes * study.truth[rows][nearest]).sum(axis=1)
-        return scores, np.einsum("nk,nkp->np", votes, permuted[nearest].astype(np.float64))
+        parts = []
+        for start in range(0, len(held), _BLOCK):
+            similarity = held[start : start + _BLOCK] @ train.T
+            nearest = np.argpartition(similarity, -count, axis=1)[:, -count:]
+            votes = np.exp(np.take_along_axis(similarity, nearest, axis=1) / _TEMPERATURE)
+            votes /= votes.sum(axis=1, keepdims=True)
+            null = np.einsum("nk,nkp->np", votes, permuted[nearest].astype(np.float64))
+            parts.append(((votes * study.truth[rows][nearest]).sum(axis=1), null))
+        scores, null = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return scores, null
 
     return _judge(unit, study, learn)
 
@@ -181,19 +189,19 @@ Scores = tuple[Floats, Floats]
 Learn = Callable[[Floats, Floats, NDArray[np.bool_], Truth], Scores]
 
 
-def judge_scores(study: Study, scores: Floats, widening: float) -> Judged:
+def judge_scores(study: Study, scores: Floats, widening: dict[str, float] | None = None) -> Judged:
     """The figures of scores that were held out in the study's folds.
 
     Args:
         study: Its labels and folds.
         scores: Higher for melanoma, [N].
-        widening: Of intervals: a probe's, where the scores come from one that was not permuted.
+        widening: Of intervals by figure; None where it is not known, and not made up for.
     """
     single = _over_folds(study, study.truth, scores, np.ones((1, len(scores)), np.float32))
     return Judged(
         values={name: float(value[0]) for name, value in single.items()},
         replicates=_over_folds(study, study.truth, scores, study.weights),
-        widening=widening,
+        widening=widening or dict.fromkeys(FIGURES, 1.0),
         scores=scores,
     )
 
@@ -260,25 +268,22 @@ def _mean(parts: Sequence[Floats]) -> Floats:
     return mean
 
 
-def _widening(study: Study, null: Floats) -> float:
-    """How much further the AUROC of permuted labels strays than its bootstrap says."""
-    areas = []
-    for number in range(FOLDS):
-        held = study.folds == number
-        truth, ranks = study.permuted[held], rankdata(null[held], axis=0)
-        positives = truth.sum(axis=0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            area = (ranks * truth).sum(axis=0) - positives * (positives + 1) / 2
-            areas.append(area / (positives * (len(truth) - positives)))
-    strays = float(np.nanmean((_mean(areas) - 0.5) ** 2))
-    weights = study.weights[:_NULL_REPLICATES]
-    believed = [
-        np.nanvar(
-            _over_folds(study, study.permuted[:, column], null[:, column], weights)["AUROC"], ddof=1
-        )
-        for column in range(min(_NULL_BOOTSTRAPS, null.shape[1]))
-    ]
-    return max(1.0, float(np.sqrt(strays / max(float(np.mean(believed)), 1e-12))))
+def _widening(study: Study, null: Floats) -> dict[str, float]:
+    """How much further figures of permuted labels stray than their bootstrap says."""
+    once, few = np.ones((1, len(study.truth)), np.float32), study.weights[:_NULL_REPLICATES]
+
+    def on(column: int, weights: Floats) -> dict[str, Floats]:
+        return _over_folds(study, study.permuted[:, column], null[:, column], weights)
+
+    columns = range(null.shape[1])
+    singles = [on(column, once) for column in columns]
+    resampled = [on(column, few) for column in columns[:_NULL_BOOTSTRAPS]]
+    widening = {}
+    for figure in FIGURES:
+        strays = np.nanvar([part[figure][0] for part in singles], ddof=1)
+        believed = np.mean([np.nanvar(part[figure], ddof=1) for part in resampled])
+        widening[figure] = max(1.0, float(np.sqrt(strays / max(float(believed), 1e-12))))
+    return widening
 
 
 def _fit(values: Floats, truth: Truth, penalty: float) -> LogisticRegression:

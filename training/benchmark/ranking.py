@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, norm
 
-from training.benchmark.probes import Judged
+from training.benchmark.probes import FIGURES, Judged
 
 Floats = NDArray[np.floating]
 
+AUROC = FIGURES[0]
 SIGNIFICANT = 0.05
 
 
@@ -21,7 +22,7 @@ class Place:
     Attributes:
         name: Of the backbone.
         behind: How far its AUROC is behind the best's.
-        p_value: Of that difference, adjusted for all comparisons (Holm 1979); 1 for the best.
+        p_value: Of that difference, adjusted for all pairs (Holm 1979); 1 for the best.
         tied: Not shown to be worse than the best.
     """
 
@@ -31,23 +32,21 @@ class Place:
     tied: bool
 
 
-def rank(judged: Mapping[str, Judged], figure: str = "AUROC") -> list[Place]:
-    """Backbones, best first, each compared with the best in pairs: on the same resamples."""
-    order = sorted(judged, key=lambda name: -judged[name].values[figure])
-    if not order:
-        return []
-    best = judged[order[0]]
-    raw = [_p_value(best, judged[name], figure) for name in order[1:]]
-    adjusted = [1.0, *holm(raw)]
-    return [
-        Place(
-            name,
-            best.values[figure] - judged[name].values[figure],
-            p_value,
-            p_value >= SIGNIFICANT,
-        )
-        for name, p_value in zip(order, adjusted, strict=True)
-    ]
+def rank(judged: Mapping[str, Judged]) -> list[Place]:
+    """Backbones by AUROC, best first, each compared with the best on the same resamples.
+
+    Which one is best is read off the same data, so all pairs of backbones count as compared.
+    """
+    order = sorted(judged, key=lambda name: -judged[name].values[AUROC])
+    pairs = [(i, j) for i in range(len(order)) for j in range(i + 1, len(order))]
+    raw = [_p_value(judged[order[i]], judged[order[j]]) for i, j in pairs]
+    adjusted = dict(zip(pairs, holm(raw), strict=True))
+    places = []
+    for number, name in enumerate(order):
+        p_value = adjusted[0, number] if number else 1.0
+        behind = judged[order[0]].values[AUROC] - judged[name].values[AUROC]
+        places.append(Place(name, behind, p_value, p_value >= SIGNIFICANT))
+    return places
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -104,10 +103,10 @@ def pareto(quality: Sequence[float], speed: Sequence[float]) -> list[bool]:
     ]
 
 
-def _p_value(best: Judged, other: Judged, figure: str) -> float:
-    difference = best.values[figure] - other.values[figure]
-    spread = float(np.nanstd(best.replicates[figure] - other.replicates[figure], ddof=1))
-    spread *= max(best.widening, other.widening)
+def _p_value(best: Judged, other: Judged) -> float:
+    difference = best.values[AUROC] - other.values[AUROC]
+    spread = float(np.nanstd(best.replicates[AUROC] - other.replicates[AUROC], ddof=1))
+    spread *= max(best.widening[AUROC], other.widening[AUROC])
     if not spread:
         return 1.0 if not difference else 0.0
     return float(2 * norm.sf(abs(difference) / spread))

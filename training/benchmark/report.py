@@ -1,18 +1,16 @@
 """The backbones' report: one self-contained page, and the JSON and CSV behind it."""
 
 import csv
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from models.files import write_atomically
 from training.benchmark import plots
 from training.benchmark.probes import FIGURES
 from training.benchmark.table import SCORES
-from training.report import interval, number, to_json
+from training.report import load_template, to_json
 
 JSON, TABLE, PAGE = "report.json", "backbones.csv", "report.html"
 Report = dict[str, Any]
@@ -51,9 +49,6 @@ def flat(backbone: Report) -> dict[str, Any]:
 
 def render(report: Report) -> str:
     """The page: no script, nothing loaded from elsewhere."""
-    environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    environment.globals |= {"interval": interval, "number": number}
-    text = files("training").joinpath("benchmark/report.html.j2").read_text(encoding="utf-8")
     shown = {
         name: Markup(plot(report))
         for name, plot in (
@@ -64,7 +59,7 @@ def render(report: Report) -> str:
     }
     if report["pareto"]:
         shown["pareto"] = Markup(plots.pareto(report))
-    return environment.from_string(text).render(
+    return load_template("benchmark/report.html.j2").render(
         report=report, plots=shown, figures=FIGURES, scores=SCORES
     )
 

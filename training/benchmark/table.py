@@ -22,6 +22,8 @@ Report = dict[str, Any]
 # The head of the paper's table; every other seed stands in the table of chance.
 FIXED_SEED = 0
 AUROC = FIGURES[0]
+# Each holds one backbone's features.
+_THREADS = 8
 SCORES = ("LogME", "LEEP", "NCE", "H-score", "ImageNet top-1")
 
 
@@ -41,7 +43,6 @@ def judge(
     load: Callable[[str], Features],
     study: Study,
     components: int,
-    finetuned: Mapping[str, Floats] | None = None,
     budget: float | None = None,
 ) -> Report:
     """The report's numbers.
@@ -51,7 +52,6 @@ def judge(
         load: Reads one backbone's.
         study: Labels, folds, resamples.
         components: Number of lesions, patients or duplicates that the images are of.
-        finetuned: Held-out scores of those that were fine-tuned, by name.
         budget: Milliseconds an image that the recommended backbone may take.
     """
 
@@ -59,16 +59,12 @@ def judge(
         return _judge_one(load(name), study)
 
     # NumPy works without the interpreter's lock; its own threads would only get in the way.
-    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with threadpool_limits(1), ThreadPoolExecutor(min(os.cpu_count() or 1, _THREADS)) as pool:
         found = dict(
             zip(names, tqdm(pool.map(find, names), "judge", len(names), unit="net"), strict=True)
         )
     places = ranking.rank({name: one.logistic for name, one in found.items()})
     chance = zero_train.chance([one.accuracies for one in found.values()])
-    tuned = {
-        name: probes.judge_scores(study, scores, found[name].logistic.widening)
-        for name, scores in (finetuned or {}).items()
-    }
     images = len(study.truth)
     backbones = []
     for number, place in enumerate(places, start=1):
@@ -93,7 +89,7 @@ def judge(
                 "logistic": _figures(one.logistic),
                 "neighbours": _figures(one.neighbours),
                 "scores": one.scores,
-                "fine-tuned": _figures(tuned[place.name]) if place.name in tuned else None,
+                "fine-tuned": None,
             }
         )
     worst, best = zero_train.extremes_by_chance(images, len(found))
@@ -135,6 +131,21 @@ def judge(
     return report
 
 
+def add_finetuned(report: Report, study: Study, scores: Mapping[str, Floats]) -> None:
+    """Set what fine-tuned backbones reach, and how well the cheaper scores foretold it.
+
+    Args:
+        report: Of `judge`.
+        study: Its labels and folds.
+        scores: Held out, [N], by name.
+    """
+    for backbone in report["backbones"]:
+        if backbone["name"] in scores:
+            # How far folds of fine-tuned networks hang together is not known.
+            backbone["fine-tuned"] = _figures(probes.judge_scores(study, scores[backbone["name"]]))
+    report["correlations"] = _correlations(report["backbones"])
+
+
 def _judge_one(features: Features, study: Study) -> _Found:
     projected = probes.project(features.penultimate)
     backbone, source = features.backbone, features.source
@@ -154,7 +165,6 @@ def _judge_one(features: Features, study: Study) -> _Found:
             "weights": source.label,
             "note": source.note,
             "features": int(features.penultimate.shape[1]),
-            "device": features.device,
             "costs": [
                 {
                     "batch size": cost.batch_size,

@@ -36,7 +36,7 @@ def build_cache(path: Path, records: Sequence[Record], height: int, width: int) 
     Raises:
         DataError: An image cannot be read; what was decoded before it is kept for the next try.
     """
-    key = _key(records, height, width)
+    key = files_key(records, height, width)
     shape = (len(records), height, width, 3)
     note, partial = path.with_suffix(".json"), path.with_suffix(".part")
     if path.is_file() and _read(note) == {"key": key, "images": len(records)}:
@@ -103,8 +103,12 @@ def open_cache(path: Path, count: int) -> Pixels:
     return pixels
 
 
-def _key(records: Sequence[Record], height: int, width: int) -> str:
-    """What a cache is of: these files, this size, this decoder."""
+def files_key(records: Sequence[Record], height: int, width: int) -> str:
+    """What decoded pixels depend on: these files in this order, this size, this decoder.
+
+    Raises:
+        DataError: A file is not there.
+    """
     digest = hashlib.sha256(Path(images.__file__).read_bytes())
     libjpeg = features.version("libjpeg_turbo")
     digest.update(f"{height} {width} Pillow {PIL.__version__} {libjpeg}".encode())

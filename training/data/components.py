@@ -82,8 +82,14 @@ def names_of(records: Sequence[Record], labels: NDArray[np.int32]) -> list[str]:
 
 
 def with_components(records: Sequence[Record]) -> list[Record]:
-    """The records, with the components that their ids give where the manifest has none."""
+    """The records, all with components: what a manifest links stays, and ids link the others."""
     if all(record.component for record in records):
         return list(records)
-    names = names_of(records, components(records))
+    first: dict[str, int] = {}
+    linked = [
+        (first.setdefault(record.component, row), row)
+        for row, record in enumerate(records)
+        if record.component
+    ]
+    names = names_of(records, components(records, linked))
     return [replace(r, component=name) for r, name in zip(records, names, strict=True)]

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,9 +16,9 @@ import torch
 from typer.testing import CliRunner
 
 from tests.lesions import lesion
-from training.backbones import Source, build
-from training.benchmark import probes
-from training.benchmark.features import Features, Store, key_of
+from training.backbones import Source, build, find_source
+from training.benchmark import compare, probes
+from training.benchmark.features import Features, Store, in_own_process, keys_of
 from training.benchmark.report import save_report
 from training.benchmark.table import judge
 from training.cli import cli
@@ -89,15 +90,68 @@ def test_the_report_says_what_was_found(drawn: Path, tmp_path: Path) -> None:
 def test_nothing_is_computed_twice(drawn: Path, tmp_path: Path) -> None:
     arguments = ("--weights", "random", "--no-costs")
     run(drawn, tmp_path, *arguments, names=TINY[:2])
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "features").glob("*.npz")}
+    before = times(tmp_path / "features")
     assert len(before) == 2
     assert not list((tmp_path / "features").glob("pixels*"))
     run(drawn, tmp_path, *arguments, names=TINY)
-    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "features").glob("*.npz")}
+    after = times(tmp_path / "features")
     assert len(after) == 3
     assert before.items() <= after.items()
-    # Other weights are other features.
-    assert not Store(tmp_path / "features").holds(choose(TINY)[0], "another key")
+    # Of other weights are other features, and these stay.
+    torch.save(build(choose(TINY)[0]).state_dict(), tmp_path / f"{TINY[0]}.pth")
+    run(drawn, tmp_path, "--weights-dir", str(tmp_path), "--no-costs", names=TINY[:1])
+    assert len(times(tmp_path / "features")) == 4
+    assert after.items() <= times(tmp_path / "features").items()
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+
+
+def test_features_are_of_the_images_in_their_order(drawn: Path, tmp_path: Path) -> None:
+    records = load_manifest(drawn)
+    work = [(b, Source("random", "random, seed 0")) for b in choose(TINY[:1])]
+    keys = [keys_of(work, chosen)[TINY[0]] for chosen in (records, records[::-1], records)]
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_costs_that_were_not_measured_are_measured_later(drawn: Path, tmp_path: Path) -> None:
+    def costs() -> list[dict[str, float]]:
+        report = json.loads((tmp_path / "report" / "report.json").read_text())
+        return report["backbones"][0]["costs"]
+
+    run(drawn, tmp_path, "--weights", "random", "--no-costs", names=TINY[:1])
+    assert costs() == []
+    run(drawn, tmp_path, "--weights", "random", names=TINY[:1])
+    assert len(costs()) == 2
+
+
+def test_a_process_that_dies_is_said_to_have_died() -> None:
+    assert in_own_process(os._exit, 3) == "its process died; was there memory enough?"
+    assert in_own_process(int, "x").startswith("invalid literal")
+    assert in_own_process(len, "x") == ""
+
+
+def test_what_a_killed_run_left_is_removed(drawn: Path, tmp_path: Path) -> None:
+    left = tmp_path / "features" / f"pixels-{socket.gethostname()}-999999999"
+    left.mkdir(parents=True)
+    run(drawn, tmp_path, "--weights", "random", "--no-costs", names=TINY[:1])
+    assert not left.exists()
+
+
+def test_cached_features_are_judged_without_their_weights(drawn: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    told = ("--weights-dir", str(weights), "--no-costs", "--offline")
+    (backbone,) = choose(TINY[:1])
+    source, _ = find_source(backbone)
+    records = load_manifest(drawn)
+    generator = np.random.default_rng(0)
+    store = Store(tmp_path / "run" / "features")
+    arrays = (generator.normal(size=(len(records), n)).astype(np.float32) for n in (64, 1000))
+    store.save(keys_of([(backbone, source)], records)[backbone.name], backbone, *arrays)
+    result = run(drawn, tmp_path / "run", *told, names=TINY[:1])
+    assert result.exit_code == 0, result.output
 
 
 def test_a_kill_half_way_costs_one_backbone_at_most(drawn: Path, tmp_path: Path) -> None:
@@ -153,10 +207,23 @@ def test_the_best_are_fine_tuned(drawn: Path, tmp_path: Path) -> None:
     assert report["finetuned"] == [first["name"]]
     assert 0 <= first["fine-tuned"]["AUROC"]["value"] <= 1
     assert second["fine-tuned"] is None
-    folds = {p: p.stat().st_mtime_ns for p in (tmp_path / "finetuned").glob("*.npz")}
+    folds = times(tmp_path / "finetuned")
     assert len(folds) == probes.FOLDS
     run(drawn, tmp_path, *told, names=TINY[1:])
-    assert folds == {p: p.stat().st_mtime_ns for p in (tmp_path / "finetuned").glob("*.npz")}
+    assert folds == times(tmp_path / "finetuned")
+
+
+def test_fine_tuning_that_fails_leaves_the_report(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory\nat length")
+
+    monkeypatch.setattr(compare, "finetune", fail)
+    told = ("--weights", "random", "--no-costs", "--finetune", "1")
+    assert run(drawn, tmp_path, *told, names=TINY[:1]).exit_code == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["missing"] == {f"{TINY[0]}, fine-tuned": "out of memory"}
 
 
 @pytest.mark.parametrize(
@@ -193,11 +260,11 @@ def whole_tool(names: list[str], drawn: Path, folder: Path) -> None:
     assert report["missing"] == {}
     assert {b["name"] for b in report["backbones"]} == set(names)
     records = load_manifest(drawn)
-    for backbone in choose(names):
-        source = Source("random", "random, seed 0")
-        store = Store(folder / "features")
-        assert store.holds(backbone, key_of(backbone, source, records))
-        assert store.load(backbone, source).logits.shape == (len(records), 1000)
+    work = [(backbone, Source("random", "random, seed 0")) for backbone in choose(names)]
+    keys, store = keys_of(work, records), Store(folder / "features")
+    for backbone, source in work:
+        found = store.load(keys[backbone.name], backbone, source)
+        assert found.logits.shape == (len(records), 1000)
 
 
 def test_light_and_odd_backbones_pass_through_the_whole_tool(tmp_path: Path) -> None:
@@ -221,7 +288,7 @@ def simulated(name: str, truth: np.ndarray, channels: int, gap: float) -> Featur
     features[:, 0] += gap * truth
     logits = generator.normal(size=(len(truth), 1000)).astype(np.float32)
     (backbone,) = choose([name])
-    return Features(backbone, Source("random", "simulated"), "cpu", (), features, logits)
+    return Features(backbone, Source("random", "simulated"), (), features, logits)
 
 
 def test_a_report_needs_no_throughput(tmp_path: Path) -> None:
@@ -233,7 +300,7 @@ def test_a_report_needs_no_throughput(tmp_path: Path) -> None:
     assert report["recommended"] is None
     about = {
         "command": "c",
-        "device": "d",
+        "machine": "d",
         "seed": 0,
         "weights": "pretrained",
         "datasets": "x",

@@ -86,6 +86,7 @@ def test_a_probe_finds_what_is_there(probe) -> None:
     low, high = judged.interval(AUROC)
     assert 0.5 < low < judged.values[AUROC] < high <= 1
     assert judged.values[AUROC] > 0.8
+    assert judged.interval(PARTIAL)[1] <= 0.2
 
 
 @pytest.mark.parametrize("probe", [logistic, neighbours])
@@ -95,7 +96,15 @@ def test_without_signal_the_interval_is_wider_than_a_bootstrap(probe) -> None:
     judged = probe(project(features), study)
     low, high = judged.interval(AUROC)
     assert low < 0.5 < high
-    assert judged.widening > 1.1
+    assert judged.widening[AUROC] > 1.1
+
+
+def test_neighbours_are_found_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    study, truth, _ = study_of()
+    projected = project(np.random.default_rng(5).normal(size=(len(truth), 10)))
+    whole = neighbours(projected, study)
+    monkeypatch.setattr(probes, "_BLOCK", 7)
+    assert neighbours(projected, study).scores == pytest.approx(whole.scores)
 
 
 def test_projection_keeps_distances_where_there_is_room() -> None:

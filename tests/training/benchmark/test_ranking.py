@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.benchmark.probes import FIGURES, Judged, design, logistic, project
+from training.benchmark.probes import Judged, design, logistic, project
 from training.benchmark.ranking import Place, holm, pareto, rank, rank_correlation, recommend
 
 
@@ -75,9 +75,3 @@ def test_what_was_not_measured_is_not_recommended() -> None:
 def test_on_the_pareto_front_nothing_is_better_and_faster() -> None:
     assert pareto([0.9, 0.8, 0.7, 0.85], [1, 5, 4, 5]) == [True, False, False, True]
     assert pareto([0.5, 0.5], [1, 1]) == [True, True]
-
-
-def test_every_figure_has_a_ranking() -> None:
-    judged = judged_of({"a": 2.5, "b": 0.2})
-    for figure in FIGURES:
-        assert rank(judged, figure)[0].name == "a"
