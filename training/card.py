@@ -75,7 +75,8 @@ def model_card(bundle: Bundle, report: Report) -> str:
 
 {sources}
 
-The backbone started from EfficientNet-Lite0's ImageNet weights (Apache-2.0).
+The backbone started from ImageNet weights, under their publisher's licence (EfficientNet-Lite:
+Apache-2.0).
 
 ## What it predicts
 

@@ -49,7 +49,6 @@ from training.run import Run, rows
 from training.state import belongs, identity_of, load_tensors
 from training.tasks import DIAGNOSES
 
-NAME = "mmtl-lite0"
 VERSION = "0.3.0"
 AGE_EDGES = (30.0, 45.0, 60.0, 75.0)
 AGE_LABELS = ("0-29", "30-44", "45-59", "60-74", "75+")
@@ -115,7 +114,7 @@ def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
         differences = compare_artifacts(served, files, pixels, checked.tolist())
         golden = np.stack([golden_image(seed, *pixels.shape[1:3]) for seed in GOLDEN_SEEDS])
         manifest = Manifest(
-            name=NAME,
+            name=f"mmtl-{config.backbone.removeprefix('tf_efficientnet_')}",
             version=VERSION,
             description=(
                 f"M-MTL on {config.backbone}: melanoma, age, site, sex and diagnosis from "
