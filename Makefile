@@ -37,7 +37,7 @@ test-slow: $(VENV)/.dev
 check: lint
 	$(MAKE) test
 
-## Retrain, evaluate and export the shipped bundle from the data folder (about an hour on two cores).
+## Retrain, evaluate and export the shipped bundle from the data folder (about an hour and a quarter on two cores).
 default-bundle: $(VENV)/.dev
 	$(VENV)/bin/mmtl-train prepare $(DATA) --config configs/default.toml --run $(RUN)
 	$(VENV)/bin/mmtl-train fit --run $(RUN)
