@@ -147,7 +147,7 @@ def benchmark(
         speed = f"{b['costs'][0]['images per second']:.1f}" if b["costs"] else ""
         text = f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
         table.add_row(str(b["rank"]), b["name"], text, speed, "tied" if b["tied for first"] else "")
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
     print(f"Wrote {out}/report.html, report.json and backbones.csv.")
 
 

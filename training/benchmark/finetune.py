@@ -9,16 +9,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from training.augment import seeded, training_transform
 from training.backbones import Classifier, Source, load_classifier
 from training.benchmark.features import BATCH_SIZE, load_arrays, save_arrays
 from training.benchmark.probes import FOLDS, Study
+from training.config import Config
 from training.data.cache import build_cache
 from training.data.manifest import DataError, Record
-from training.fit import freeze_batch_norm
+from training.fit import AugmentedImages, freeze_batch_norm
 from training.zoo import Backbone
 
 BACKBONE_RATE = 2e-4
@@ -26,23 +26,6 @@ HEAD_RATE = 2e-3
 WEIGHT_DECAY = 0.02
 
 Floats = NDArray[np.floating]
-
-
-class _Images(Dataset[tuple[Tensor, int]]):
-    """Augmented images of one epoch."""
-
-    def __init__(self, pixels: NDArray[np.uint8], positions: list[int], epoch: int):
-        self.pixels, self.positions, self.epoch = pixels, positions, epoch
-        self.transform = training_transform(pixels.shape[1])
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, item: int) -> tuple[Tensor, int]:
-        position = self.positions[item]
-        image = torch.from_numpy(np.array(self.pixels[position])).permute(2, 0, 1)
-        drawn = seeded(self.transform, image, 0, self.epoch, position)
-        return drawn.permute(1, 2, 0), position
 
 
 class _Tuned(nn.Module):
@@ -133,12 +116,12 @@ def _tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
     )
-    truth = torch.from_numpy(study.truth).float()
+    truth, config = torch.from_numpy(study.truth).float(), Config(size=pixels.shape[1])
     for epoch in range(epochs):
         model.train()
         order = torch.Generator().manual_seed(epoch)
         torch.manual_seed(epoch)
-        images = _Images(pixels, train, epoch)
+        images = AugmentedImages(pixels, [(position, 0) for position in train], config, epoch)
         loader = DataLoader(
             images,
             batch_size,
@@ -148,7 +131,7 @@ def _tune(
             generator=order,
         )
         for batch, positions in loader:
-            logits = model(batch.to(device))
+            logits = model(batch.to(device).permute(0, 2, 3, 1))
             target = truth[positions].to(device)
             loss = functional.binary_cross_entropy_with_logits(logits, target)
             if not math.isfinite(loss.item()):

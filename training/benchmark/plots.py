@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from training.benchmark.probes import FIGURES
 from training.plots import BLUE, GREY, RED, draw
@@ -83,7 +84,7 @@ def probe(report: Report) -> str:
         axes.set_yticks(places, names, fontsize=8 if len(names) < 30 else 6)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set(xlabel="AUROC of the logistic probe", title=_title(report, "What can be learned"))
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="upper left")
 
     return draw(plot, 6.2, max(2.8, 0.9 + 0.17 * len(backbones)))
 
@@ -105,6 +106,9 @@ def pareto(report: Report) -> str:
         front = sorted((s, v) for s, v, best in zip(speeds, values, on_it, strict=True) if best)
         axes.step(*np.array(front).T, where="pre", color=BLUE, linewidth=0.8)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.2)
         axes.set(
             xlabel=f"images per second at batch {measured[0]['costs'][-1]['batch size']}",
