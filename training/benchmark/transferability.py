@@ -70,6 +70,8 @@ def leep(logits: Floats, truth: Truth) -> float:
         truth: Class numbers, [N].
     """
     source = softmax(np.asarray(logits, np.float64), axis=1)
+    # A class that no image may be of says nothing, and has no conditional.
+    source = source[:, source.sum(axis=0) > 0]
     labels, numbers = np.unique(truth, return_inverse=True)
     joint = np.stack([source[numbers == k].sum(axis=0) for k in range(len(labels))])
     conditional = joint / joint.sum(axis=0)

@@ -25,6 +25,12 @@ def test_leep_by_hand() -> None:
     assert leep(np.log(source), TRUTH) == pytest.approx((np.log(zero) + np.log(one)) / 2)
 
 
+def test_a_source_class_that_is_nowhere_says_nothing() -> None:
+    source = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8]])
+    logits = np.hstack([np.log(source), np.full((4, 1), -1e5)])
+    assert leep(logits, TRUTH) == pytest.approx(leep(np.log(source), TRUTH))
+
+
 def test_h_score_by_hand() -> None:
     # Variance 1 within both classes' means at -1 and +1: one of two parts is between the classes.
     features = np.array([[-2.0], [0.0], [0.0], [2.0]])
