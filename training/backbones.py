@@ -102,8 +102,11 @@ def build(backbone: Backbone) -> nn.Module:
     if backbone.library == "timm":
         model: nn.Module = timm.create_model(backbone.name, pretrained=False)
         return model
-    plain = BUILT_PLAIN.get(backbone.name, {})
-    built: nn.Module = torchvision.models.get_model(backbone.name, weights=None, **plain)
+    options: dict[str, Any] = dict(BUILT_PLAIN.get(backbone.name, {}))
+    if backbone.family == "ViT":
+        # Its position embedding is of one size: that of the weights.
+        options["image_size"] = backbone.input_size
+    built: nn.Module = torchvision.models.get_model(backbone.name, weights=None, **options)
     return built
 
 

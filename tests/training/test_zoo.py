@@ -63,6 +63,14 @@ def test_parameters_are_of_the_network_that_is_run(name: str) -> None:
     assert backbone.parameters == sum(p.numel() for p in build(backbone).parameters())
 
 
+def test_a_vision_transformer_is_built_for_its_own_size() -> None:
+    (backbone,) = choose(["vit_h_14"])
+    with torch.device("meta"):
+        network = build(backbone)
+    assert network.image_size == backbone.input_size == 518
+    assert backbone.parameters == sum(p.numel() for p in network.parameters())
+
+
 def test_the_list_is_for_people_and_for_scripts() -> None:
     shown = CliRunner().invoke(cli, ["zoo", "list"])
     assert shown.exit_code == 0
