@@ -29,7 +29,7 @@ lint: $(VENV)/.dev
 test: $(VENV)/.dev
 	$(VENV)/bin/pytest
 
-## Every backbone of the zoo through the whole benchmark, the largest included (half an hour).
+## Every backbone of the zoo through the whole benchmark, the largest included (five minutes, 4 GB).
 test-slow: $(VENV)/.dev
 	$(VENV)/bin/pytest -m slow
 
