@@ -29,7 +29,7 @@ lint: $(VENV)/.dev
 test: $(VENV)/.dev
 	$(VENV)/bin/pytest
 
-## Every backbone of the zoo through the whole benchmark, the largest included (five minutes, 4 GB).
+## Every backbone of the zoo through the whole benchmark, the largest included (minutes and gigabytes).
 test-slow: $(VENV)/.dev
 	$(VENV)/bin/pytest -m slow
 
@@ -37,7 +37,7 @@ test-slow: $(VENV)/.dev
 check: lint
 	$(MAKE) test
 
-## Retrain, evaluate and export the shipped bundle from the data folder (about an hour and a quarter on two cores).
+## Retrain, evaluate and export the shipped bundle from the data folder (more than an hour on two cores).
 default-bundle: $(VENV)/.dev
 	$(VENV)/bin/mmtl-train prepare $(DATA) --config configs/default.toml --run $(RUN)
 	$(VENV)/bin/mmtl-train fit --run $(RUN)

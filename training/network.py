@@ -94,9 +94,9 @@ def age_distribution(continuation_logits: Tensor) -> Tensor:
 def melanoma_log_odds(melanoma: Tensor, diagnosis: Tensor) -> Tensor:
     """The melanoma logit: the mean of what both heads say that know of it.
 
-    The diagnosis head, which has to tell each other diagnosis from melanoma, ranks a little better
-    than the head that only knows melanoma and not; together they rank as well, and know what images
-    without a diagnosis taught.
+    On validation the diagnosis head, which has to tell each other diagnosis from melanoma, ranks a
+    little better than the head that only knows melanoma and not, and their mean is between them; it
+    also knows what images without a diagnosis taught.
 
     Args:
         melanoma: Logits of that head, [N, 1].
