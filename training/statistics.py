@@ -3,8 +3,8 @@
 A plain percentile interval of an AUROC near 0.9 covers too seldom: it is taken from a skewed
 distribution, and of twenty melanomas it knows less than it pretends. So the intervals are
 bias-corrected and accelerated (BCa: Efron 1987), and expanded to Student's t (Hesterberg 2015,
-section 3.2) with the degrees of freedom that the figure really has. benchmarks/coverage.py measures
-what they cover.
+section 3.2) with the degrees of freedom that the figure's standard error really has.
+benchmarks/coverage.py measures what they cover.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -171,7 +171,8 @@ class _Shape(NamedTuple):
         value: The figure itself, on all images.
         bias: The normal quantile of the share of replicates below it.
         acceleration: How its standard error changes with it, from its jackknife's third moment.
-        freedom: Degrees of freedom of that standard error (Satterthwaite's, from the fourth).
+        freedom: Degrees of freedom of that standard error (Satterthwaite's), for what the third
+            moment does not explain already: of a share next to nothing.
     """
 
     value: float
@@ -196,9 +197,11 @@ def _shape(value: float, drawn: Floats, left: Floats) -> _Shape:
     below = (np.sum(defined < value) + np.sum(defined <= value)) / (2 * len(defined))
     least = 1 / (len(defined) + 1)
     bias = float(stats.norm.ppf(np.clip(below, least, 1 - least)))
-    acceleration = float((influence**3).sum()) / (6 * squares**1.5)
-    excess = float((influence**4).sum()) / squares**2 - 1 / len(influence)
-    return _Shape(value, bias, acceleration, max(2 / excess, 1.0) if excess > 0 else np.inf)
+    skewness = float((influence**3).sum()) / squares**1.5
+    # The squared standard error's own relative variance, less what goes with the figure.
+    unexplained = float((influence**4).sum()) / squares**2 - 1 / len(influence) - skewness**2
+    freedom = max(2 / unexplained, 1.0) if unexplained > 0 else np.inf
+    return _Shape(value, bias, skewness / 6, freedom)
 
 
 def _defined(drawn: Floats) -> Floats | None:
