@@ -12,7 +12,7 @@ uv := $(VENV)/bin/uv
 install := $(uv) pip install --quiet --python $(VENV)/bin/python --require-hashes
 editable := $(uv) pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
 
-.PHONY: serve test test-slow lint check default-bundle benchmark docs lock clean
+.PHONY: serve test test-slow lint check default-bundle benchmark bench-serve docs lock clean
 
 ## Serve the shipped bundle on http://127.0.0.1:8000 (settings: MMTL_*; see docs/settings.md).
 serve: $(VENV)/.cpu
@@ -42,6 +42,7 @@ default-bundle: $(VENV)/.dev
 	$(VENV)/bin/mmtl-train prepare $(DATA) --config configs/default.toml --run $(RUN)
 	$(VENV)/bin/mmtl-train fit --run $(RUN)
 	$(VENV)/bin/mmtl-train export --run $(RUN) --bundle models/default
+	$(VENV)/bin/mmtl-train quantize --run $(RUN) --bundle models/default
 	$(VENV)/bin/mmtl-train evaluate $(DATA) --run $(RUN) --bundle models/default --publish \
 		--out docs/evaluation
 
@@ -51,6 +52,10 @@ benchmark: $(VENV)/.dev
 	$(VENV)/bin/mmtl-train benchmark runs/paper.csv --split test --offline \
 		--weights-dir $(WEIGHTS) --weights-notes docs/benchmark/weights.toml \
 		--finetune 3 --run runs/benchmark --out docs/benchmark
+
+## mmtl beside LitServe, BentoML, Ray Serve and FastAPI (half an hour; installs each on its own).
+bench-serve: $(VENV)/.dev
+	$(VENV)/bin/python -m benchmarks.serving.compare $(DATA)
 
 ## Write the generated pages of docs/ anew; a breaking change of the HTTP contract is refused.
 docs: $(VENV)/.dev

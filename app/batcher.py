@@ -1,17 +1,17 @@
-"""Work-conserving micro-batching: a free engine takes everything that waits, and waits for nothing.
+"""Work-conserving micro-batching: one pool of workers decodes images and runs the network on them.
 
-One thread runs the engine. Requests reserve their place before they are decoded, so that what is in
-memory is bounded; a job whose caller has gone, or whose deadline has passed, is dropped when it is
-taken off the queue.
+A free worker waits for nothing that has not come. Where the network runs on the CPU, on the very
+cores that decode, a worker decodes what waits before it runs a small batch; a GPU is never left
+idle for that. Requests reserve their place before anything is decoded, so that what is in memory is
+bounded; a job whose caller has gone, or whose deadline has passed, is dropped when it is taken up.
 """
 
-import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,10 @@ from app.engines import Engine
 from app.telemetry import Metrics
 
 Pixels = NDArray[np.uint8]
+# Decoded images that a CPU should run together; more gain nothing (docs/performance.md).
+_BATCH_ON_CPU = 4
+# Workers beyond the cores: they use what the others leave idle, waiting for the interpreter.
+_SPARE = 2
 log = structlog.get_logger()
 
 
@@ -55,7 +59,7 @@ class Answer:
 
     Attributes:
         outputs: By name, the row of this image.
-        queue_seconds: From being queued to the start of its batch.
+        queue_seconds: That it waited, for its decoding and for its batch.
         inference_seconds: The run of its batch.
     """
 
@@ -66,27 +70,43 @@ class Answer:
 
 @dataclass(slots=True)
 class _Job:
-    pixels: Pixels
+    decode: Callable[[], Pixels]
     deadline: float
-    future: "Future[Answer]" = field(default_factory=Future)
-    queued: float = field(default_factory=time.monotonic)
+    future: "Future[Answer]"
+    since: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
+    pixels: Pixels | None = None
 
     def take(self, now: float) -> bool:
-        """Whether the job is still worth running."""
-        if not self.future.set_running_or_notify_cancel():
+        """Whether the job is still worth working on."""
+        self.waited += now - self.since
+        if self.future.cancelled():
             return False
         if now > self.deadline:
-            self.future.set_exception(DeadlineExceeded())
+            self.fail(DeadlineExceeded())
             return False
         return True
 
+    def fail(self, error: Exception) -> None:
+        """Answer with an error, unless nobody waits for it any more."""
+        if not self.future.done():
+            with suppress(InvalidStateError):  # cancelled just now
+                self.future.set_exception(error)
+
+    def succeed(self, answer: Answer) -> None:
+        """Answer, unless nobody waits for it any more."""
+        if not self.future.done():
+            with suppress(InvalidStateError):
+                self.future.set_result(answer)
+
 
 class Batcher:
-    """The bounded queue and its runner.
+    """The bounded queue and its workers.
 
     Args:
         engine: Loaded.
         input_size: Height and width of its images.
+        cores: That decode, and on a CPU run the network; other threads come on top.
         max_batch: Most images in one run.
         queue_size: Most images admitted at once.
         metrics: Told of every batch.
@@ -96,6 +116,7 @@ class Batcher:
         self,
         engine: Engine,
         input_size: tuple[int, int],
+        cores: int,
         max_batch: int,
         queue_size: int,
         metrics: Metrics,
@@ -105,14 +126,22 @@ class Batcher:
         self._max_batch = max_batch
         self._queue_size = queue_size
         self._metrics = metrics
+        on_cpu = engine.device == "cpu"
+        self._worth_running = min(_BATCH_ON_CPU, max_batch) if on_cpu else 1
         self._admitted = 0
-        self._queue: deque[_Job] = deque()
-        self._running: list[_Job] = []
+        self._encoded: deque[_Job] = deque()
+        self._decoded: deque[_Job] = deque()
+        self._running = 0
         self._changed = threading.Condition()
         self._draining = False
         self._closed = False
+        self._failed = False
         self._warm = threading.Event()
-        self._runner = threading.Thread(target=self._run, name="mmtl-runner", daemon=True)
+        # The first one warms the engine up for all.
+        self._workers = [
+            threading.Thread(target=self._work, args=[i == 0], name=f"mmtl-work-{i}", daemon=True)
+            for i in range(cores + (_SPARE if on_cpu else engine.runs_at_once))
+        ]
         metrics.queue_depth.set_function(lambda: self._admitted)
 
     @property
@@ -122,24 +151,27 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether the runner is running, warm or not."""
-        return self._runner.is_alive()
+        """Whether the workers are working, warm or not."""
+        return not self._failed and all(worker.is_alive() for worker in self._workers)
 
     def start(self) -> None:
-        """Start the runner, which warms up before it is ready."""
-        self._runner.start()
+        """Start the workers; the engine is warmed up before it is ready."""
+        for worker in self._workers:
+            worker.start()
 
     def drain(self) -> None:
         """Admit no more requests, and answer those that are. Safe in a signal handler."""
         self._draining = True
 
     def close(self, timeout: float | None = None) -> None:
-        """Take no more images, run those that wait, and stop the runner."""
+        """Take no more images, run those that wait, and stop the workers."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        if self._runner.is_alive():
-            self._runner.join(timeout)
+            self._changed.notify_all()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.join(None if deadline is None else max(deadline - time.monotonic(), 0))
         self._refuse_all(Draining())
 
     @contextmanager
@@ -148,7 +180,7 @@ class Batcher:
 
         Raises:
             Draining: The batcher is closing.
-            NotReady: The runner is not warm, or has died.
+            NotReady: The engine is not warm, or a worker has died.
             Saturated: There is no place for all of them.
         """
         with self._changed:
@@ -165,41 +197,46 @@ class Batcher:
             with self._changed:
                 self._admitted -= count
 
-    async def submit(self, pixels: Pixels, deadline: float) -> Answer:
-        """Run one image, within a reservation.
+    def put(self, decode: Callable[[], Pixels], deadline: float, future: "Future[Answer]") -> None:
+        """Queue one image, within a reservation, from any thread.
 
         Args:
-            pixels: uint8 [height, width, 3].
+            decode: Called in a worker's thread; uint8 [height, width, 3].
             deadline: On `time.monotonic`'s clock.
-
-        Raises:
-            Refused: One of its subclasses says why.
+            future: Gets the answer, or what `decode` raised, or the subclass of `Refused` that says
+                why there is none. Who no longer wants it cancels it.
         """
-        job = _Job(pixels, deadline)
+        job = _Job(decode, deadline, future)
         with self._changed:
-            if self._closed:
-                raise Draining
-            if not self.alive:
-                raise NotReady
-            self._queue.append(job)
-            self._changed.notify()
-        return await asyncio.wrap_future(job.future)
+            if self.alive and not self._closed:
+                self._encoded.append(job)
+                self._changed.notify()
+                return
+        job.fail(Draining() if self._closed else NotReady())
 
-    def _run(self) -> None:
+    def _work(self, warms_up: bool) -> None:
+        jobs: list[_Job] = []
         try:
-            self._warm_up()
-            while (jobs := self._take()) is not None:
-                if jobs:
-                    self._infer(jobs)
+            if warms_up:
+                self._warm_up()
+            while (taken := self._take()) is not None:
+                jobs = taken
+                if not jobs:
+                    continue
+                if jobs[0].pixels is None:
+                    self._decode(jobs[0])
+                else:
+                    self._run(jobs)
         except BaseException as error:  # whatever it was, no caller may hang on it
-            log.error("runner died", error=type(error).__name__, reason=str(error))
-            raise
-        finally:
+            log.error("worker died", error=type(error).__name__, reason=str(error))
+            with self._changed:
+                self._failed = True
+                self._changed.notify_all()
             reason = Draining() if self._closed else NotReady()
-            for job in self._running:
-                if not job.future.done():
-                    job.future.set_exception(reason)
+            for job in jobs:
+                job.fail(reason)
             self._refuse_all(reason)
+            raise
 
     def _warm_up(self) -> None:
         started = time.monotonic()
@@ -211,48 +248,82 @@ class Batcher:
         log.info("ready", warm_up_seconds=round(time.monotonic() - started, 3))
 
     def _take(self) -> list[_Job] | None:
-        """The next batch's jobs; None when closed and empty."""
+        """One job to decode, or a batch to run; None when closed and empty, or one has died."""
         with self._changed:
-            while not self._queue:
-                if self._closed:
+            while not self._failed:
+                free = self._running < self._engine.runs_at_once
+                enough = len(self._decoded) >= self._worth_running
+                if self._decoded and free and (enough or not self._encoded):
+                    return self._batch()
+                if self._encoded:
+                    job = self._encoded.popleft()
+                    return [job] if job.take(time.monotonic()) else []
+                if self._closed and not self._decoded:
                     return None
                 self._changed.wait()
-            now = time.monotonic()
-            jobs: list[_Job] = []
-            while self._queue and len(jobs) < self._max_batch:
-                job = self._queue.popleft()
-                if job.take(now):
-                    jobs.append(job)
-            self._running = jobs
-            return jobs
+            return None
+
+    def _batch(self) -> list[_Job]:
+        """What is decoded, up to the largest batch."""
+        now = time.monotonic()
+        jobs: list[_Job] = []
+        while self._decoded and len(jobs) < self._max_batch:
+            job = self._decoded.popleft()
+            if job.take(now):
+                jobs.append(job)
+        self._running += bool(jobs)
+        return jobs
+
+    def _decode(self, job: _Job) -> None:
+        try:
+            job.pixels = job.decode()
+        except Exception as error:
+            job.fail(error)
+            return
+        job.since = time.monotonic()
+        with self._changed:
+            self._decoded.append(job)
+            self._changed.notify()
+
+    def _run(self, jobs: list[_Job]) -> None:
+        try:
+            self._infer(jobs)
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify()
 
     def _infer(self, jobs: list[_Job]) -> None:
         started = time.monotonic()
         try:
-            outputs = self._engine.run(np.stack([job.pixels for job in jobs]))
-            rows = [
-                {name: values[row] for name, values in outputs.items()} for row in range(len(jobs))
+            outputs = self._engine.run(
+                np.stack([job.pixels for job in jobs if job.pixels is not None])
+            )
+            finite = [
+                np.isfinite(values).reshape(len(jobs), -1).all(1) for values in outputs.values()
             ]
         except Exception as error:
             if len(jobs) == 1:
                 log.error("inference failed", error=type(error).__name__, reason=str(error))
-                jobs[0].future.set_exception(InferenceFailed())
+                jobs[0].fail(InferenceFailed())
             else:  # one image of them may be at fault: each alone
                 for job in jobs:
                     self._infer([job])
             return
         took = time.monotonic() - started
         self._metrics.batch_size.observe(len(jobs))
-        for job, row in zip(jobs, rows, strict=True):
-            if all(np.isfinite(values).all() for values in row.values()):
-                job.future.set_result(Answer(row, started - job.queued, took))
+        for row, (job, whole) in enumerate(zip(jobs, np.all(finite, axis=0), strict=True)):
+            if whole:
+                one = {name: values[row] for name, values in outputs.items()}
+                job.succeed(Answer(one, job.waited, took))
             else:
                 log.error("inference failed", error="NotFinite", reason="an output is not finite")
-                job.future.set_exception(InferenceFailed())
+                job.fail(InferenceFailed())
 
     def _refuse_all(self, reason: Refused) -> None:
         with self._changed:
-            jobs = [job for job in self._queue if job.future.set_running_or_notify_cancel()]
-            self._queue.clear()
+            jobs = [*self._encoded, *self._decoded]
+            self._encoded.clear()
+            self._decoded.clear()
         for job in jobs:
-            job.future.set_exception(reason)
+            job.fail(reason)

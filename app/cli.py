@@ -1,8 +1,9 @@
-"""`mmtl serve | predict | bundle verify, inspect, recalibrate, diff | settings | openapi`."""
+"""The command line: serve, bench, predict, bundles, settings, the OpenAPI description."""
 
 import asyncio
 import json
 import logging
+import os
 import re
 import sys
 from math import ceil
@@ -16,9 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from app import load
 from app.batcher import Batcher
 from app.engines import EngineError, load_engine
 from app.main import build_api, create_app
+from app.memory import keep_freed_memory
 from app.problems import Problem
 from app.schemas import Failure, PredictResponse, Success
 from app.settings import PREFIX, Settings, SettingsError, load_settings
@@ -36,7 +39,7 @@ from models.recalibration import (
 )
 
 NOTICE = "Research software, not a medical device."
-_EXPECTED = (BundleError, CalibrationError, EngineError, SettingsError, Problem)
+_EXPECTED = (BundleError, CalibrationError, EngineError, SettingsError, Problem, load.LoadError)
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=f"Serve M-MTL. {NOTICE}")
 bundle_cli = typer.Typer(no_args_is_help=True, help="Look at bundles, and recalibrate them.")
@@ -64,10 +67,16 @@ def serve(
     check: Annotated[
         bool, typer.Option("--check", help="Validate settings and bundle, and exit.")
     ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="`auto`, `cpu` or `cuda:0`; before MMTL_DEVICE.")
+    ] = None,
 ) -> None:
     """Serve the bundle. Everything is set by MMTL_* variables: see docs/settings.md."""
+    if device is not None:
+        os.environ[f"{PREFIX}DEVICE"] = device
     settings = load_settings()
     configure_logs("WARNING" if check else settings.log_level)
+    keep_freed_memory()
     app = create_app(settings)
     if check:
         facts = app.state.predictor.model
@@ -102,6 +111,57 @@ class Server(uvicorn.Server):
         """On SIGINT and SIGTERM."""
         self._batcher.drain()
         super().handle_exit(sig, frame)
+
+
+@cli.command()
+def bench(
+    url: Annotated[str, typer.Argument(help="Of a running service: http://127.0.0.1:8000.")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="JPEG files, sent in turn; without any, some are drawn."),
+    ] = None,
+    clients: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Each sends when it has an answer (1, 8 and 32 by default)."),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Instead: images a second, arriving by chance."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of each load.")] = 10.0,
+    header: Annotated[
+        list[str] | None, typer.Option(help="Further ones: `Authorization: Bearer …`.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure how much a running service answers, and how fast, to size a host."""
+    pairs = [entry.partition(":") for entry in header or []]
+    target = load.Target(
+        url,
+        [read(path).data for path in images or []] or load.draw_images(),
+        [(name.strip(), value.strip()) for name, _, value in pairs],
+    )
+    measured = {
+        count: load.run(target, count, seconds, rate).summary()
+        for count in clients or ([load.OPEN_CLIENTS] if rate else [1, 8, 32])
+    }
+    if as_json:
+        print(json.dumps(measured, indent=2))
+        return
+    title = f"{url}, {f'{rate:g} images/s arriving' if rate else 'closed loop'}"
+    table = Table(title=title, caption="times in milliseconds")
+    for column in ("clients", "images/s", "p50", "p95", "p99", "refused (503)", "failed"):
+        table.add_column(column, justify="right")
+    for count, found in measured.items():
+        percentiles = [found[f"p{percent}_ms"] for percent in (50, 95, 99)]
+        table.add_row(
+            str(count),
+            f"{found['images_per_second']:.1f}",
+            *("" if value is None else f"{value:.1f}" for value in percentiles),
+            str(found["refused"]),
+            str(found["failed"]),
+        )
+    Console().print(table)
 
 
 @cli.command()

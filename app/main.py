@@ -8,7 +8,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
 from app import problems
-from app.engines import load_engine
+from app.engines import open_engine
 from app.predictor import Predictor
 from app.routes import health, metrics, model, predict, web
 from app.settings import Settings
@@ -31,8 +31,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.engines.EngineError: The runtime or the device is not there.
     """
     bundle = load_bundle(settings.bundle)
-    artifact = bundle.artifact(settings.artifact)
-    engine = load_engine(bundle, artifact, settings)
+    artifact, engine = open_engine(bundle, settings)
     measured = Metrics(bundle.manifest, settings.max_batch, problems.KINDS)
     predictor = Predictor(bundle, artifact, engine, settings, measured)
     facts = predictor.model

@@ -4,14 +4,16 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app import batcher as batching
 from app import problems
-from app.batcher import Batcher
+from app.batcher import Answer, Batcher
 from app.cores import available_cores
 from app.engines import Engine
 from app.heatmap import draw_overlay
@@ -67,6 +69,25 @@ def problem_of(refusal: type[batching.Refused]) -> Problem:
     return Problem(*_REFUSALS[refusal])
 
 
+@dataclass(slots=True)
+class _Picture:
+    """An upload, and what its decoder found.
+
+    Attributes:
+        data: Encoded.
+        image: Decoded.
+        warnings: On the picture itself.
+        sha256: Of `data`, in hexadecimal.
+        decode_seconds: That it took.
+    """
+
+    data: bytes
+    image: DecodedImage | None = None
+    warnings: list[QualityWarning] = field(default_factory=list)
+    sha256: str = ""
+    decode_seconds: float = 0.0
+
+
 class Predictor:
     """Everything that answers for an image.
 
@@ -95,12 +116,12 @@ class Predictor:
         self._deadline_seconds = settings.deadline_seconds
         self._limits = settings.limits
         self._metrics = metrics
-        self._decoders = ThreadPoolExecutor(
-            settings.threads or available_cores(), thread_name_prefix="mmtl-decode"
-        )
+        cores = settings.threads or available_cores()
+        self._drawers = ThreadPoolExecutor(cores, thread_name_prefix="mmtl-draw")
         self.batcher = Batcher(
             engine,
             (self._input.height, self._input.width),
+            cores,
             settings.max_batch,
             settings.queue_size,
             metrics,
@@ -113,7 +134,7 @@ class Predictor:
     def close(self) -> None:
         """Stop; what is still queued is run first, as long as its deadline allows."""
         self.batcher.close(self._deadline_seconds)
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._drawers.shutdown(wait=False, cancel_futures=True)
 
     def check_open(self) -> None:
         """Refuse a request whose body need not be read.
@@ -170,23 +191,27 @@ class Predictor:
         self, upload: Upload, explain: bool, deadline: float, trace: Trace
     ) -> Success:
         loop = asyncio.get_running_loop()
-        asked = time.monotonic()
-        decoding = loop.run_in_executor(self._decoders, self._decode, upload.data)
-        image, digest, began, ended = await decoding
-        self._spent(trace, "decode", ended - began)
-        if isinstance(image, ImageError):
-            raise Problem.of_image(image)
+        picture = _Picture(upload.data)
+        future: Future[Answer] = Future()
+        self.batcher.put(partial(self._decode, picture), deadline, future)
         try:
-            answer = await self.batcher.submit(image.pixels, deadline)
+            answer = await asyncio.wrap_future(future)
+        except ImageError as error:
+            raise Problem.of_image(error) from None
         except batching.InferenceFailed as refusal:
             raise problem_of(type(refusal)) from None
-        self._spent(trace, "queue", began - asked + answer.queue_seconds)
+        finally:
+            if picture.decode_seconds:
+                self._spent(trace, "decode", picture.decode_seconds)
+        self._spent(trace, "queue", answer.queue_seconds)
         self._spent(trace, "inference", answer.inference_seconds)
-        prediction, quality = self._interpret(image, answer.outputs)
+        image = picture.image
+        assert image is not None
+        prediction, quality = self._interpret(picture, answer.outputs)
         fields: dict[str, Explanation] = {}
         if explain:
             overlay = await loop.run_in_executor(
-                self._decoders,
+                self._drawers,
                 draw_overlay,
                 upload.data,
                 image,
@@ -198,32 +223,31 @@ class Predictor:
             filename=upload.filename,
             status="ok",
             image=ImageFacts(
-                width=image.width, height=image.height, format=image.format, sha256=digest
+                width=image.width, height=image.height, format=image.format, sha256=picture.sha256
             ),
             prediction=prediction,
             quality=quality,
             **fields,
         )
 
-    def _decode(self, data: bytes) -> tuple[DecodedImage | ImageError, str, float, float]:
-        """In a decoder's thread: the image or its error, the digest, and when it began and ended.
-
-        From being asked to the beginning, the image waited for a thread: that is queueing.
-        """
+    def _decode(self, picture: "_Picture") -> NDArray[np.uint8]:
+        """In a worker's thread: the pixels, and what else there is to know of the picture."""
         began = time.monotonic()
-        image: DecodedImage | ImageError
         try:
-            image = decode(data, self._input.height, self._input.width, self._limits)
-        except ImageError as error:
-            image = error
-        return image, hashlib.sha256(data).hexdigest(), began, time.monotonic()
+            image = decode(picture.data, self._input.height, self._input.width, self._limits)
+            picture.image = image
+            picture.warnings = find_warnings(image)
+            picture.sha256 = hashlib.sha256(picture.data).hexdigest()
+        finally:
+            picture.decode_seconds = time.monotonic() - began
+        return image.pixels
 
     def _spent(self, trace: Trace, stage: str, seconds: float) -> None:
         trace.spent(stage, seconds)
         self._metrics.stages.labels(stage).observe(seconds)
 
     def _interpret(
-        self, image: DecodedImage, outputs: Mapping[str, NDArray[np.float32]]
+        self, picture: "_Picture", outputs: Mapping[str, NDArray[np.float32]]
     ) -> tuple[Prediction, Quality]:
         artifact, metrics = self.artifact, self._metrics
         probability = float(melanoma_probability(outputs["melanoma_logit"], artifact.calibration))
@@ -250,7 +274,7 @@ class Predictor:
                 categories[task.name] = Category(label=label, probabilities=probabilities)
         score = float(outputs["ood_score"])
         inside = score <= artifact.ood_threshold
-        warnings = find_warnings(image)
+        warnings = picture.warnings
         if not inside:
             warnings.append(QualityWarning.OUT_OF_DISTRIBUTION)
             metrics.out_of_distribution.inc()

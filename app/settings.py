@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 import models
-from models.bundle import ArtifactFormat
+from models.bundle import ArtifactFormat, Precision
 from models.images import Limits
 
 PREFIX = "MMTL_"
@@ -38,6 +38,9 @@ class Settings(BaseSettings):
 
     artifact: ArtifactFormat = "onnx"
     """Which of the bundle's artifacts to run."""
+
+    precision: Literal["auto"] | Precision = "auto"
+    """`fp32`, `fp16` or `int8`; `auto` takes what is fastest on the device and in the bundle."""
 
     trust_torch: bool = False
     """Allow torch artifacts. They are code: say yes only to a bundle that you made or trust."""

@@ -5,17 +5,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from app import problems
+from app.forms import FIELD, Form
 from app.problems import Problem
 from app.settings import Settings
 from models.images import MEDIA_TYPES
 
-FIELD = "files"
 # A body that is refused is read on for so long, so that the caller gets to read the answer.
 _LINGER_SECONDS = 5.0
 _LINGER_BYTES = 512_000_000
@@ -172,25 +169,6 @@ async def _read(
         raise
 
 
-class _Parser(MultiPartParser):
-    """Starlette's parser, which takes a body that is cut short for a form with fewer files."""
-
-    ended = False
-
-    def on_end(self) -> None:
-        self.ended = True
-
-    async def parse(self) -> FormData:
-        self.stream = self._to_its_end(self.stream)
-        return await super().parse()
-
-    async def _to_its_end(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-        async for chunk in stream:
-            yield chunk
-        if not self.ended:
-            raise MultiPartException("The form ends before its closing boundary.")
-
-
 async def _read_raw(body: Body) -> Upload:
     data = b"".join([chunk async for chunk in body.chunks()])
     if not data:
@@ -199,56 +177,7 @@ async def _read_raw(body: Body) -> Upload:
 
 
 async def _read_form(request: Request, body: Body, settings: Settings) -> list[Upload]:
-    _, options = parse_options_header(request.headers["content-type"])
-    if not options.get(b"boundary"):
-        raise Problem(problems.MALFORMED_FORM, "The Content-Type header names no boundary.")
-    parser = _Parser(
-        request.headers,
-        body.chunks(),
-        # One more than allowed, so that the problem is ours; a field that is no file is refused.
-        max_files=settings.max_files + 1,
-        max_fields=1,
-    )
-    # Starlette would spool a part of over 1 MB to a temporary file: patient data, on disk.
-    parser.spool_max_size = settings.max_bytes + 1
-    try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        if "Too many files" in error.message:
-            raise _too_many(settings) from None
-        raise Problem(problems.MALFORMED_FORM, error.message) from None
-    try:
-        return [await _upload(name, value) for name, value in _checked(form, settings)]
-    finally:
-        await form.close()
-
-
-def _checked(form: FormData, settings: Settings) -> list[tuple[str, UploadFile | str]]:
-    items = form.multi_items()
-    if not items:
-        raise Problem(
-            problems.NO_FILES, f"Send at least one image as a file in the field `{FIELD}`."
-        )
-    if len(items) > settings.max_files:
-        raise _too_many(settings)
-    return items
-
-
-async def _upload(name: str, value: UploadFile | str) -> Upload:
-    if name != FIELD or not isinstance(value, UploadFile):
-        what = "a file" if name == FIELD else f"`{FIELD}`"
-        raise Problem(
-            problems.UNEXPECTED_FIELD,
-            f"The form has the field `{name[:60]}`, which is not {what}: send each image as a file "
-            f"in the field `{FIELD}`.",
-        )
-    # A caller's charset may decode to what UTF-8 cannot say again.
-    filename = (value.filename or "").encode("utf-8", "replace").decode()
-    return Upload(filename, await value.read())
-
-
-def _too_many(settings: Settings) -> Problem:
-    return Problem(
-        problems.TOO_MANY_FILES,
-        f"A request may hold at most {settings.max_files} images; send the others in another.",
-    )
+    form = Form(request.headers["content-type"], settings.max_files)
+    async for chunk in body.chunks():
+        form.write(chunk)
+    return [Upload(file.filename, b"".join(file.pieces)) for file in form.end()]

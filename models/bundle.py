@@ -24,6 +24,7 @@ FORMAT_VERSION: Literal[1] = 1
 AGE_GRID = tuple(range(0, 91, 5))
 
 ArtifactFormat = Literal["onnx", "torch_export", "torchscript"]
+Precision = Literal["fp32", "fp16", "int8"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Logits = NDArray[np.floating]
@@ -89,18 +90,28 @@ class OperatingPoint(_Part):
     specificity: Probability
 
 
+class Golden(_Part):
+    """What the network answers for `golden_image(seed, ...)`."""
+
+    seed: int = Field(ge=0)
+    outputs: dict[str, tuple[float, ...]]
+
+
 class Artifact(_Part):
     """One file of the network, and the scalars that turn its outputs into answers."""
 
     file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     format: ArtifactFormat
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Precision
     bytes: int = Field(ge=1)
     sha256: Sha256
     calibration: Calibration
     melanoma_threshold: Probability
     ood_threshold: float
     tolerance: float = Field(gt=0, description="By how much a golden output may differ.")
+    golden: tuple[Golden, ...] | None = Field(
+        None, description="Its own golden predictions; None for those of the manifest."
+    )
 
 
 class DataSource(_Part):
@@ -129,13 +140,6 @@ class Metric(_Part):
     low: float
     high: float
     images: int = Field(ge=1)
-
-
-class Golden(_Part):
-    """What the network answers for `golden_image(seed, ...)`."""
-
-    seed: int = Field(ge=0)
-    outputs: dict[str, tuple[float, ...]]
 
 
 class Manifest(_Part):
@@ -194,22 +198,25 @@ class Bundle:
     folder: Path
     manifest: Manifest
 
-    def artifact(self, artifact_format: ArtifactFormat) -> Artifact:
-        """The artifact of a format.
+    def artifact(
+        self, artifact_format: ArtifactFormat, precision: Precision | None = None
+    ) -> Artifact:
+        """The artifact of a format: the first, or that of a precision.
 
         Raises:
             BundleError: The bundle has none, or its file is not there.
         """
         for artifact in self.manifest.artifacts:
-            if artifact.format == artifact_format:
+            if artifact.format == artifact_format and precision in (None, artifact.precision):
                 if not self.path(artifact).is_file():
                     raise BundleError(
                         f"{self.path(artifact)} is not there. Write it with `mmtl-train export`, "
                         "or serve another format."
                     )
                 return artifact
-        have = ", ".join(artifact.format for artifact in self.manifest.artifacts)
-        raise BundleError(f"{self.folder} has no {artifact_format} artifact; it has {have}.")
+        have = ", ".join(f"{a.format} {a.precision}" for a in self.manifest.artifacts)
+        asked = f"{artifact_format} {precision}" if precision else artifact_format
+        raise BundleError(f"{self.folder} has no {asked} artifact; it has {have}.")
 
     def path(self, artifact: Artifact) -> Path:
         """Where an artifact's file is."""
@@ -349,7 +356,7 @@ def check_golden(manifest: Manifest, artifact: Artifact, outputs: Outputs) -> No
     Raises:
         BundleError: An output is missing or differs by more than the artifact's tolerance.
     """
-    for row, golden in enumerate(manifest.golden):
+    for row, golden in enumerate(artifact.golden or manifest.golden):
         for name, expected in golden.outputs.items():
             if name not in outputs:
                 raise BundleError(f"{artifact.file} has no output {name}.")

@@ -1,7 +1,8 @@
 """Bytes to pixels: the one decode, resize and crop that training and serving share.
 
 A JPEG is decoded at the smallest of libjpeg's DCT scales (1/1, 1/2, 1/4, 1/8) that still covers
-the network's input, so a 24-megapixel original costs little more than its thumbnail.
+the network's input, so a 24-megapixel original costs little more than its thumbnail; of a
+progressive one, only the scans that show at that scale.
 """
 
 import struct
@@ -12,6 +13,8 @@ from io import BytesIO
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from models.progressive import for_an_eighth
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 MEDIA_TYPES = {
@@ -153,10 +156,12 @@ def decode(
     except _PARSE_ERRORS:
         raise CorruptImageError("The image's header is damaged.") from None
     with image:
-        return _fit(image, height, width, limits)
+        return _fit(image, data, height, width, limits)
 
 
-def _fit(image: Image.Image, height: int, width: int, limits: Limits) -> DecodedImage:
+def _fit(
+    image: Image.Image, data: bytes | memoryview, height: int, width: int, limits: Limits
+) -> DecodedImage:
     # A phone's MPO is a JPEG with previews appended; its first frame is the photograph.
     image_format = "JPEG" if image.format == "MPO" else str(image.format)
     _check_size(image, image_format, limits)
@@ -180,7 +185,13 @@ def _fit(image: Image.Image, height: int, width: int, limits: Limits) -> Decoded
     target = (height, width) if swaps else (width, height)
     try:
         if image_format == "JPEG":
+            whole = image.width
             image.draft("RGB", target)
+            if image.info.get("progressive") and whole > 4 * image.width:
+                image = Image.open(BytesIO(for_an_eighth(bytes(data))), formats=["JPEG"])
+                image.draft("RGB", target)
+            # At once: in its usual blocks of 64 KB, threads wait for the interpreter at each.
+            image.decodermaxblock = len(data)  # type: ignore[attr-defined]
         resized = _to_rgb(image).resize(
             target, Image.Resampling.BILINEAR, box=_centred_box(image.size)
         )

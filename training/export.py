@@ -147,19 +147,21 @@ def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
             ),
             training_data=training_data(records),
             golden=tuple(
-                Golden(
-                    seed=seed,
-                    outputs={
-                        name: tuple(np.ravel(values[row]).astype(float).round(6).tolist())
-                        for name, values in eager(served)(golden).items()
-                        if name != "melanoma_map"
-                    },
-                )
+                Golden(seed=seed, outputs=golden_outputs(eager(served)(golden), row))
                 for row, seed in enumerate(GOLDEN_SEEDS)
             ),
         )
         bundle = save_bundle(folder, manifest, {path.name: path for path in files.values()})
     return bundle, differences
+
+
+def golden_outputs(outputs: Outputs, row: int) -> dict[str, tuple[float, ...]]:
+    """One golden image's outputs, as a manifest holds them; the heat map is too long for it."""
+    return {
+        name: tuple(np.ravel(values[row]).astype(float).round(6).tolist())
+        for name, values in outputs.items()
+        if name != "melanoma_map"
+    }
 
 
 def load_fitted(run: Run, records: list[Record]) -> MultiTaskNetwork:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from models.bundle import Bundle, melanoma_probability
+from models.bundle import Bundle, Precision, melanoma_probability
 from models.files import write_atomically
 from models.images import ImageError, decode
 from models.recalibration import LOGIT
@@ -57,14 +57,22 @@ class Predictions:
     trained_on: tuple[str, ...] = ()
 
 
-def predict(bundle: Bundle, records: Sequence[Record]) -> Predictions:
+def predict(
+    bundle: Bundle, records: Sequence[Record], precision: Precision = "fp32"
+) -> Predictions:
     """Run a bundle's ONNX artifact on image files, decoded as the service decodes them.
 
+    Args:
+        bundle: Whose artifact.
+        records: The images.
+        precision: Of the artifact.
+
     Raises:
+        BundleError: The bundle has no such artifact.
         DataError: An image cannot be read.
     """
     manifest = bundle.manifest
-    artifact = bundle.artifact("onnx")
+    artifact = bundle.artifact("onnx", precision)
     run = onnx_runner(bundle.path(artifact))
     size = manifest.input.height, manifest.input.width
 

@@ -4,11 +4,22 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from app.cores import available_cores
 from app.settings import Settings
-from models.bundle import Artifact, Bundle, BundleError, Outputs, check_golden, golden_batch
+from models.bundle import (
+    Artifact,
+    Bundle,
+    BundleError,
+    Outputs,
+    Precision,
+    check_golden,
+    golden_batch,
+)
+
+log = structlog.get_logger()
 
 
 class EngineError(Exception):
@@ -21,14 +32,46 @@ class Engine(Protocol):
     Attributes:
         name: Of the runtime, for metrics and logs.
         device: That it runs on: `cpu` or `cuda:N`.
+        runs_at_once: Threads that call `run` at the same time: on the CPU one a core where the
+            runtime's own threads would wait for each other; on a GPU two, so that one batch is
+            prepared while another runs.
     """
 
     name: str
     device: str
+    runs_at_once: int
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """uint8 [N, H, W, 3] -> each output by name, float32 [N, ...]."""
         ...
+
+
+def open_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
+    """The engine that the settings ask for, and the artifact that it runs.
+
+    Where no precision is asked for, the fastest on the device that the bundle holds: int8 on a CPU,
+    fp16 on a GPU. One that does not answer here as it did when it was made (not every processor
+    multiplies integers without overflow) is passed over.
+
+    Raises:
+        BundleError: The bundle has no such artifact, or the artifact does not fit its manifest.
+        EngineError: The runtime or the device is not there, or a torch artifact is not trusted.
+    """
+    wanted: list[Precision] = [settings.precision] if settings.precision != "auto" else []
+    if settings.artifact == "onnx" and settings.precision == "auto":
+        from app.engines.onnx import uses_gpu
+
+        fastest: Precision = "fp16" if uses_gpu(settings.device) else "int8"
+        held = [a.precision for a in bundle.manifest.artifacts if bundle.path(a).is_file()]
+        wanted = [fastest, "fp32"] if {fastest, "fp32"} <= set(held) else []
+    for precision in wanted[:-1]:
+        artifact = bundle.artifact(settings.artifact, precision)
+        try:
+            return artifact, load_engine(bundle, artifact, settings)
+        except BundleError as error:
+            log.warning("artifact passed over", file=artifact.file, reason=str(error))
+    artifact = bundle.artifact(settings.artifact, wanted[-1] if wanted else None)
+    return artifact, load_engine(bundle, artifact, settings)
 
 
 def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:

@@ -13,13 +13,19 @@ from models.bundle import BundleError, Outputs
 _CUDA = "CUDAExecutionProvider"
 
 
+def uses_gpu(device: str) -> bool:
+    """Whether this ONNX Runtime would take a GPU for `auto`, `cpu` or `cuda:N`."""
+    return device != "cpu" and _CUDA in onnxruntime.get_available_providers()
+
+
 class OnnxEngine:
     """A session of ONNX Runtime.
 
     Args:
         path: Of the artifact.
         device: `auto`, `cpu` or `cuda:N`.
-        threads: Within one run, on the CPU.
+        threads: On the CPU: each runs batches of its own. One run on several cores waits at every
+            node for the slowest of them (docs/performance.md).
 
     Raises:
         BundleError: The file is not a network with the input that the contract names.
@@ -29,17 +35,16 @@ class OnnxEngine:
     name = "onnx"
 
     def __init__(self, path: Path, device: str, threads: int):
-        has_cuda = _CUDA in onnxruntime.get_available_providers()
-        if device.startswith("cuda") and not has_cuda:
+        if device.startswith("cuda") and not uses_gpu(device):
             raise EngineError(
                 f"MMTL_DEVICE={device}: this ONNX Runtime has no CUDA. "
                 "Install requirements/gpu.txt in place of requirements/cpu.txt."
             )
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = 1
         options.log_severity_level = 3
         providers: list[object] = ["CPUExecutionProvider"]
-        if device != "cpu" and has_cuda:
+        if uses_gpu(device):
             number = int(device.removeprefix("cuda:")) if device != "auto" else 0
             providers.insert(0, (_CUDA, {"device_id": number}))
         try:
@@ -51,6 +56,7 @@ class OnnxEngine:
         if device.startswith("cuda") and not on_gpu:
             raise EngineError(f"MMTL_DEVICE={device}: ONNX Runtime could not use that GPU.")
         self.device = ("cuda:0" if device == "auto" else device) if on_gpu else "cpu"
+        self.runs_at_once = 2 if on_gpu else threads
         inputs = self._session.get_inputs()
         if [(i.name, i.type) for i in inputs] != [("images", "tensor(uint8)")]:
             raise BundleError(f"{path.name} must take one input, `images` of uint8.")

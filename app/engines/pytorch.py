@@ -36,6 +36,7 @@ class PytorchEngine:
             raise EngineError(f"MMTL_DEVICE={device}: torch finds {available} GPUs here.")
         self.name: str = artifact_format
         self.device = device if device != "auto" else ("cuda:0" if available else "cpu")
+        self.runs_at_once = 1 if self.device == "cpu" else 2
         torch.set_num_threads(threads)
         try:
             if artifact_format == "torchscript":

@@ -7,11 +7,12 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Query, Request, Response
 
 from app import problems
+from app.forms import FIELD
 from app.predictor import Predictor
 from app.problems import MEDIA_TYPE, Problem, respond
 from app.schemas import Failure, PredictResponse, ProblemBody
 from app.trace import trace_of
-from app.uploads import FIELD, open_uploads
+from app.uploads import open_uploads
 from models.images import MEDIA_TYPES
 
 router = APIRouter()

@@ -2,12 +2,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from app.batcher import (
+    Answer,
     Batcher,
     DeadlineExceeded,
     Draining,
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.anyio
 class Engine:
     """Answers each image's first pixel; holds every run while `gate` is shut."""
 
-    name, device = "test", "cpu"
+    name, device, runs_at_once = "test", "cpu", 1
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -55,7 +57,7 @@ def engine() -> Engine:
 @pytest.fixture
 def batcher(engine: Engine, tmp_path):
     manifest = make_bundle(tmp_path / "bundle").manifest
-    made = Batcher(engine, (SIDE, SIDE), 4, 10, Metrics(manifest, 4, ()))
+    made = Batcher(engine, (SIDE, SIDE), 2, 4, 10, Metrics(manifest, 4, ()))
     made.start()
     until(lambda: made.ready)
     yield made
@@ -75,7 +77,9 @@ def image(value: int) -> NDArray[np.uint8]:
 
 
 async def ask(batcher: Batcher, value: int, seconds: float = 5.0) -> float:
-    answer = await batcher.submit(image(value), time.monotonic() + seconds)
+    future: Future[Answer] = Future()
+    batcher.put(lambda: image(value), time.monotonic() + seconds, future)
+    answer = await asyncio.wrap_future(future)
     return float(answer.outputs["first"])
 
 
@@ -101,7 +105,8 @@ async def test_what_waits_is_taken_together_up_to_the_largest_batch(
     await asyncio.sleep(0.01)
     engine.gate.set()
     assert await asyncio.gather(first, *others) == [1, *range(10, 16)]
-    assert engine.batches == [[1], [10, 11, 12, 13], [14, 15]]
+    assert [len(batch) for batch in engine.batches] == [1, 4, 2]
+    assert sorted(value for batch in engine.batches for value in batch) == [1, *range(10, 16)]
 
 
 async def test_a_caller_who_has_gone_is_not_run(batcher: Batcher, engine: Engine) -> None:

@@ -1,0 +1,130 @@
+"""A multipart body to its files, in memory: nothing is spooled to disk, or copied twice."""
+
+from dataclasses import dataclass, field
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from app import problems
+from app.problems import Problem
+
+FIELD = "files"
+
+
+@dataclass(slots=True)
+class File:
+    """One file of a form.
+
+    Attributes:
+        filename: As it was sent.
+        pieces: Its bytes, as they came.
+    """
+
+    filename: str
+    pieces: list[memoryview] = field(default_factory=list)
+
+
+class Form:
+    """A form that is read as it comes; what does not belong in it is refused at its header.
+
+    Args:
+        content_type: Of the request.
+        max_files: It may hold.
+
+    Raises:
+        Problem: The content type names no boundary.
+    """
+
+    def __init__(self, content_type: str, max_files: int):
+        _, options = parse_options_header(content_type)
+        boundary = options.get(b"boundary")
+        if not boundary:
+            raise Problem(problems.MALFORMED_FORM, "The Content-Type header names no boundary.")
+        self.files: list[File] = []
+        self._max_files = max_files
+        self._header_name = b""
+        self._header_value = b""
+        self._disposition = b""
+        self._ended = False
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._on_part_begin,
+                    "on_part_data": self._on_part_data,
+                    "on_header_field": self._on_header_field,
+                    "on_header_value": self._on_header_value,
+                    "on_header_end": self._on_header_end,
+                    "on_headers_finished": self._on_headers_finished,
+                    "on_end": self._on_end,
+                },
+            )
+        except FormParserError:
+            raise Problem(problems.MALFORMED_FORM, "The boundary is too long.") from None
+
+    def write(self, chunk: bytes) -> None:
+        """Read on.
+
+        Raises:
+            Problem: The form cannot be read, or holds something else than up to `max_files` files
+                in the field `files`.
+        """
+        try:
+            self._parser.write(chunk)
+        except FormParserError:
+            raise Problem(problems.MALFORMED_FORM, "Invalid multipart data.") from None
+
+    def end(self) -> list[File]:
+        """The files, in order.
+
+        Raises:
+            Problem: The form is cut short, or holds no file.
+        """
+        if not self._ended:
+            raise Problem(problems.MALFORMED_FORM, "The form ends before its closing boundary.")
+        if not self.files:
+            raise Problem(
+                problems.NO_FILES, f"Send at least one image as a file in the field `{FIELD}`."
+            )
+        return self.files
+
+    # The parser calls these; data comes as a buffer and the part of it that is meant.
+
+    def _on_part_begin(self) -> None:
+        self._disposition = b""
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        if self._header_name.lower() == b"content-disposition":
+            self._disposition = self._header_value
+        self._header_name = self._header_value = b""
+
+    def _on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        if b"name" not in options:
+            raise Problem(problems.MALFORMED_FORM, "A part of the form has no name.")
+        name = options[b"name"].decode("utf-8", "replace")
+        if name != FIELD or b"filename" not in options:
+            what = "a file" if name == FIELD else f"`{FIELD}`"
+            raise Problem(
+                problems.UNEXPECTED_FIELD,
+                f"The form has the field `{name[:60]}`, which is not {what}: send each image as a "
+                f"file in the field `{FIELD}`.",
+            )
+        if len(self.files) == self._max_files:
+            raise Problem(
+                problems.TOO_MANY_FILES,
+                f"A request may hold at most {self._max_files} images; send the others in another.",
+            )
+        self.files.append(File(options[b"filename"].decode("utf-8", "replace")))
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self.files[-1].pieces.append(memoryview(data)[start:end])
+
+    def _on_end(self) -> None:
+        self._ended = True

@@ -1,0 +1,320 @@
+"""Load on a running service: closed or open loop, how fast it answered, and with what.
+
+In a closed loop each client sends its next image when it has an answer. In an open loop images
+arrive by chance (Poisson), whether or not earlier ones are answered; a time then counts from the
+arrival, so that waiting for a free connection is not left out ("coordinated omission").
+"""
+
+import asyncio
+import random
+import resource
+import ssl
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import cycle
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httptools
+import numpy as np
+from PIL import Image
+
+from app.forms import FIELD
+
+_BOUNDARY = "mmtl-load-7d1f0c3a5b"
+# Connections of an open loop.
+OPEN_CLIENTS = 128
+# Beyond what any service under test is allowed to take.
+_PATIENCE_SECONDS = 120.0
+
+
+class LoadError(Exception):
+    """A service that cannot be reached, or a URL that is none; the message says which."""
+
+
+@dataclass(slots=True)
+class Measured:
+    """What one load gave.
+
+    Attributes:
+        seconds: That were measured, warm-up left out.
+        latencies: Of the answers 200, in seconds.
+        refusals: Latencies of the answers 503.
+        statuses: How many answers had which status; `broken` for a connection that ended.
+        without_retry_after: Answers 503 that do not say when to try again.
+        answers_in_all: Those of the warm-up and of what was still open at the end included.
+        generator_seconds: CPU time of this process in that time.
+    """
+
+    seconds: float = 0.0
+    latencies: list[float] = field(default_factory=list)
+    refusals: list[float] = field(default_factory=list)
+    statuses: Counter[str] = field(default_factory=Counter)
+    without_retry_after: int = 0
+    answers_in_all: int = 0
+    generator_seconds: float = 0.0
+
+    def note(self, status: int, retry_after: bool, seconds: float) -> None:
+        """Count one answer; a status of 0 is a connection that ended without one."""
+        self.statuses[str(status or "broken")] += 1
+        if status == 200:
+            self.latencies.append(seconds)
+        elif status == 503:
+            self.refusals.append(seconds)
+            self.without_retry_after += not retry_after
+
+    def summary(self) -> dict[str, Any]:
+        """Images a second, percentiles in milliseconds and counts, as JSON takes them."""
+        answers = max(sum(self.statuses.values()), 1)
+        return {
+            "images_per_second": len(self.latencies) / self.seconds if self.seconds else 0.0,
+            **{f"p{percent}_ms": _percentile(self.latencies, percent) for percent in (50, 95, 99)},
+            "refused": self.statuses["503"],
+            "refused_p99_ms": _percentile(self.refusals, 99),
+            "failed": sum(self.statuses.values()) - self.statuses["200"] - self.statuses["503"],
+            "without_retry_after": self.without_retry_after,
+            "statuses": dict(self.statuses),
+            "answers_in_all": self.answers_in_all,
+            "seconds": self.seconds,
+            "generator_cpu_ms_per_answer": 1000 * self.generator_seconds / answers,
+        }
+
+
+def _percentile(values: Sequence[float], percent: int) -> float | None:
+    return float(1000 * np.percentile(values, percent)) if values else None
+
+
+class Target:
+    """Where the load goes, and one whole request an image, written out beforehand.
+
+    Args:
+        url: Of the service; a path of its own replaces `/predict`.
+        images: Encoded images.
+        headers: Further ones, such as `Authorization`.
+
+    Raises:
+        LoadError: The URL is not one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        images: Sequence[bytes],
+        headers: Sequence[tuple[str, str]] = (),
+    ):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise LoadError(f"{url} is not a URL such as http://127.0.0.1:8000.")
+        self.host = parts.hostname
+        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self.port = parts.port or (443 if self.tls else 80)
+        path = parts.path if parts.path.strip("/") else "/predict"
+        further = "".join(f"{name}: {value}\r\n" for name, value in headers)
+        self.requests = [_request(parts.netloc, path, further, image) for image in images]
+
+
+def _request(host: str, path: str, further: str, image: bytes) -> bytes:
+    body = (
+        (
+            f"--{_BOUNDARY}\r\n"
+            f'Content-Disposition: form-data; name="{FIELD}"; filename="image.jpg"\r\n'
+            "Content-Type: image/jpeg\r\n\r\n"
+        ).encode()
+        + image
+        + f"\r\n--{_BOUNDARY}--\r\n".encode()
+    )
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\n{further}"
+        f"Content-Type: multipart/form-data; boundary={_BOUNDARY}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+class _Connection(asyncio.Protocol):
+    """One connection, one request at a time."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._answered: asyncio.Future[tuple[int, bool]] | None = None
+        self._retry_after = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._answer(0)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.close()
+            self._answer(0)
+
+    # The parser calls these.
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._retry_after |= name.lower() == b"retry-after"
+
+    def on_message_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if not self._parser.should_keep_alive():
+            self.close()
+        self._answer(status)
+
+    async def send(self, request: bytes) -> tuple[int, bool]:
+        """The status of the answer (0 where none came), and whether it has a `Retry-After`."""
+        if self._transport is None:
+            return 0, False
+        self._parser = httptools.HttpResponseParser(self)
+        self._retry_after = False
+        answered = self._answered = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        try:
+            return await asyncio.wait_for(answered, _PATIENCE_SECONDS)
+        except TimeoutError:
+            self.close()
+            return 0, False
+
+    @property
+    def open(self) -> bool:
+        return self._transport is not None
+
+    def close(self) -> None:
+        """End the connection."""
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+
+    def _answer(self, status: int) -> None:
+        if self._answered is not None and not self._answered.done():
+            self._answered.set_result((status, self._retry_after))
+
+
+def draw_images(seed: int = 0) -> list[bytes]:
+    """Some JPEG images of 1024x768 pixels, of skin and a dark spot, for who has none at hand."""
+    generator = np.random.default_rng(seed)
+    height, width = 768, 1024
+    y, x = np.mgrid[0:height, 0:width]
+    images = []
+    for _ in range(8):
+        centre = generator.uniform(0.3, 0.7, 2) * (height, width)
+        radius = generator.uniform(0.1, 0.3) * height
+        spot = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2
+        noise = generator.normal(0, 12, (height, width, 1))
+        pixels = np.where(spot[..., None], (90, 60, 50), (215, 170, 150)) + noise
+        buffer = BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        images.append(buffer.getvalue())
+    return images
+
+
+async def run_load(
+    target: Target,
+    clients: int,
+    seconds: float,
+    warm_up_seconds: float = 1.0,
+    rate: float | None = None,
+    seed: int = 0,
+) -> Measured:
+    """Send images for a while.
+
+    Args:
+        target: Where to, and what; its images are sent in turn.
+        clients: Connections; in an open loop, the most of them.
+        seconds: For how long, after the warm-up.
+        warm_up_seconds: Sent, but not measured.
+        rate: Images a second of an open loop; None closes it.
+        seed: Of the arrivals.
+
+    Raises:
+        LoadError: Nobody answers there.
+    """
+    loop = asyncio.get_running_loop()
+    requests = cycle(target.requests)
+    measured = Measured()
+    start = time.monotonic() + warm_up_seconds
+    end = start + seconds
+    cpu = 0.0
+
+    async def connect() -> _Connection:
+        try:
+            _, connection = await loop.create_connection(
+                _Connection, target.host, target.port, ssl=target.tls
+            )
+        except OSError as error:
+            raise LoadError(
+                f"Nobody answers at {target.host}:{target.port}: {error.strerror or error}."
+            ) from None
+        return connection
+
+    async def client(arrivals: Iterator[float] | None) -> None:
+        connection = await connect()
+        try:
+            while True:
+                asked = next(arrivals) if arrivals else time.monotonic()
+                if asked >= end:
+                    return
+                if asked > time.monotonic():
+                    await asyncio.sleep(asked - time.monotonic())
+                if not connection.open:
+                    connection = await connect()
+                status, retry_after = await connection.send(next(requests))
+                answered = time.monotonic()
+                measured.answers_in_all += 1
+                if start <= answered <= end:
+                    measured.note(status, retry_after, answered - asked)
+                if status == 503 and not arrivals:
+                    await asyncio.sleep(0.01)  # a client that is refused does not spin
+        finally:
+            connection.close()
+
+    async def meter() -> None:
+        nonlocal cpu
+        await asyncio.sleep(max(start - time.monotonic(), 0))
+        began = _cpu_seconds()
+        await asyncio.sleep(max(end - time.monotonic(), 0))
+        cpu = _cpu_seconds() - began
+
+    # Free connections take the arrivals in turn; with none free, an arrival waits for one.
+    arrivals = _poisson(start - warm_up_seconds, rate, seed) if rate else None
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(clients):
+                group.create_task(client(arrivals))
+            group.create_task(meter())
+    except* LoadError as errors:
+        raise errors.exceptions[0] from None
+    measured.seconds = seconds
+    measured.generator_seconds = cpu
+    return measured
+
+
+def _poisson(start: float, rate: float, seed: int) -> Iterator[float]:
+    """Times of arrivals, without end."""
+    generator = random.Random(seed)
+    now = start
+    while True:
+        now += generator.expovariate(rate)
+        yield now
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run(target: Target, clients: int, seconds: float, rate: float | None = None) -> Measured:
+    """`run_load` on a loop of its own, uvloop's where it is installed."""
+    new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    with suppress(ModuleNotFoundError):
+        import uvloop
+
+        new_event_loop = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(run_load(target, clients, seconds, rate=rate))

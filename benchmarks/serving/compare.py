@@ -1,0 +1,357 @@
+"""mmtl beside what a user would otherwise pick: the same network, images and cores, in one run.
+
+    make bench-serve                (.venv/bin/python -m benchmarks.serving.compare ../shared/data)
+
+Each system has an environment of its own (.venv-bench), is configured as its documentation
+advises (peers/), and is measured alone, one after the other, in an order that rotates from repeat
+to repeat. The load generator is `mmtl bench`, in a process of its own. What was measured is kept in
+runs/bench-serve, and a run that was interrupted goes on there; docs/performance.md is written from
+it.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from benchmarks.serving import page
+from models.bundle import load_bundle
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CORES = len(os.sched_getaffinity(0))
+PORT = 8765
+SECONDS = 4.0
+REPEATS = 3
+MIXES = ("small", "medium", "full size", "mixed")
+CLIENTS = (1, 8, 32, 128)
+OPEN_CLIENTS = 128
+OPEN_LOADS = (0.5, 0.8, 1.2)
+LIMIT_BATCH = 4
+_MARK = "BENCH_SERVE_TOKEN"
+
+
+@dataclass(frozen=True)
+class System:
+    """Something that answers `POST /predict`.
+
+    Attributes:
+        environment: Of .venv-bench.
+        command: Whose first word is a program there.
+        variables: Of its environment.
+    """
+
+    environment: str
+    command: tuple[str, ...]
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+def systems(network: Path, side: int) -> dict[str, System]:
+    """Everything that is measured over HTTP."""
+    peers = HERE / "peers"
+    shared = {"NETWORK": str(network), "SIDE": str(side), "CORES": str(CORES)}
+    ours = {"MMTL_PORT": str(PORT), "MMTL_BUNDLE": str(network.parent)}
+    port = str(PORT)
+    quiet = ("--port", port, "--log-level", "warning")
+    return {
+        "mmtl, same network": System("mmtl", ("mmtl", "serve"), {**ours, "MMTL_PRECISION": "fp32"}),
+        "mmtl, as shipped": System("mmtl", ("mmtl", "serve"), ours),
+        "FastAPI": System("fastapi", ("uvicorn", "fastapi_app:app", *quiet), shared),
+        "LitServe": System("litserve", ("python", f"{peers}/litserve_app.py", port), shared),
+        "BentoML": System(
+            "bentoml", ("bentoml", "serve", "bentoml_app:Service", "--port", port), shared
+        ),
+        "Ray Serve": System("ray", ("python", f"{peers}/ray_app.py", port), shared),
+        "nothing": System("mmtl", ("python", f"{HERE}/null_server.py", port)),
+    }
+
+
+def make_environment(name: str) -> Path:
+    """The folder of an environment's programs, installed from hash-locked requirements."""
+    folder = ROOT / ".venv-bench" / name
+    done = folder / ".done"
+    if not done.exists():
+        uv = ROOT / ".venv/bin/uv"
+        print(f"installing {folder}", file=sys.stderr)
+        subprocess.run([uv, "venv", "--quiet", "--clear", "-p", sys.executable, folder], check=True)
+        locked = ROOT / "requirements/cpu.txt"
+        if name != "mmtl":
+            locked = HERE / f"requirements-{name}.txt"
+        install = [uv, "pip", "install", "--quiet", "--python", folder / "bin/python"]
+        subprocess.run([*install, "--require-hashes", "-r", locked], check=True)
+        if name == "mmtl":
+            own = ["--no-deps", "--no-build-isolation", "-e", ROOT]
+            subprocess.run([*install, *own], check=True)
+        done.touch()
+    return folder / "bin"
+
+
+def make_images(data: Path, folder: Path) -> dict[str, list[Path]]:
+    """Files of each mix: real ones, and real ones made small as HAM10000's originals are."""
+    originals = sorted((data / "originals").glob("*.jpg"))
+    folder.mkdir(parents=True, exist_ok=True)
+    mixes: dict[str, list[Path]] = {name: [] for name in MIXES}
+    for path in originals:
+        with Image.open(path) as image:
+            width = image.width
+            small = folder / path.name
+            if not small.exists():
+                part = small.with_suffix(".part")
+                thumbnail = image.convert("RGB").resize((600, 450), Image.Resampling.LANCZOS)
+                thumbnail.save(part, "JPEG", quality=95)
+                part.rename(small)
+        mixes["small"].append(small)
+        if width < 1100:
+            mixes["medium"].append(path)
+        elif width >= 3000:
+            mixes["full size"].append(path)
+    if not all(mixes[name] for name in MIXES[:3]):
+        raise SystemExit(f"{data}/originals holds no images: give the data folder.")
+    most = max(len(mixes[name]) for name in MIXES[:3])
+    for i in range(most):
+        mixes["mixed"] += [mixes[name][i % len(mixes[name])] for name in MIXES[:3]]
+    return mixes
+
+
+class Process:
+    """A system's processes, found by a mark in their environment: some start daemons."""
+
+    def __init__(self, system: System, log: Path):
+        self.token = f"{time.time_ns()}"
+        programs = make_environment(system.environment)
+        self.log = log.open("wb")
+        self.main = subprocess.Popen(
+            [programs / system.command[0], *system.command[1:]],
+            cwd=HERE / "peers",
+            env={**os.environ, **system.variables, _MARK: self.token},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.peak = 0.0
+
+    def pids(self) -> Iterator[int]:
+        """Of every process that is alive."""
+        mark = f"{_MARK}={self.token}".encode()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    if mark in (entry / "environ").read_bytes():
+                        yield int(entry.name)
+                except OSError:
+                    pass
+
+    def cpu_seconds(self) -> float:
+        """User and system time of all of them, and of their children that have ended."""
+        ticks = 0
+        for pid in self.pids():
+            try:
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            ticks += sum(map(int, fields[11:15]))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def megabytes(self) -> float:
+        """Memory, with what several share counted once (PSS)."""
+        total = 0
+        for pid in self.pids():
+            try:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            except OSError:
+                continue
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        return total / 1000
+
+    def wait(self, image: bytes) -> float:
+        """Seconds until a posted image is answered."""
+        started = time.monotonic()
+        body = (
+            b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n'
+            b"Content-Type: image/jpeg\r\n\r\n" + image + b"\r\n--b--\r\n"
+        )
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{PORT}/predict",
+            body,
+            {"Content-Type": "multipart/form-data; boundary=b"},
+        )
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=10) as answer:
+                    answer.read()
+                    return time.monotonic() - started
+            except (urllib.error.URLError, OSError):
+                pass
+            if self.main.poll() is not None or time.monotonic() - started > 120:
+                raise SystemExit(f"A system did not start: see {self.log.name}.")
+            time.sleep(0.02)
+
+    @contextmanager
+    def watched(self) -> Iterator[dict[str, float]]:
+        """CPU seconds and the most memory, of the time that the block takes."""
+        found: dict[str, float] = {}
+        over = threading.Event()
+        peak = 0.0
+
+        def watch() -> None:
+            nonlocal peak
+            while not over.wait(1.0):
+                peak = max(peak, self.megabytes())
+
+        watcher = threading.Thread(target=watch)
+        before = self.cpu_seconds()
+        watcher.start()
+        try:
+            yield found
+        finally:
+            over.set()
+            watcher.join()
+            found["cpu_seconds"] = self.cpu_seconds() - before
+            found["peak_megabytes"] = max(peak, self.megabytes())
+
+    def stop(self) -> None:
+        """End all of them."""
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            for pid in list(self.pids()):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, how)
+            try:
+                self.main.wait(8 if how == signal.SIGTERM else None)
+            except subprocess.TimeoutExpired:
+                continue
+        while any(True for _ in self.pids()):
+            time.sleep(0.1)
+        self.log.close()
+
+
+def load(
+    process: Process, files: list[Path], clients: int, rate: float | None = None
+) -> dict[str, Any]:
+    """What one load gave, and what it cost the system."""
+    command: list[str | Path] = [make_environment("mmtl") / "mmtl", "bench"]
+    command += [f"http://127.0.0.1:{PORT}", *files, "--clients", str(clients), "--json"]
+    command += ["--seconds", str(SECONDS), *(["--rate", str(rate)] if rate else [])]
+    with process.watched() as watched:
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"The load generator failed: {done.stderr.strip()}")
+    found: dict[str, Any] = json.loads(done.stdout)[str(clients)]
+    # The generator warms up for a second, and what is measured is its answers' share of the whole.
+    answers = found["answers_in_all"]
+    return {
+        **found,
+        "server_cpu_ms_per_image": 1000 * watched["cpu_seconds"] / max(answers, 1),
+        "peak_megabytes": watched["peak_megabytes"],
+    }
+
+
+def measure(system: System, mixes: dict[str, list[Path]], log: Path) -> dict[str, Any]:
+    """Every load on one system, started for it."""
+    process = Process(system, log)
+    try:
+        ready = process.wait(mixes["small"][0].read_bytes())
+        found: dict[str, Any] = {
+            f"{mix}, 32 clients": load(process, mixes[mix], 32) for mix in MIXES
+        }
+        for clients in CLIENTS:
+            if clients != 32:
+                found[f"mixed, {clients} clients"] = load(process, mixes["mixed"], clients)
+        capacity = found["mixed, 32 clients"]["images_per_second"]
+        for share in OPEN_LOADS:
+            found[f"mixed, open loop, {share:.0%}"] = load(
+                process, mixes["mixed"], OPEN_CLIENTS, share * capacity
+            )
+        return {"ready_seconds": ready, "loads": found}
+    finally:
+        process.stop()
+
+
+def measure_generator(system: System, mixes: dict[str, list[Path]], log: Path) -> dict[str, Any]:
+    """What the load generator can do at most: every mix against a server that does nothing."""
+    process = Process(system, log)
+    try:
+        ready = process.wait(mixes["small"][0].read_bytes())
+        loads = {f"{mix}, 32 clients": load(process, mixes[mix], 32) for mix in MIXES}
+        return {"ready_seconds": ready, "loads": loads}
+    finally:
+        process.stop()
+
+
+def measure_limit(network: Path, side: int, mixes: dict[str, list[Path]]) -> dict[str, Any]:
+    """The bare loop on every mix, and one image after the other."""
+    python = make_environment("mmtl") / "python"
+
+    def run(mix: str, threads: int, batch: int) -> dict[str, Any]:
+        command = [python, HERE / "limit.py", network, side, SECONDS, threads, batch, *mixes[mix]]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise SystemExit(f"limit.py failed: {done.stderr[-500:]}")
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    loads = {f"{mix}, 32 clients": run(mix, CORES, LIMIT_BATCH) for mix in MIXES}
+    loads["mixed, 1 clients"] = run("mixed", 1, 1)
+    return {"loads": loads}
+
+
+def main() -> None:
+    """Measure what is missing, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="The folder that holds originals/.")
+    parser.add_argument("--bundle", type=Path, default=ROOT / "models/default")
+    parser.add_argument("--run", type=Path, default=ROOT / "runs/bench-serve")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--only", nargs="*", help="Systems to measure; the page is not written.")
+    arguments = parser.parse_args()
+    bundle = load_bundle(arguments.bundle.resolve())
+    network = bundle.path(bundle.artifact("onnx", "fp32"))
+    int8 = bundle.path(bundle.artifact("onnx", "int8"))
+    side = bundle.manifest.input.width
+    mixes = make_images(arguments.data.resolve(), arguments.run / "images")
+    known = systems(network, side)
+    names = [*known, "limit, same network", "limit, as shipped"]
+    if arguments.only:
+        names = [name for name in names if name in arguments.only]
+    for name in {system.environment for system in known.values()}:
+        make_environment(name)
+    results = arguments.run / "results.jsonl"
+    rows = [json.loads(line) for line in results.open()] if results.exists() else []
+    done = {(row["repeat"], row["system"]) for row in rows}
+    bar = tqdm(total=arguments.repeats * len(names), desc="systems")
+    for repeat in range(arguments.repeats):
+        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+            if (repeat, name) not in done:
+                log = arguments.run / f"{name.replace(', ', '-').replace(' ', '-')}.log"
+                if name.startswith("limit"):
+                    used = int8 if "shipped" in name else network
+                    found = measure_limit(used, side, mixes)
+                elif name == "nothing":
+                    found = measure_generator(known[name], mixes, log)
+                else:
+                    found = measure(known[name], mixes, log)
+                row = {"repeat": repeat, "system": name, **found}
+                with results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                rows.append(row)
+            bar.update()
+    if not arguments.only:
+        page.write(arguments.out, rows, bundle, mixes, SECONDS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The limit: decode and infer in a bare loop without HTTP, on the same cores with perfect batches.
+
+Run by compare.py in mmtl's environment: images in turn from files, mmtl's decoder, ONNX Runtime.
+
+    limit.py NETWORK SIDE SECONDS THREADS BATCH IMAGE... -> one line of JSON
+"""
+
+import json
+import statistics
+import sys
+import threading
+import time
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from models.images import decode
+
+
+def main(network: str, side: int, seconds: float, threads: int, batch: int, paths: list[str]):
+    """Every thread takes a batch of images, decodes them and runs the network on them."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
+    images = cycle([Path(path).read_bytes() for path in paths])
+    turn = threading.Lock()
+    spans: list[float] = []
+    start = time.monotonic() + 0.5
+    began = 0.0
+
+    def work() -> None:
+        nonlocal began
+        while (now := time.monotonic()) < start + seconds:
+            if now >= start and not began:
+                began = time.process_time()
+            with turn:
+                taken = list(islice(images, batch))
+            pixels = np.stack([decode(data, side, side).pixels for data in taken])
+            session.run(None, {"images": pixels})
+            if now >= start:
+                spans.append(time.monotonic() - now)
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    took, cpu = time.monotonic() - start, time.process_time() - began
+    count = len(spans) * batch
+    print(
+        json.dumps(
+            {
+                "images_per_second": count / took,
+                "p50_ms": 1000 * statistics.median(spans) / batch,
+                "cpu_ms_per_image": 1000 * cpu / count,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(
+        sys.argv[1],
+        int(sys.argv[2]),
+        float(sys.argv[3]),
+        int(sys.argv[4]),
+        int(sys.argv[5]),
+        sys.argv[6:],
+    )

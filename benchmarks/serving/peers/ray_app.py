@@ -1,0 +1,38 @@
+"""Ray Serve: a replica a core, each batching what it gets.
+
+https://docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html
+"""
+
+import asyncio
+import sys
+import time
+
+import network
+from ray import serve
+from starlette.requests import Request
+
+
+@serve.deployment(
+    num_replicas=network.CORES, ray_actor_options={"num_cpus": 1}, max_ongoing_requests=128
+)
+class Predict:
+    """Decodes in a thread and runs batches."""
+
+    def __init__(self) -> None:
+        self.session = network.load(threads=1)
+
+    @serve.batch(max_batch_size=network.MAX_BATCH, batch_wait_timeout_s=0.01)
+    async def run(self, images: list) -> list[dict]:
+        return await asyncio.to_thread(network.run, self.session, images)
+
+    async def __call__(self, request: Request) -> dict:
+        form = await request.form()
+        data = await form["files"].read()
+        return await self.run(await asyncio.to_thread(network.decode, data))
+
+
+if __name__ == "__main__":
+    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+    serve.run(Predict.bind(), route_prefix="/predict")
+    while True:
+        time.sleep(3600)

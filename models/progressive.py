@@ -1,0 +1,64 @@
+"""A progressive JPEG without the scans that do not show at an eighth of its size.
+
+At that scale a pixel is the mean of an 8x8 block: its first coefficient. A progressive file sends
+the others in scans of their own, most of its bytes, and a decoder reads them all to throw them
+away. Without them the pixels are the same, to the bit, at about half the time.
+
+Kept are the scans of the colour channels, which may be stored at half the size and then need more
+coefficients, and brightness' first look at its coefficients from the second on, without which
+libjpeg takes the image for one that is still loading, and smooths it (ITU-T T.81, annex G;
+libjpeg-turbo's jdcoefct.c, `smoothing_ok`).
+"""
+
+import re
+
+_SCAN, _END = 0xDA, 0xD9
+_FRAME = 0xC2
+# Within a scan's data 0xFF is followed by 0x00, or by a restart marker, or stands for itself again.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+
+def for_an_eighth(data: bytes) -> bytes:
+    """The same JPEG with fewer scans; as it is where it is not whole, or of another kind.
+
+    Args:
+        data: A progressive JPEG file.
+    """
+    parts: list[bytes] = [data[:2]]
+    brightness = None
+    looked = dropped = False
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 2 <= len(data):
+        marker = data[at + 1]
+        if marker == _END:
+            break
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        segment = data[at + 4 : at + 2 + length]
+        end = at + 2 + length
+        keep = True
+        if marker == _FRAME:
+            brightness = _of_full_size(segment)
+        elif marker == _SCAN:
+            following = _MARKER.search(data, end)
+            if following is None or len(segment) < 6:
+                return data
+            end = following.start()
+            first, approximation = segment[-3], segment[-1]
+            if segment[0] == 1 and segment[1] == brightness and first:
+                keep = first == 1 and not approximation >> 4
+                looked |= keep
+                dropped |= not keep
+        if keep:
+            parts.append(data[at:end])
+        at = end
+    else:
+        return data
+    return b"".join([*parts, data[at:]]) if looked and dropped else data
+
+
+def _of_full_size(frame: bytes) -> int | None:
+    """The first component of a frame, where none is sampled more finely than it."""
+    samplings = frame[7::3]
+    if not samplings or any(s >> 4 > samplings[0] >> 4 for s in samplings):
+        return None
+    return None if any(s & 15 > samplings[0] & 15 for s in samplings) else frame[6]

@@ -1,0 +1,97 @@
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from app import load
+from app.load import LoadError, Target, draw_images, run_load
+from models.images import decode
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def server(answer: bytes, seconds: float = 0.0) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """Reads a request, waits, and answers; notes every body."""
+    bodies: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+                bodies.append(await reader.readexactly(length))
+                await asyncio.sleep(seconds)
+                writer.write(answer)
+                if not answer:
+                    break
+        except (asyncio.IncompleteReadError, ConnectionResetError):
+            pass
+        writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with listening:
+        port = listening.sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}", bodies
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+BUSY = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n"
+
+
+async def test_a_closed_loop_sends_the_images_in_turn_and_times_the_answers() -> None:
+    async with server(OK, 0.01) as (url, bodies):
+        found = await run_load(Target(url, [b"one", b"two"]), 2, 0.3, 0.05)
+    assert found.statuses.keys() == {"200"}
+    assert {b"one" in body for body in bodies} == {True, False}
+    summary = found.summary()
+    assert summary["p50_ms"] >= 10
+    assert 0 < summary["images_per_second"] <= 210
+    assert summary["answers_in_all"] == len(bodies) >= len(found.latencies)
+
+
+async def test_an_open_loop_counts_from_the_arrival() -> None:
+    """One connection that answers 20 a second, and 100 arrivals: who comes late waits long."""
+    async with server(OK, 0.05) as (url, _):
+        found = await run_load(Target(url, [b"x"]), 1, 0.5, 0.0, rate=100)
+    assert max(found.latencies) > 0.25
+
+
+async def test_refusals_are_told_apart_and_must_say_when_to_try_again() -> None:
+    async with server(BUSY + b"\r\n") as (url, _):
+        mute = (await run_load(Target(url, [b"x"]), 1, 0.1, 0.0)).summary()
+    async with server(BUSY + b"Retry-After: 1\r\n\r\n") as (url, _):
+        polite = (await run_load(Target(url, [b"x"]), 1, 0.1, 0.0)).summary()
+    assert mute["refused"] == mute["without_retry_after"] > 0
+    assert polite["refused"] > polite["without_retry_after"] == 0
+    assert mute["failed"] == mute["images_per_second"] == 0
+    assert mute["p50_ms"] is None
+
+
+async def test_a_connection_that_breaks_is_a_failure_and_another_is_opened() -> None:
+    async with server(b"") as (url, bodies):
+        found = await run_load(Target(url, [b"x"]), 1, 0.1, 0.0)
+    assert found.summary()["failed"] == len(found.statuses) * found.statuses["broken"] > 1
+    assert len(bodies) > 1
+
+
+async def test_nobody_there_is_one_sentence() -> None:
+    with pytest.raises(LoadError, match=r"Nobody answers at 127\.0\.0\.1:1"):
+        await run_load(Target("http://127.0.0.1:1", [b"x"]), 3, 0.1)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://"])
+def test_a_url_that_is_none(url: str) -> None:
+    with pytest.raises(LoadError, match="is not a URL"):
+        Target(url, [b"x"])
+
+
+def test_a_target_keeps_a_path_and_adds_headers() -> None:
+    (request,) = Target("http://h:1/v2/x", [b"x"], [("Authorization", "Bearer y")]).requests
+    assert request.startswith(b"POST /v2/x HTTP/1.1\r\nHost: h:1\r\nAuthorization: Bearer y\r\n")
+
+
+def test_drawn_images_are_images() -> None:
+    found = decode(draw_images()[0], 48, 64)
+    assert (found.width, found.height, found.format) == (1024, 768, "JPEG")
+    assert load.OPEN_CLIENTS > 1

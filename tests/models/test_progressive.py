@@ -1,0 +1,78 @@
+from io import BytesIO
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from models.images import CorruptImageError, decode
+from models.progressive import for_an_eighth
+from tests.lesions import draw_lesion
+
+
+def progressive(pixels: np.ndarray, quality: int = 85, subsampling: int = 2) -> bytes:
+    buffer = BytesIO()
+    image = Image.fromarray(pixels)
+    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling, progressive=True)
+    return buffer.getvalue()
+
+
+def eighth(data: bytes) -> np.ndarray:
+    """As a decoder shows it at an eighth of its size."""
+    with Image.open(BytesIO(data)) as image:
+        image.draft("RGB", (image.width // 8, image.height // 8))
+        return np.asarray(image.convert("RGB"))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 1000),
+    st.integers(64, 200),
+    st.integers(64, 200),
+    st.integers(5, 100),
+    st.sampled_from([0, 1, 2]),
+)
+def test_the_pixels_are_the_same_to_the_bit(
+    seed: int, width: int, height: int, quality: int, subsampling: int
+) -> None:
+    noise = np.random.default_rng(seed).integers(-25, 25, (height, width, 3))
+    pixels = np.clip(draw_lesion(seed, width, height) + noise, 0, 255).astype(np.uint8)
+    data = progressive(pixels, quality, subsampling)
+    fewer = for_an_eighth(data)
+    assert len(fewer) < len(data)
+    assert np.array_equal(eighth(fewer), eighth(data))
+
+
+def test_grey_too() -> None:
+    data = progressive(draw_lesion(1, 320, 240)[:, :, 0])
+    fewer = for_an_eighth(data)
+    assert len(fewer) < len(data)
+    assert np.array_equal(eighth(fewer), eighth(data))
+
+
+def test_a_baseline_file_is_left_as_it_is() -> None:
+    buffer = BytesIO()
+    Image.fromarray(draw_lesion(2, 320, 240)).save(buffer, "JPEG")
+    assert for_an_eighth(buffer.getvalue()) == buffer.getvalue()
+
+
+def test_channels_that_are_sampled_more_finely_than_the_first_are_left_as_they_are() -> None:
+    data = bytearray(progressive(draw_lesion(3, 320, 240), subsampling=0))
+    frame = data.index(b"\xff\xc2")
+    data[frame + 4 + 6 + 4] = 0x22  # the second component's sampling
+    assert for_an_eighth(bytes(data)) == bytes(data)
+
+
+@given(st.binary(max_size=200), st.integers(0, 4000), st.integers(0, 4000))
+def test_no_bytes_are_too_odd(noise: bytes, start: int, end: int) -> None:
+    data = progressive(draw_lesion(4, 128, 128))
+    for_an_eighth(data[:start] + noise + data[end:])
+    for_an_eighth(b"\xff\xd8" + noise)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_file_that_is_cut_short_is_still_found_out(share: float) -> None:
+    data = progressive(draw_lesion(5, 640, 480))
+    with pytest.raises(CorruptImageError):
+        decode(data[: int(share * len(data))], 48, 64)
