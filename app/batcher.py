@@ -42,7 +42,7 @@ class Draining(Refused):
 
 
 class NotReady(Refused):
-    """The engine is warming up, or its runner has died."""
+    """The engine is warming up, or a worker has died."""
 
 
 class DeadlineExceeded(Refused):

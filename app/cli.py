@@ -1,25 +1,25 @@
-"""The command line: serve, bench, predict, bundles, settings, the OpenAPI description."""
+"""The command line: `mmtl serve | bench | predict | bundle | keys | settings | openapi`."""
 
 import asyncio
 import json
 import logging
 import os
-import re
-import sys
 from math import ceil
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 import uvicorn
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from app import load
+from app import bundle_commands, key_commands, load
+from app.access import Exposed, check_exposure
 from app.batcher import Batcher
-from app.engines import EngineError, load_engine
+from app.console import NOTICE, fail
+from app.engines import EngineError
+from app.keys import KeysError
 from app.main import build_api, create_app
 from app.memory import keep_freed_memory
 from app.problems import Problem
@@ -28,22 +28,23 @@ from app.settings import PREFIX, Settings, SettingsError, load_settings
 from app.telemetry import configure_logs
 from app.trace import Trace
 from app.uploads import Upload
-from models.bundle import BundleError, load_bundle
+from models.bundle import BundleError
 from models.calibration import CalibrationError
-from models.recalibration import (
-    change_prevalence,
-    differences,
-    read_outcomes,
-    recalibrate,
-    save_recalibrated,
+
+_EXPECTED = (
+    BundleError,
+    CalibrationError,
+    EngineError,
+    Exposed,
+    KeysError,
+    SettingsError,
+    Problem,
+    load.LoadError,
 )
 
-NOTICE = "Research software, not a medical device."
-_EXPECTED = (BundleError, CalibrationError, EngineError, SettingsError, Problem, load.LoadError)
-
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=f"Serve M-MTL. {NOTICE}")
-bundle_cli = typer.Typer(no_args_is_help=True, help="Look at bundles, and recalibrate them.")
-cli.add_typer(bundle_cli, name="bundle")
+cli.add_typer(key_commands.cli, name="keys")
+cli.add_typer(bundle_commands.cli, name="bundle")
 
 
 def main() -> None:
@@ -56,12 +57,6 @@ def main() -> None:
         fail(f"{error.filename or 'a file'}: {error.strerror}.")
 
 
-def fail(sentence: str) -> NoReturn:
-    """Say what is wrong, and exit with status 2."""
-    print(f"mmtl: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 @cli.command()
 def serve(
     check: Annotated[
@@ -70,11 +65,15 @@ def serve(
     device: Annotated[
         str | None, typer.Option(help="`auto`, `cpu` or `cuda:0`; before MMTL_DEVICE.")
     ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let other machines in without API keys.")
+    ] = False,
 ) -> None:
     """Serve the bundle. Everything is set by MMTL_* variables: see docs/settings.md."""
     if device is not None:
         os.environ[f"{PREFIX}DEVICE"] = device
     settings = load_settings()
+    check_exposure(settings, insecure)
     configure_logs("WARNING" if check else settings.log_level)
     keep_freed_memory()
     app = create_app(settings)
@@ -224,126 +223,6 @@ def _print_table(answer: PredictResponse) -> None:
         else:
             table.add_row(result.filename, "", "error", "", "", result.error.detail)
     Console().print(table)
-
-
-@bundle_cli.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A bundle.")]) -> None:
-    """Check hashes, shapes and golden predictions of the artifacts that are there."""
-    bundle = load_bundle(folder)
-    settings = load_settings()
-    for artifact in bundle.manifest.artifacts:
-        if not bundle.path(artifact).is_file():
-            print(f"absent   {artifact.file}")
-        elif artifact.format != "onnx" and not settings.trust_torch:
-            print(f"hash ok  {artifact.file} (not run: MMTL_TRUST_TORCH is not set)")
-        else:
-            load_engine(bundle, artifact, settings)
-            print(f"ok       {artifact.file}")
-
-
-@bundle_cli.command()
-def inspect(
-    folder: Annotated[Path, typer.Argument(help="A bundle.")],
-    as_json: Annotated[bool, typer.Option("--json", help="The whole manifest.")] = False,
-) -> None:
-    """Show what a bundle is."""
-    manifest = load_bundle(folder).manifest
-    if as_json:
-        print(manifest.model_dump_json(indent=2))
-        return
-    table = Table(title=f"{manifest.name} {manifest.version}", caption=NOTICE, show_header=False)
-    table.add_row("description", manifest.description)
-    table.add_row("input", f"{manifest.input.height} x {manifest.input.width} pixels, RGB")
-    for task in manifest.tasks:
-        table.add_row(task.name, f"{task.kind}: {', '.join(task.labels)}")
-    point = manifest.operating_point
-    table.add_row(
-        "threshold from",
-        f"{point.criterion} on {point.dataset} ({point.images} images, {point.melanomas} "
-        f"melanomas): sensitivity {point.sensitivity:.3f}, specificity {point.specificity:.3f}",
-    )
-    table.add_row("prevalence", f"{manifest.prevalence:.3f}")
-    for artifact in manifest.artifacts:
-        table.add_row(
-            artifact.file,
-            f"{artifact.format} {artifact.precision}, {artifact.bytes / 1e6:.1f} MB, "
-            f"melanoma threshold {artifact.melanoma_threshold:.3f}",
-        )
-    for metric in manifest.metrics:
-        table.add_row(
-            f"{metric.name}, {metric.dataset}",
-            f"{metric.value:.3f} (95 % interval {metric.low:.3f} to {metric.high:.3f}, "
-            f"{metric.images} images)",
-        )
-    table.add_row("licence of the weights", manifest.training_data.licence)
-    Console().print(table)
-
-
-@bundle_cli.command("recalibrate")
-def recalibrate_bundle(
-    folder: Annotated[Path, typer.Argument(help="A bundle.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The new bundle's folder.")],
-    outcomes: Annotated[
-        Path | None,
-        typer.Option(help="CSV with the columns melanoma_logit and melanoma (1 or 0)."),
-    ] = None,
-    prevalence: Annotated[
-        float | None, typer.Option(help="Share of melanoma among the images to come.")
-    ] = None,
-    sensitivity: Annotated[
-        float, typer.Option(min=0.5, max=1, help="Of the new threshold, with --outcomes.")
-    ] = 0.9,
-    version: Annotated[
-        str | None, typer.Option(help="Of the new bundle; by default the next patch version.")
-    ] = None,
-) -> None:
-    """Fit a bundle to a clinic: to its own outcomes, or just to its share of melanoma."""
-    bundle = load_bundle(folder)
-    if (outcomes is None) == (prevalence is None):
-        fail("Give either --outcomes or --prevalence.")
-    if out.resolve() == folder.resolve():
-        fail("--out is the bundle itself: a clinic may want the one before back.")
-    if outcomes is not None:
-        logits, melanoma = read_outcomes(outcomes)
-        manifest = recalibrate(
-            bundle.manifest, logits, melanoma, f"{outcomes.name} (recalibration)", sensitivity
-        )
-        how = f"fitted to {len(melanoma):,} outcomes, {int(melanoma.sum()):,} of them melanoma"
-    else:
-        if prevalence is None or not 0 < prevalence < 1:
-            fail("--prevalence is a share between 0 and 1, such as 0.02.")
-        manifest = change_prevalence(bundle.manifest, prevalence)
-        how = f"to a prevalence of {prevalence:.2%}, from {bundle.manifest.prevalence:.2%}"
-    if version is None:
-        major, minor, patch = manifest.version.split(".")
-        version = f"{major}.{minor}.{int(patch) + 1}"
-    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
-        fail("--version is of the form 1.2.3.")
-    manifest = manifest.model_copy(update={"version": version})
-    save_recalibrated(bundle, out, manifest, how)
-    before, after = bundle.manifest.artifacts[0], manifest.artifacts[0]
-    print(f"{out}: {manifest.name} {manifest.version}, {how}.")
-    print(f"threshold {before.melanoma_threshold:.4f} -> {after.melanoma_threshold:.4f}")
-    print(f"slope     {before.calibration.slope:.4f} -> {after.calibration.slope:.4f}")
-    print(f"intercept {before.calibration.intercept:.4f} -> {after.calibration.intercept:.4f}")
-
-
-@bundle_cli.command()
-def diff(
-    first: Annotated[Path, typer.Argument(help="A bundle.", metavar="A")],
-    second: Annotated[Path, typer.Argument(help="Another one.", metavar="B")],
-) -> None:
-    """Show in what two bundles differ; exits with 1 if they do."""
-    table = Table(title=f"A = {first}, B = {second}")
-    for column in ("field", "A", "B"):
-        table.add_column(column, overflow="fold")
-    for row in differences(load_bundle(first).manifest, load_bundle(second).manifest):
-        table.add_row(*map(escape, row))
-    if not table.row_count:
-        print("The bundles are the same.")
-        return
-    Console().print(table)
-    raise SystemExit(1)
 
 
 @cli.command()

@@ -9,6 +9,7 @@ from fastapi_offline import FastAPIOffline
 
 from app import problems
 from app.engines import open_engine
+from app.keys import Keys
 from app.predictor import Predictor
 from app.routes import health, metrics, model, predict, web
 from app.settings import Settings
@@ -29,6 +30,7 @@ def create_app(settings: Settings) -> FastAPI:
     Raises:
         models.bundle.BundleError: The bundle cannot be used.
         app.engines.EngineError: The runtime or the device is not there.
+        app.keys.KeysError: The key file cannot be used.
     """
     bundle = load_bundle(settings.bundle)
     artifact, engine = open_engine(bundle, settings)
@@ -51,6 +53,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.predictor = predictor
     app.state.metrics = measured
+    app.state.keys = Keys(settings.keys) if settings.keys else None
     app.state.held = Held(settings.max_bytes_in_flight)
     app.add_middleware(Telemetry, metrics=measured, model_version=facts.version)
     if settings.cors_origins:

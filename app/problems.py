@@ -53,6 +53,9 @@ UNSUPPORTED_MEDIA_TYPE = Kind(
 )
 ALL_FILES_FAILED = Kind("all-files-failed", 422, "None of the images could be used")
 INVALID_PARAMETER = Kind("invalid-parameter", 422, "A parameter does not fit")
+UNAUTHORIZED = Kind("unauthorized", 401, "A valid API key is asked for")
+FORBIDDEN = Kind("forbidden", 403, "The API key is not for this path")
+QUOTA_EXCEEDED = Kind("quota-exceeded", 429, "The API key's quota is used up")
 NOT_FOUND = Kind("not-found", 404, "There is nothing at this path")
 METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "The path does not take this method")
 SATURATED = Kind("saturated", 503, "The service is busy")
@@ -78,6 +81,9 @@ KINDS = {
         UNSUPPORTED_MEDIA_TYPE,
         ALL_FILES_FAILED,
         INVALID_PARAMETER,
+        UNAUTHORIZED,
+        FORBIDDEN,
+        QUOTA_EXCEEDED,
         NOT_FOUND,
         METHOD_NOT_ALLOWED,
         SATURATED,
@@ -105,12 +111,14 @@ class Problem(Exception):
     Args:
         kind: A row of the table.
         detail: One sentence on this occurrence: what was wrong and what to do.
+        headers: Of the answer, beside those of its kind.
     """
 
-    def __init__(self, kind: Kind, detail: str):
+    def __init__(self, kind: Kind, detail: str, headers: Mapping[str, str] | None = None):
         super().__init__(detail)
         self.kind = kind
         self.detail = detail
+        self.headers = headers
 
     @classmethod
     def of_image(cls, error: ImageError) -> "Problem":
@@ -148,7 +156,7 @@ def install(app: FastAPI) -> None:
     async def on_problem(request: Request, error: Exception) -> Response:
         assert isinstance(error, Problem)
         trace_of(request.scope).problems.append(error.kind.name)
-        return respond(error)
+        return respond(error, headers=error.headers)
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     """Which of the bundle's artifacts to run."""
 
     precision: Literal["auto"] | Precision = "auto"
-    """`fp32`, `fp16` or `int8`; `auto` takes what is fastest on the device and in the bundle."""
+    """`fp32`, `fp16` or `int8`; `auto` takes int8 on a CPU where the bundle has it, else fp32."""
 
     trust_torch: bool = False
     """Allow torch artifacts. They are code: say yes only to a bundle that you made or trust."""
@@ -80,6 +80,12 @@ class Settings(BaseSettings):
 
     cors_origins: tuple[str, ...] = ()
     """Origins that browsers may call from, as a JSON list: `["https://viewer.example"]`."""
+
+    keys: Path | None = None
+    """File of API keys (`mmtl keys create`). Without one, nobody is asked for a key."""
+
+    open_metrics: bool = False
+    """Answer `/metrics` without a key, where there are keys."""
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """DEBUG adds the health and metrics requests."""

@@ -218,6 +218,17 @@ class Bundle:
         asked = f"{artifact_format} {precision}" if precision else artifact_format
         raise BundleError(f"{self.folder} has no {asked} artifact; it has {have}.")
 
+    def artifact_for_cpu(self) -> Artifact:
+        """The ONNX artifact that a CPU runs: int8 where there is one, as it is twice as fast.
+
+        Raises:
+            BundleError: The bundle has no ONNX artifact.
+        """
+        for artifact in self.manifest.artifacts:
+            if artifact.precision == "int8" and self.path(artifact).is_file():
+                return artifact
+        return self.artifact("onnx")
+
     def path(self, artifact: Artifact) -> Path:
         """Where an artifact's file is."""
         return self.folder / artifact.file

@@ -31,6 +31,9 @@ MAX_ASPECT = 4 / 3
 # checked on the header, before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
+# Bytes that Pillow feeds its JPEG decoder at a time. In its usual blocks of 64 KB, threads wait for
+# the interpreter at each.
+_READ_AT_ONCE = 1_000_000_000
 _DAMAGED = "The image is damaged or cut short: its pixels cannot be decoded. Send it again."
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
@@ -190,8 +193,7 @@ def _fit(
             if image.info.get("progressive") and whole > 4 * image.width:
                 image = Image.open(BytesIO(for_an_eighth(bytes(data))), formats=["JPEG"])
                 image.draft("RGB", target)
-            # At once: in its usual blocks of 64 KB, threads wait for the interpreter at each.
-            image.decodermaxblock = len(data)  # type: ignore[attr-defined]
+            image.decodermaxblock = _READ_AT_ONCE  # type: ignore[attr-defined]
         resized = _to_rgb(image).resize(
             target, Image.Resampling.BILINEAR, box=_centred_box(image.size)
         )

@@ -82,7 +82,7 @@ def recalibrate(
 ) -> Manifest:
     """Fit calibration and threshold to a clinic's own images.
 
-    Every artifact gets them: the logits may come from any, as all are the same network.
+    Every artifact gets them: all are the same network, but for what rounding costs (docs/int8.md).
 
     Args:
         manifest: Of the bundle that gave the logits.

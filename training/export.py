@@ -49,7 +49,7 @@ from training.run import Run, rows
 from training.state import belongs, identity_of, load_tensors
 from training.tasks import DIAGNOSES
 
-VERSION = "0.3.0"
+VERSION = "0.3.1"
 AGE_EDGES = (30.0, 45.0, 60.0, 75.0)
 AGE_LABELS = ("0-29", "30-44", "45-59", "60-74", "75+")
 TASKS = (

@@ -58,21 +58,21 @@ class Predictions:
 
 
 def predict(
-    bundle: Bundle, records: Sequence[Record], precision: Precision = "fp32"
+    bundle: Bundle, records: Sequence[Record], precision: Precision | None = None
 ) -> Predictions:
     """Run a bundle's ONNX artifact on image files, decoded as the service decodes them.
 
     Args:
         bundle: Whose artifact.
         records: The images.
-        precision: Of the artifact.
+        precision: Of the artifact; None for the one that a CPU serves.
 
     Raises:
         BundleError: The bundle has no such artifact.
         DataError: An image cannot be read.
     """
     manifest = bundle.manifest
-    artifact = bundle.artifact("onnx", precision)
+    artifact = bundle.artifact("onnx", precision) if precision else bundle.artifact_for_cpu()
     run = onnx_runner(bundle.path(artifact))
     size = manifest.input.height, manifest.input.width
 

@@ -59,6 +59,8 @@ _FLOAT_CONVOLUTIONS = (0, 1, 3, 4, 6, 9, 12, 18, 24)
 TRUNK_WEIGHT = "network.trunk.0.weight"
 _OPERATORS = ("Conv", "Clip", "Relu", "Add")
 _BATCH = 16
+# Of a probability: what batches of another size change in floats.
+_SAME_THRESHOLD = 1e-4
 
 Images = NDArray[np.uint8]
 
@@ -100,8 +102,8 @@ def quantize(run: Run, folder: Path) -> tuple[Bundle, list[Cost]]:
         The new bundle, and what was tried; the last is what was taken.
 
     Raises:
-        DataError: No choice of the float part keeps validation as it was, or the network is not one
-            of convolutions.
+        DataError: No choice of the float part keeps validation as it was, the network is not one of
+            convolutions, or the bundle was calibrated on other images.
         models.bundle.BundleError: There is no such bundle.
     """
     bundle = load_bundle(folder)
@@ -118,6 +120,11 @@ def quantize(run: Run, folder: Path) -> tuple[Bundle, list[Cost]]:
     chosen = np.random.default_rng(0).choice(train, min(CALIBRATION_IMAGES, len(train)), False)
     examples = np.stack([pixels[row] for row in sorted(chosen.tolist())])
     before = _judge(onnx_runner(bundle.path(precise)), pixels, validation, melanoma)
+    if abs(before.threshold - precise.melanoma_threshold) > _SAME_THRESHOLD:
+        raise DataError(
+            f"{folder} was calibrated on other images than the validation split of {run.folder}. "
+            "Quantize a bundle as it was exported from this run, then recalibrate it."
+        )
     tried: list[Cost] = []
     with TemporaryDirectory() as temporary:
         backbone = Backbone(bundle.path(precise), Path(temporary), examples)

@@ -31,7 +31,7 @@ def compare_sizes(bundle: Bundle, folder: Path) -> Report:
     Raises:
         DataError: There is none, or one cannot be read.
     """
-    artifact = bundle.artifact("onnx")
+    artifact = bundle.artifact_for_cpu()
     run = onnx_runner(bundle.path(artifact))
     size = bundle.manifest.input.height, bundle.manifest.input.width
     pairs = []
@@ -84,7 +84,7 @@ def flagged_shares(
     Raises:
         DataError: An image cannot be read.
     """
-    artifact = bundle.artifact("onnx")
+    artifact = bundle.artifact_for_cpu()
     flags: dict[str, tuple[list[bool], list[str]]] = {}
 
     def note(found: Predictions, kinds: Sequence[str]) -> None:

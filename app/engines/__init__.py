@@ -14,7 +14,6 @@ from models.bundle import (
     Bundle,
     BundleError,
     Outputs,
-    Precision,
     check_golden,
     golden_batch,
 )
@@ -49,29 +48,31 @@ class Engine(Protocol):
 def open_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
     """The engine that the settings ask for, and the artifact that it runs.
 
-    Where no precision is asked for, the fastest on the device that the bundle holds: int8 on a CPU,
-    fp16 on a GPU. One that does not answer here as it did when it was made (not every processor
-    multiplies integers without overflow) is passed over.
+    Where no precision is asked for, a CPU runs the int8 artifact of a bundle that has one. One that
+    does not answer here as it did when it was made (not every processor multiplies integers without
+    overflow) is passed over.
 
     Raises:
         BundleError: The bundle has no such artifact, or the artifact does not fit its manifest.
         EngineError: The runtime or the device is not there, or a torch artifact is not trusted.
     """
-    wanted: list[Precision] = [settings.precision] if settings.precision != "auto" else []
-    if settings.artifact == "onnx" and settings.precision == "auto":
+    if settings.precision != "auto":
+        artifact = bundle.artifact(settings.artifact, settings.precision)
+        return artifact, load_engine(bundle, artifact, settings)
+    precise = bundle.artifact(settings.artifact)
+    fastest = precise
+    if settings.artifact == "onnx":
         from app.engines.onnx import uses_gpu
 
-        fastest: Precision = "fp16" if uses_gpu(settings.device) else "int8"
-        held = [a.precision for a in bundle.manifest.artifacts if bundle.path(a).is_file()]
-        wanted = [fastest, "fp32"] if {fastest, "fp32"} <= set(held) else []
-    for precision in wanted[:-1]:
-        artifact = bundle.artifact(settings.artifact, precision)
-        try:
-            return artifact, load_engine(bundle, artifact, settings)
-        except BundleError as error:
-            log.warning("artifact passed over", file=artifact.file, reason=str(error))
-    artifact = bundle.artifact(settings.artifact, wanted[-1] if wanted else None)
-    return artifact, load_engine(bundle, artifact, settings)
+        if not uses_gpu(settings.device):
+            fastest = bundle.artifact_for_cpu()
+    try:
+        return fastest, load_engine(bundle, fastest, settings)
+    except BundleError as error:
+        if fastest is precise:
+            raise
+        log.warning("artifact passed over", file=fastest.file, reason=str(error))
+        return precise, load_engine(bundle, precise, settings)
 
 
 def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:

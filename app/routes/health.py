@@ -18,7 +18,7 @@ async def live() -> Health:
 
 @router.get("/ready", responses={503: {"model": ProblemBody, "content": {MEDIA_TYPE: {}}}})
 async def ready(request: Request) -> Health:
-    """Answers 200 when images are taken: the network is warm, its runner alive, not draining."""
+    """Answers 200 when images are taken: the network is warm, its workers alive, not draining."""
     predictor: Predictor = request.app.state.predictor
     if not predictor.batcher.ready:
         raise problem_of(NotReady)

@@ -1,11 +1,12 @@
 """`GET /metrics`."""
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from app.access import bearer, require
 from app.telemetry import Metrics
 
-router = APIRouter()
+router = APIRouter(dependencies=[bearer, Depends(require("metrics"))])
 
 
 @router.get("/metrics", response_class=Response)

@@ -1,11 +1,12 @@
 """`GET /model`."""
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 
+from app.access import bearer, require
 from app.predictor import Predictor
 from models.bundle import Manifest
 
-router = APIRouter()
+router = APIRouter(dependencies=[bearer, Depends(require("predict"))])
 
 
 @router.get("/model")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Query, Request, Response
 
 from app import problems
+from app.access import authorize, bearer
 from app.forms import FIELD
 from app.predictor import Predictor
 from app.problems import MEDIA_TYPE, Problem, respond
@@ -15,7 +16,7 @@ from app.trace import trace_of
 from app.uploads import open_uploads
 from models.images import MEDIA_TYPES
 
-router = APIRouter()
+router = APIRouter(dependencies=[bearer])
 T = TypeVar("T")
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -42,7 +43,7 @@ _PROBLEM: dict[str, Any] = {
 @router.post(
     "/predict",
     response_model=PredictResponse,
-    responses=dict.fromkeys((400, 408, 413, 415, 422, 500, 503), _PROBLEM),
+    responses=dict.fromkeys((400, 401, 403, 408, 413, 415, 422, 429, 500, 503), _PROBLEM),
     openapi_extra={"requestBody": _BODY},
     summary="Melanoma probability, age bin and anatomical site of dermoscopic images",
 )
@@ -60,7 +61,12 @@ async def predict(
     predictor: Predictor = request.app.state.predictor
     trace = trace_of(request.scope)
     state = request.app.state
-    opened = open_uploads(request, state.settings, state.held, predictor.check_open)
+
+    def check_open() -> None:
+        authorize(request, "predict")
+        predictor.check_open()
+
+    opened = open_uploads(request, state.settings, state.held, check_open)
     async with opened as uploads:
         results = await _while_connected(request, predictor.predict(uploads, explain, trace))
     if results is None:

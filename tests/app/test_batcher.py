@@ -3,6 +3,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,7 +159,42 @@ async def test_an_answer_that_is_not_finite_fails_alone(batcher: Batcher, engine
     await first
 
 
-async def test_a_dead_runner_refuses_everyone_and_hangs_no_one(
+async def test_what_a_decoder_raises_reaches_its_caller_alone(batcher: Batcher) -> None:
+    def fail() -> NDArray[np.uint8]:
+        raise ValueError("no picture")
+
+    future: Future[Answer] = Future()
+    batcher.put(fail, time.monotonic() + 5, future)
+    with pytest.raises(ValueError, match="no picture"):
+        await asyncio.wrap_future(future)
+    assert await ask(batcher, 8) == 8
+
+
+async def test_a_gpu_is_not_left_idle_while_more_is_decoded(engine: Engine, tmp_path: Path) -> None:
+    engine.device = "cuda:0"
+    manifest = make_bundle(tmp_path / "bundle").manifest
+    batcher = Batcher(engine, (SIDE, SIDE), 2, 4, 10, Metrics(manifest, 4, ()))
+    batcher.start()
+    until(lambda: batcher.ready)
+    slow = threading.Event()
+
+    def wait() -> NDArray[np.uint8]:
+        slow.wait(5)
+        return image(9)
+
+    first: Future[Answer] = Future()
+    others: list[Future[Answer]] = [Future() for _ in range(5)]
+    for decode, future in [(lambda: image(8), first), *((wait, other) for other in others)]:
+        batcher.put(decode, time.monotonic() + 5, future)
+    answer = await asyncio.wait_for(asyncio.wrap_future(first), 5)
+    assert float(answer.outputs["first"]) == 8
+    assert not slow.is_set()
+    slow.set()
+    await asyncio.gather(*map(asyncio.wrap_future, others))
+    batcher.close(5)
+
+
+async def test_a_dead_worker_refuses_everyone_and_hangs_no_one(
     batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)

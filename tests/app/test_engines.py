@@ -4,11 +4,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from app.engines import EngineError, load_engine
+from app.engines import EngineError, load_engine, open_engine
 from app.engines.onnx import OnnxEngine
 from app.engines.pytorch import PytorchEngine
 from app.settings import Settings
-from models.bundle import Bundle, BundleError, load_bundle
+from models.bundle import Bundle, BundleError, load_bundle, save_bundle
 from tests.bundles import SIDE, expected_outputs, make_bundle
 
 
@@ -55,6 +55,51 @@ def test_an_input_of_another_size_is_refused_in_a_sentence(tmp_path: Path) -> No
     manifest = made.manifest.model_copy(update={"input": size})
     with pytest.raises(BundleError, match=r"model\.onnx does not take the declared input"):
         load(Bundle(made.folder, manifest))
+
+
+def two_precisions(folder: Path, golden_shift: float = 0.0) -> Bundle:
+    """A bundle whose int8 artifact is the fp32 one, with golden predictions of its own."""
+    made = make_bundle(folder)
+    (precise,) = made.manifest.artifacts
+    golden = tuple(
+        each.model_copy(
+            update={
+                "outputs": {k: tuple(x + golden_shift for x in v) for k, v in each.outputs.items()}
+            }
+        )
+        for each in made.manifest.golden
+    )
+    fast = precise.model_copy(
+        update={"file": "model.int8.onnx", "precision": "int8", "golden": golden}
+    )
+    manifest = made.manifest.model_copy(update={"artifacts": (precise, fast)})
+    path = made.path(precise)
+    return save_bundle(folder, manifest, {"model.onnx": path, "model.int8.onnx": path})
+
+
+def test_a_cpu_runs_integers_where_the_bundle_has_them(tmp_path: Path) -> None:
+    bundle = two_precisions(tmp_path / "bundle")
+    for settings, expected in (
+        (Settings(device="cpu"), "int8"),
+        (Settings(device="cpu", precision="fp32"), "fp32"),
+        (Settings(device="cpu", precision="int8"), "int8"),
+    ):
+        artifact, _ = open_engine(bundle, settings)
+        assert artifact.precision == expected
+    with pytest.raises(BundleError, match="has no onnx fp16 artifact; it has onnx fp32, onnx int8"):
+        open_engine(bundle, Settings(precision="fp16"))
+
+
+def test_integers_that_answer_otherwise_here_are_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = two_precisions(tmp_path / "bundle", golden_shift=1.0)
+    artifact, _ = open_engine(bundle, Settings(device="cpu"))
+    assert artifact.precision == "fp32"
+    out, err = capsys.readouterr()
+    assert "artifact passed over" in out + err
+    with pytest.raises(BundleError, match=r"model\.int8\.onnx on this machine differs"):
+        open_engine(bundle, Settings(device="cpu", precision="int8"))
 
 
 def torch_bundle(folder: Path, artifact_format: str) -> Bundle:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -20,6 +21,7 @@ from tests.training.folders import BALANCED_LESIONS, draw_balanced, draw_ham1000
 from training import evaluate as evaluating
 from training import export as exporting
 from training import fit as fitting
+from training import quantize as quantizing
 from training.card import save_figures
 from training.cli import cli
 from training.cli import main as run_command_line
@@ -31,6 +33,7 @@ from training.fit import fit
 from training.losses import MultiTaskLoss
 from training.predictions import predict
 from training.prepare import prepare
+from training.quantize import TRUNK_WEIGHT
 from training.release import evaluate_model, held_out
 from training.run import Run, rows
 from training.state import warmup_cosine
@@ -274,6 +277,65 @@ def test_an_artifact_that_disagrees_is_not_written(
     with pytest.raises(DataError, match=r"model\.onnx differs from eager torch by 0\.01"):
         export(fitted, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(
+    tmp_path_factory: pytest.TempPathFactory, bundle_folder: Path, fitted: Run
+) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "quantized"
+    shutil.copytree(bundle_folder, folder)
+    arguments = ["--run", str(fitted.folder), "--bundle", str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        # Of so few images, one is more than the share that is allowed.
+        patch.setattr(quantizing, "MOST_FLIPS", 0.05)
+        cli(["quantize", *arguments], standalone_mode=False)
+    return folder
+
+
+def test_a_network_in_integers_decides_alike_and_is_what_a_cpu_serves(
+    quantized_folder: Path, bundle_folder: Path, fitted: Run
+) -> None:
+    bundle = load_bundle(quantized_folder)
+    assert [(a.format, a.precision) for a in bundle.manifest.artifacts] == [
+        ("onnx", "fp32"),
+        ("torch_export", "fp32"),
+        ("torchscript", "fp32"),
+        ("onnx", "int8"),
+    ]
+    assert bundle.artifact_for_cpu().precision == "int8"
+    before = {path.name: path.read_bytes() for path in bundle_folder.iterdir()}
+    assert all(
+        (quantized_folder / name).read_bytes() == data
+        for name, data in before.items()
+        if name != "bundle.json"
+    )
+    graph = onnx.load(bundle.path(bundle.artifact_for_cpu())).graph
+    assert "QuantizeLinear" in {node.op_type for node in graph.node}
+    trunk = next(node for node in graph.node if TRUNK_WEIGHT in node.input)
+    assert trunk.op_type == "Conv"  # in floats, as everything behind it
+    records, _ = fitted.load_data()
+    tested = held_out(records, Split.TEST)
+    integers, floats = predict(bundle, tested), predict(bundle, tested, "fp32")
+    assert np.abs(integers.probability - floats.probability).max() > 0
+    flips = (integers.probability >= integers.threshold) != (floats.probability >= floats.threshold)
+    assert flips.mean() < 0.05
+    with started(Settings(bundle=quantized_folder, device="cpu", max_batch=2)) as client:
+        for record, expected in list(zip(tested, integers.probability, strict=True))[:5]:
+            assert _probability(client, Path(record.path)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_integers_that_decide_otherwise_are_not_written(
+    bundle_folder: Path, fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle_folder, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(quantizing, "MOST_FLIPS", -1.0)
+    monkeypatch.setattr(quantizing, "_FLOAT_CONVOLUTIONS", (0, 1))
+    with pytest.raises(DataError, match="answers too differently"):
+        quantizing.quantize(fitted, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -1,0 +1,205 @@
+"""API keys: hashed in a file, each with a name, scopes and a quota; revoked without a restart.
+
+A key is `mmtl_ID_SECRET`. The secret is 256 random bits: nobody guesses it from its SHA-256, as
+they would a password that a person chose. It is shown once, when the key is made.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from math import ceil
+from pathlib import Path
+from typing import Literal, get_args
+
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.files import write_atomically
+
+Scope = Literal["predict", "metrics"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+_PREFIX = "mmtl"
+# How often the file is looked at for keys that are new or revoked.
+_FRESH_SECONDS = 1.0
+log = structlog.get_logger()
+
+
+class KeysError(Exception):
+    """A key file that cannot be used, or a key that is not in it; the message says which."""
+
+
+class Key(BaseModel):
+    """One key, as the file holds it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(pattern=r"^[a-z0-9]{8}$")
+    name: str = Field(min_length=1, max_length=100)
+    scopes: tuple[Scope, ...] = Field(min_length=1)
+    per_minute: int | None = Field(None, ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    created: datetime
+    revoked: datetime | None = None
+
+
+class KeyFile(BaseModel):
+    """The file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    keys: tuple[Key, ...] = ()
+
+
+def read_keys(path: Path) -> tuple[Key, ...]:
+    """The keys of a file, revoked ones too.
+
+    Raises:
+        KeysError: It cannot be read, or is none.
+    """
+    try:
+        return KeyFile.model_validate_json(path.read_bytes()).keys
+    except OSError as error:
+        raise KeysError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "it"
+        raise KeysError(f"{path} is not a key file: {where}: {first['msg']}.") from None
+
+
+def create_key(path: Path, name: str, scopes: Sequence[Scope], per_minute: int | None) -> str:
+    """Add a key to a file, which is made where there is none.
+
+    Returns:
+        The key; nobody can read it out of the file again.
+
+    Raises:
+        KeysError: The file is not one of keys, or has an active key of that name.
+    """
+    keys = read_keys(path) if path.exists() else ()
+    if any(key.name == name and key.revoked is None for key in keys):
+        raise KeysError(
+            f"{path} has a key named {name!r}: revoke it first, or choose another name."
+        )
+    identity, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
+    try:
+        made = Key(
+            id=identity,
+            name=name,
+            scopes=tuple(scopes),
+            per_minute=per_minute,
+            sha256=_hash(secret),
+            created=datetime.now(UTC).replace(microsecond=0),
+        )
+    except ValidationError as error:
+        raise KeysError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}.") from None
+    _save(path, (*keys, made))
+    return f"{_PREFIX}_{identity}_{secret}"
+
+
+def revoke_key(path: Path, name: str) -> Key:
+    """Revoke the active key of a name, or of an id; a running service notices within a second.
+
+    Raises:
+        KeysError: There is none.
+    """
+    keys = read_keys(path)
+    for key in keys:
+        if name in (key.name, key.id) and key.revoked is None:
+            ended = key.model_copy(update={"revoked": datetime.now(UTC).replace(microsecond=0)})
+            _save(path, tuple(ended if each is key else each for each in keys))
+            return ended
+    raise KeysError(f"{path} has no active key named {name!r}; `mmtl keys list` shows them.")
+
+
+def _save(path: Path, keys: tuple[Key, ...]) -> None:
+    with write_atomically(path) as temporary:
+        temporary.touch(mode=0o600)
+        temporary.write_text(KeyFile(keys=keys).model_dump_json(indent=2) + "\n")
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+class Keys:
+    """The keys that a running service takes, and what each has used of its quota.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        KeysError: It cannot be read, or is none.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._lock = threading.Lock()
+        self._seen = self._mark()
+        self._keys = {key.id: key for key in read_keys(path)}
+        self._looked = time.monotonic()
+        self._buckets: dict[str, _Bucket] = {}
+
+    def find(self, presented: str) -> Key | None:
+        """The key that somebody presents, where it is one and active."""
+        self._refresh()
+        prefix, _, rest = presented.partition("_")
+        identity, _, secret = rest.partition("_")
+        key = self._keys.get(identity)
+        # Compared in any case, so that the time does not tell whether there is such an id.
+        same = hmac.compare_digest(_hash(secret), key.sha256 if key else "0" * 64)
+        return key if same and prefix == _PREFIX and key and key.revoked is None else None
+
+    def wait_seconds(self, key: Key) -> int:
+        """Use a request of a key's quota: 0, or after how many seconds there is one again."""
+        if key.per_minute is None:
+            return 0
+        with self._lock:
+            bucket = self._buckets.get(key.id)
+            if bucket is None or bucket.per_minute != key.per_minute:
+                bucket = self._buckets[key.id] = _Bucket(key.per_minute)
+            return bucket.take(time.monotonic())
+
+    def _refresh(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < _FRESH_SECONDS:
+            return
+        with self._lock:
+            self._looked = now
+            mark = self._mark()
+            if mark == self._seen:
+                return
+            try:
+                self._keys = {key.id: key for key in read_keys(self._path)}
+            except KeysError as error:  # those that were read last still hold
+                log.error("key file not read again", reason=str(error))
+            self._seen = mark
+
+    def _mark(self) -> tuple[int, int, int] | None:
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+class _Bucket:
+    """A token bucket: a minute's quota at once, and then as it refills."""
+
+    def __init__(self, per_minute: int):
+        self.per_minute = per_minute
+        self._tokens = float(per_minute)
+        self._filled = time.monotonic()
+
+    def take(self, now: float) -> int:
+        gained = (now - self._filled) * self.per_minute / 60
+        self._tokens = min(self.per_minute, self._tokens + gained)
+        self._filled = now
+        if self._tokens >= 1:
+            self._tokens -= 1
+            return 0
+        return max(ceil((1 - self._tokens) * 60 / self.per_minute), 1)

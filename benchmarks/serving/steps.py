@@ -1,0 +1,165 @@
+"""What each optimisation of the service gives: mmtl with one of them undone, beside mmtl as it is.
+
+.venv/bin/python -m benchmarks.serving.steps ../shared/data > docs/performance-steps.md
+
+Every variant is the service in a process of its own, 32 clients, small and full-size images, in
+rounds, so that a slow minute of the machine falls on all of them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.serving.compare import CORES, PORT, ROOT, make_images
+
+ROUNDS = 5
+SECONDS = 3.0
+MIXES = ("small", "full size")
+AS_IT_IS = "as it is"
+UNDONE = {
+    "int8": "the fp32 network",
+    "a run a core": "one run at a time, on all cores",
+    "batches of 4": "every image run on its own",
+    "spare workers": "no more workers than cores",
+    "fewer scans": "every scan of a progressive JPEG",
+    "read at once": "JPEGs read in Pillow's blocks of 64 KB",
+    "freed memory kept": "freed memory given back to the kernel",
+}
+TRIED = {
+    "garbage frozen": "garbage collector frozen after start, and rarer",
+    "short switches": "threads switched every 0.5 ms, not every 5",
+    "batches of 8": "batches of 8 on the CPU",
+    "one malloc arena": "one arena of malloc for all threads",
+}
+
+
+def serve(variant: str) -> None:
+    """The service, but for one thing."""
+    import gc
+
+    import app.batcher
+    import app.cli
+    import app.engines.onnx
+    import models.images
+
+    if variant == "int8":
+        os.environ["MMTL_PRECISION"] = "fp32"
+    elif variant == "a run a core":
+        engine: Any = app.engines.onnx.OnnxEngine
+        start, session = engine.__init__, app.engines.onnx.onnxruntime.InferenceSession
+
+        def wide(path: Path, options: Any, **more: Any) -> Any:
+            options.intra_op_num_threads = CORES
+            return session(path, options, **more)
+
+        def one(self: Any, *arguments: Any) -> None:
+            start(self, *arguments)
+            self.runs_at_once = 1
+
+        app.engines.onnx.onnxruntime.InferenceSession = wide
+        engine.__init__ = one
+    elif variant == "batches of 4":
+        app.batcher._BATCH_ON_CPU = 1
+        os.environ["MMTL_MAX_BATCH"] = "1"
+    elif variant == "batches of 8":
+        app.batcher._BATCH_ON_CPU = 8
+    elif variant == "spare workers":
+        app.batcher._SPARE = 0
+    elif variant == "fewer scans":
+        models.images.for_an_eighth = lambda data: data
+    elif variant == "read at once":
+        models.images._READ_AT_ONCE = 65536
+    elif variant == "freed memory kept":
+        app.cli.keep_freed_memory = lambda: False
+    elif variant == "garbage frozen":
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
+    elif variant == "short switches":
+        sys.setswitchinterval(0.0005)
+    sys.argv = ["mmtl", "serve"]
+    app.cli.main()
+
+
+def measure(variant: str, files: list[Path]) -> float:
+    """Images a second."""
+    environment = {**os.environ, "MMTL_PORT": str(PORT), "MMTL_LOG_LEVEL": "ERROR"}
+    if variant == "one malloc arena":
+        environment["MALLOC_ARENA_MAX"] = "1"
+    command = [sys.executable, "-m", "benchmarks.serving.steps", "--serve", variant]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    try:
+        bench = [Path(sys.executable).with_name("mmtl"), "bench", f"http://127.0.0.1:{PORT}"]
+        options = ["--clients", "32", "--seconds", str(SECONDS), "--json"]
+        for _ in range(100):
+            time.sleep(0.3)
+            done = subprocess.run([*bench, *files, *options], capture_output=True, text=True)
+            if done.returncode == 0:
+                found = json.loads(done.stdout)["32"]
+                if not found["failed"] and not found["refused"]:
+                    return float(found["images_per_second"])
+        raise SystemExit(f"{variant}: the service did not start.")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def main() -> None:
+    """Measure, and print the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--serve", help="A variant, instead of measuring them all.")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.serve)
+        return
+    mixes = make_images(arguments.data.resolve(), ROOT / "runs/bench-serve/images")
+    variants = [AS_IT_IS, *UNDONE, *TRIED]
+    rates: dict[tuple[str, str], list[float]] = defaultdict(list)
+    bar = tqdm(total=arguments.rounds * len(variants) * len(MIXES))
+    for number in range(arguments.rounds):
+        turned = variants[number % len(variants) :] + variants[: number % len(variants)]
+        for mix in MIXES:
+            for variant in turned:
+                rates[variant, mix].append(measure(variant, mixes[mix]))
+                bar.update()
+    bar.close()
+
+    def row(variant: str, what: str) -> str:
+        cells = []
+        for mix in MIXES:
+            own, whole = rates[variant, mix], rates[AS_IT_IS, mix]
+            ratio = median(a / b for a, b in zip(own, whole, strict=True))
+            cells.append(f"{median(own):.1f} | {ratio:.2f}")
+        return f"| {what} | {' | '.join(cells)} |"
+
+    head = "| | small, images/s | of as it is | full size, images/s | of as it is |"
+    print("# What each optimisation gives\n")
+    print("<!-- Generated by `benchmarks/serving/steps.py`; do not edit. -->\n")
+    print(
+        f"32 clients, {CORES} cores, {arguments.rounds} rounds of {SECONDS:g} seconds: medians, "
+        "and the median over rounds of the ratio to the service as it is.\n"
+    )
+    print("## Kept: the service with one of them undone\n")
+    print(f"{head}\n|---|---|---|---|---|")
+    print(row(AS_IT_IS, AS_IT_IS))
+    for variant, what in UNDONE.items():
+        print(row(variant, what))
+    print("\n## Tried, and not kept: the service with one of them added\n")
+    print(f"{head}\n|---|---|---|---|---|")
+    for variant, what in TRIED.items():
+        print(row(variant, what))
+
+
+if __name__ == "__main__":
+    main()

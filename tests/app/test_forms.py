@@ -1,0 +1,72 @@
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.forms import Form
+from app.problems import Problem
+
+TYPE = "multipart/form-data; boundary=cut"
+
+
+def part(data: bytes, disposition: str = 'form-data; name="files"; filename="a.jpg"') -> bytes:
+    return f"--cut\r\nContent-Disposition: {disposition}\r\n\r\n".encode() + data + b"\r\n"
+
+
+def read(body: bytes, most: int = 10) -> list[tuple[str, bytes]]:
+    form = Form(TYPE, most)
+    form.write(body)
+    return [(file.filename, b"".join(file.pieces)) for file in form.end()]
+
+
+@given(
+    st.lists(st.binary(max_size=300).filter(lambda data: b"\r\n--cut" not in data), min_size=1),
+    st.lists(st.integers(0, 3000), max_size=20),
+)
+def test_files_come_back_as_they_were_however_the_body_is_cut(
+    files: list[bytes], cuts: list[int]
+) -> None:
+    body = b"".join(map(part, files)) + b"--cut--\r\n"
+    form = Form(TYPE, len(files))
+    places = [0, *sorted(min(cut, len(body)) for cut in cuts), len(body)]
+    for start, end in pairwise(places):
+        form.write(body[start:end])
+    assert [b"".join(file.pieces) for file in form.end()] == files
+
+
+def test_one_file_too_many_is_refused_before_its_bytes_come() -> None:
+    form = Form(TYPE, 1)
+    form.write(part(b"one"))
+    with pytest.raises(Problem, match="at most 1 images") as caught:
+        form.write(part(b"")[:-2])
+    assert caught.value.kind.name == "too-many-files"
+
+
+@pytest.mark.parametrize(
+    ("disposition", "match"),
+    [
+        ('form-data; name="image"; filename="a"', "has the field `image`"),
+        ('form-data; name="files"', "which is not a file"),
+        ("form-data", "has no name"),
+        ('form-data; name="' + "x" * 500 + '"; filename="a"', "`x{60}`"),
+    ],
+)
+def test_what_does_not_belong_is_refused_at_its_header(disposition: str, match: str) -> None:
+    with pytest.raises(Problem, match=match):
+        Form(TYPE, 10).write(part(b"", disposition)[:-2])
+
+
+def test_a_form_without_files_or_without_an_end() -> None:
+    with pytest.raises(Problem, match="at least one image"):
+        read(b"--cut--\r\n")
+    with pytest.raises(Problem, match="before its closing boundary"):
+        read(part(b"one"))
+    with pytest.raises(Problem, match="Invalid multipart data"):
+        read(b"no form at all")
+
+
+@pytest.mark.parametrize("boundary", ["", "; boundary=", f"; boundary={'x' * 300}"])
+def test_a_content_type_without_a_usable_boundary(boundary: str) -> None:
+    with pytest.raises(Problem, match="boundary"):
+        Form(f"multipart/form-data{boundary}", 1)

@@ -1,0 +1,94 @@
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from app import keys as module
+from app.keys import Keys, KeysError, create_key, read_keys, revoke_key
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys.json"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch):
+    """A clock that goes on when it is told to."""
+
+    class Clock:
+        now = 1000.0
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def test_a_key_is_found_and_nothing_like_it(path: Path) -> None:
+    key = create_key(path, "tool", ("predict",), None)
+    found = Keys(path).find(key)
+    assert found is not None
+    assert (found.name, found.scopes, found.per_minute) == ("tool", ("predict",), None)
+    prefix, identity, secret = key.split("_", 2)
+    for wrong in ("", key[:-1], key + "x", f"{prefix}_{identity}", f"x_{identity}_{secret}"):
+        assert Keys(path).find(wrong) is None
+    assert Keys(path).find(f"{prefix}_00000000_{secret}") is None
+
+
+def test_the_file_holds_no_secret_and_only_its_owner_reads_it(path: Path) -> None:
+    key = create_key(path, "tool", ("predict",), None)
+    assert key.split("_", 2)[2] not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_revoked_key_is_noticed_without_a_restart(path: Path, clock) -> None:
+    first, second = (create_key(path, name, ("predict",), None) for name in ("a", "b"))
+    running = Keys(path)
+    assert running.find(first)
+    assert revoke_key(path, "a").name == "a"
+    clock.now += 2
+    assert running.find(first) is None
+    assert running.find(second)
+    third = create_key(path, "a", ("metrics",), None)  # the name is free again
+    clock.now += 2
+    assert running.find(third)
+
+
+def test_a_file_that_is_damaged_meanwhile_leaves_the_keys_that_were_read(path: Path, clock) -> None:
+    key = create_key(path, "tool", ("predict",), None)
+    running = Keys(path)
+    path.write_text("{")
+    clock.now += 2
+    assert running.find(key)
+    path.unlink()
+    clock.now += 2
+    assert running.find(key)
+
+
+def test_a_quota_is_a_minute_s_requests_and_refills(path: Path, clock) -> None:
+    key = create_key(path, "tool", ("predict",), 3)
+    running = Keys(path)
+    found = running.find(key)
+    assert found is not None
+    assert [running.wait_seconds(found) for _ in range(5)] == [0, 0, 0, 20, 20]
+    clock.now += 20
+    assert [running.wait_seconds(found) for _ in range(2)] == [0, 20]
+    clock.now += 3600
+    assert [running.wait_seconds(found) for _ in range(4)] == [0, 0, 0, 20]
+
+
+def test_mistakes_are_sentences(path: Path) -> None:
+    with pytest.raises(KeysError, match="cannot be read: No such file"):
+        Keys(path)
+    create_key(path, "tool", ("predict",), None)
+    with pytest.raises(KeysError, match="has a key named 'tool': revoke it"):
+        create_key(path, "tool", ("predict",), None)
+    with pytest.raises(KeysError, match="no active key named 'other'"):
+        revoke_key(path, "other")
+    with pytest.raises(KeysError, match="name: String should have at least 1 character"):
+        create_key(path, "", ("predict",), None)
+    content = json.loads(path.read_text())
+    content["keys"][0]["scopes"] = ["everything"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(KeysError, match=r"is not a key file: keys\.0\.scopes\.0"):
+        read_keys(path)
