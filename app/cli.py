@@ -21,7 +21,6 @@ from app.console import NOTICE, fail
 from app.engines import EngineError
 from app.keys import KeysError
 from app.main import build_api, create_app
-from app.memory import keep_freed_memory
 from app.problems import Problem
 from app.schemas import Failure, PredictResponse, Success
 from app.settings import PREFIX, Settings, SettingsError, load_settings
@@ -75,7 +74,6 @@ def serve(
     settings = load_settings()
     check_exposure(settings, insecure)
     configure_logs("WARNING" if check else settings.log_level)
-    keep_freed_memory()
     app = create_app(settings)
     if check:
         facts = app.state.predictor.model
