@@ -100,8 +100,8 @@ def _lines(
         + " (medians; small ones are originals made 600x450, the others as they are).\n"
     )
     yield (
-        "What integers cost: [int8.md](int8.md). Whether the service grows: [soak.md](soak.md). What "
-        "each optimisation gives: `python -m benchmarks.serving.steps`.\n"
+        "What integers cost: [int8.md](int8.md). Whether the service grows: [soak.md](soak.md). "
+        "What each optimisation gives: `python -m benchmarks.serving.steps`.\n"
     )
     yield "![images a second](performance.svg)\n"
     for ours, title in ((SAME, "Same network"), (SHIPPED, "As shipped")):
