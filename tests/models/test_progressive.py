@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from models.images import CorruptImageError, decode
 from models.progressive import for_an_eighth
@@ -14,7 +14,10 @@ from tests.lesions import draw_lesion
 def progressive(pixels: np.ndarray, quality: int = 85, subsampling: int = 2) -> bytes:
     buffer = BytesIO()
     image = Image.fromarray(pixels)
-    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling, progressive=True)
+    with pytest.MonkeyPatch.context() as patch:
+        # Pillow's own guess of how large a progressive file gets is too small for noise.
+        patch.setattr(ImageFile, "MAXBLOCK", 1 << 22)
+        image.save(buffer, "JPEG", quality=quality, subsampling=subsampling, progressive=True)
     return buffer.getvalue()
 
 
