@@ -22,7 +22,7 @@ from app.engines import Engine
 from app.telemetry import Metrics
 
 Pixels = NDArray[np.uint8]
-# Decoded images that a CPU should run together; more gain nothing (docs/performance.md).
+# Decoded images that a CPU should run together (benchmarks/serving/steps.py undoes it).
 _BATCH_ON_CPU = 4
 # Workers beyond the cores: they use what the others leave idle, waiting for the interpreter.
 _SPARE = 2

@@ -193,7 +193,7 @@ def _fit(
             if image.info.get("progressive") and whole > 4 * image.width:
                 image = Image.open(BytesIO(for_an_eighth(bytes(data))), formats=["JPEG"])
                 image.draft("RGB", target)
-            image.decodermaxblock = _READ_AT_ONCE  # type: ignore[attr-defined]
+            image.decodermaxblock = _READ_AT_ONCE  # type: ignore[attr-defined]  # an ImageFile
         resized = _to_rgb(image).resize(
             target, Image.Resampling.BILINEAR, box=_centred_box(image.size)
         )

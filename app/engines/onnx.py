@@ -25,7 +25,7 @@ class OnnxEngine:
         path: Of the artifact.
         device: `auto`, `cpu` or `cuda:N`.
         threads: On the CPU: each runs batches of its own. One run on several cores waits at every
-            node for the slowest of them (docs/performance.md).
+            node for the slowest of them (benchmarks/serving/steps.py).
 
     Raises:
         BundleError: The file is not a network with the input that the contract names.
