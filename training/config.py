@@ -42,6 +42,9 @@ class Config(BaseModel):
             arXiv:2007.07314), or focal loss (Lin et al. 2017, arXiv:1708.02002).
         task_balancing: Fixed weights, or learned ones (Kendall, Gal & Cipolla 2018,
             arXiv:1705.07115) that multiply them.
+        teachers: Folders of bundles, fitted before, whose mean answers are learned from beside the
+            labels.
+        distillation: The share of a taught task's loss that follows the teachers.
         validate_on: The dataset that stops training and calibrates, by the beginning of its name;
             empty for all.
     """
@@ -70,6 +73,8 @@ class Config(BaseModel):
     drop_path: float = Field(0.1, ge=0, lt=1)
     imbalance: Literal["none", "balanced_sampling", "logit_adjustment", "focal"] = "none"
     task_balancing: Literal["fixed", "uncertainty"] = "fixed"
+    teachers: tuple[str, ...] = ()
+    distillation: float = Field(0.5, ge=0, le=1)
     validate_on: str = "HAM10000"
 
 

@@ -1,19 +1,15 @@
 """A fitted run to a bundle: one wrapped network in three formats, each checked against eager."""
 
 import logging
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from models.bundle import (
     Artifact,
@@ -42,10 +38,11 @@ from training.data.cache import Pixels
 from training.data.manifest import DataError, Record, fingerprint
 from training.data.origins import origin_of
 from training.data.vocabulary import Sex, Site, Split
-from training.fit import batches, build_network
+from training.fit import build_network
 from training.network import MultiTaskNetwork, ServedNetwork
 from training.ood import choose_ood_threshold, fit_feature_distance
 from training.run import Run, rows
+from training.runners import batches, eager, onnx_runner, open_runner, run_batches, torchscript
 from training.state import belongs, identity_of, load_tensors
 from training.tasks import DIAGNOSES
 
@@ -234,58 +231,6 @@ def write_artifacts(
         traced = torch.jit.trace(served, images, strict=False)  # type: ignore[no-untyped-call]  # torch's own gap
         torch.jit.save(traced, paths["torchscript"])
     return paths
-
-
-@contextmanager
-def torchscript() -> Iterator[None]:
-    """TorchScript without its warning: deprecated upstream, and still asked for by its users."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
-        warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)
-        yield
-
-
-Runner = Callable[[NDArray[np.uint8]], Outputs]
-
-
-def eager(served: nn.Module) -> Runner:
-    """Run a torch program that returns the outputs by name."""
-
-    @torch.inference_mode()
-    def run(images: NDArray[np.uint8]) -> Outputs:
-        values: Mapping[str, Tensor] = served(torch.from_numpy(images))
-        return {name: value.numpy() for name, value in values.items()}
-
-    return run
-
-
-def onnx_runner(path: Path) -> Runner:
-    """Run an ONNX artifact, as the service does."""
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-
-    def run(images: NDArray[np.uint8]) -> Outputs:
-        return dict(zip(names, session.run(names, {"images": images}), strict=True))
-
-    return run
-
-
-def open_runner(artifact_format: ArtifactFormat, path: Path) -> Runner:
-    """Load an artifact that was written here."""
-    if artifact_format == "onnx":
-        return onnx_runner(path)
-    if artifact_format == "torch_export":
-        return eager(torch.export.load(path).module())
-    with torchscript():
-        return eager(torch.jit.load(path))  # type: ignore[no-untyped-call]  # torch's own gap
-
-
-def run_batches(
-    runner: Runner, pixels: Pixels, positions: list[int], batch_size: int
-) -> dict[str, NDArray[np.float32]]:
-    """The outputs for some images, by name, float32 [len(positions), ...]."""
-    parts = [runner(batch.numpy()) for batch in batches(pixels, positions, batch_size)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def compare_artifacts(

@@ -4,12 +4,12 @@ import csv
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -22,11 +22,14 @@ from training.config import Config
 from training.data.cache import Pixels
 from training.data.manifest import DataError
 from training.data.vocabulary import Split
+from training.distillation import open_teachers, soft_targets
 from training.feature_maps import build_feature_map
 from training.losses import MultiTaskLoss
+from training.memory import keep_freed_memory
 from training.network import MultiTaskNetwork, melanoma_log_odds
 from training.plots import curves
 from training.run import Run, rows
+from training.runners import batches
 from training.state import State, identity_of, load_tensors
 from training.tasks import MISSING, Targets, encode_targets
 from training.zoo import choose
@@ -90,7 +93,9 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
         The best validation AUROC for melanoma.
 
     Raises:
-        DataError: The run is not prepared, has no image to train on, or its loss is not finite.
+        DataError: The run is not prepared, has no image to train on, a teacher does not fit, or the
+            loss is not finite.
+        models.bundle.BundleError: A teacher is no whole bundle.
     """
     config = run.load_config()
     records, pixels = run.load_data()
@@ -102,13 +107,17 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
             f"{run.manifest} must have training images, and validation images with and without "
             f"melanoma; it has {len(train)} and {len(validation)}."
         )
+    keep_freed_memory()
+    teachers = open_teachers(config.teachers, config.size)
+    if teachers:
+        targets = replace(targets, soft=soft_targets(run, teachers, records, pixels, train))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loss = MultiTaskLoss(config, targets.take(torch.tensor(train)))
     network = build_network(config, pretrained)
     if config.start_from:
         start(network, Run(Path(config.start_from)))
     state = State(network, loss, config, len(train), device)
-    identity = identity_of(config, records)
+    identity = identity_of(config, records, teachers)
     state.resume(run, identity)
     while not state.finished:
         started = time.monotonic()
@@ -266,13 +275,6 @@ def predict_logits(
         for batch in batches(pixels, positions, batch_size)
     ]
     return {task: torch.cat([part[task] for part in parts]) for task in parts[0]}
-
-
-def batches(pixels: Pixels, positions: list[int], size: int) -> Iterator[Tensor]:
-    """uint8 [n, H, W, 3] at a time."""
-    for start in range(0, len(positions), size):
-        batch: NDArray[np.uint8] = np.stack([pixels[i] for i in positions[start : start + size]])
-        yield torch.from_numpy(batch)
 
 
 def _write_log(run: Run, history: list[dict[str, str]]) -> None:

@@ -23,6 +23,7 @@ class MultiTaskLoss(nn.Module):
     def __init__(self, config: Config, targets: Targets):
         super().__init__()
         self.imbalance = config.imbalance
+        self.distillation = config.distillation
         for task in TASKS:
             if task.name in _ADJUSTED:
                 classes = targets.classes[task.name]
@@ -42,7 +43,9 @@ class MultiTaskLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, float]]:
         """What to minimise, and each task's own loss for the log.
 
-        A task without a label among these images contributes nothing.
+        A task without a label among these images, and without a teacher, contributes nothing. In
+        training, a taught task's loss is shared between label and teachers; its own part in the log
+        is that of the labels.
 
         Args:
             logits: By task, as `MultiTaskNetwork` gives them.
@@ -53,10 +56,16 @@ class MultiTaskLoss(nn.Module):
         for task in TASKS:
             classes = targets.classes[task.name]
             known = classes != MISSING
-            if not known.any():
+            soft = targets.soft.get(task.name) if self.training else None
+            if soft is None and not known.any():
                 continue
-            loss = self._loss(task, logits[task.name][known], classes[known])
-            parts[task.name] = float(loss.detach())
+            loss = total.new_zeros(())
+            if known.any():
+                loss = self._loss(task, logits[task.name][known], classes[known])
+                parts[task.name] = float(loss.detach())
+            if soft is not None:
+                taught = functional.cross_entropy(_class_logits(task, logits[task.name]), soft)
+                loss = (1 - self.distillation) * loss + self.distillation * taught
             if self.balance is not None:
                 variance = self.balance[task.name]
                 loss = torch.exp(-variance) * loss + variance / 2
@@ -66,9 +75,7 @@ class MultiTaskLoss(nn.Module):
     def _loss(self, task: Task, logits: Tensor, classes: Tensor) -> Tensor:
         if task.kind == "ordinal":
             return ordinal_loss(logits, classes)
-        if task.kind == "binary":
-            # As two classes, so that what is done about rare ones is written once.
-            logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+        logits = _class_logits(task, logits)
         if task.name not in _ADJUSTED or not self.training:
             return functional.cross_entropy(logits, classes)
         if self.imbalance == "logit_adjustment":
@@ -78,6 +85,13 @@ class MultiTaskLoss(nn.Module):
         if self.imbalance == "focal":
             each = (1 - torch.exp(-each)) ** FOCUS * each
         return each.mean()
+
+
+def _class_logits(task: Task, logits: Tensor) -> Tensor:
+    """A logit a class: a binary task's as two, so that what is done is written once."""
+    if task.kind == "binary":
+        return torch.cat([torch.zeros_like(logits), logits], dim=1)
+    return logits
 
 
 def ordinal_loss(logits: Tensor, classes: Tensor) -> Tensor:

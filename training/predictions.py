@@ -16,7 +16,7 @@ from models.images import ImageError, decode
 from models.recalibration import LOGIT
 from training.data.manifest import DataError, Record, isic_id
 from training.data.tables import Faults, Row, read_rows
-from training.export import onnx_runner
+from training.runners import onnx_runner
 
 BATCH_SIZE = 32
 PROBABILITY = "melanoma_probability"

@@ -12,6 +12,7 @@ from training.data.layouts import balanced, gather, ham10000, read_datasets
 from training.data.manifest import DataError, Record, save_manifest
 from training.data.splits import assign_fixed, is_published_test
 from training.data.vocabulary import Split
+from training.distillation import open_teachers
 from training.feature_maps import build_feature_map
 from training.run import Run, rows
 from training.zoo import choose
@@ -51,7 +52,7 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
             f"{data} holds no images of {min(absent)}; found are "
             f"{', '.join(sorted({record.dataset for record in records if record.path}))}."
         )
-    check_size(config)
+    check_network(config)
     run.save_config(config)
     # Until the new one is written there is none: pixels and labels of two preparations never meet.
     run.manifest.unlink(missing_ok=True)
@@ -90,7 +91,7 @@ def prepare_manifest(
                 f"The manifest has no images{of} in the split {split}. `mmtl-train data split` "
                 'deals them out; validate_on = "" takes every dataset.'
             )
-    check_size(config)
+    check_network(config)
     run.save_config(config)
     run.manifest.unlink(missing_ok=True)
     build_cache(run.cache, used, config.size, config.size)
@@ -98,12 +99,14 @@ def prepare_manifest(
     return _count(used)
 
 
-def check_size(config: Config) -> None:
-    """Whether the backbone takes images of this size.
+def check_network(config: Config) -> None:
+    """Whether the backbone takes images of this size, and the teachers are there and fit.
 
     Raises:
-        DataError: It does not; before anything is decoded.
+        DataError: They do not; before anything is decoded.
+        models.bundle.BundleError: A teacher is no whole bundle.
     """
+    open_teachers(config.teachers, config.size)
     (backbone,) = choose([config.backbone])
     build_feature_map(backbone, None, size=config.size)
 

@@ -42,9 +42,10 @@ from models.calibration import choose_threshold, fit_calibration
 from training.data.cache import Pixels
 from training.data.manifest import DataError
 from training.data.vocabulary import Split
-from training.export import Runner, golden_outputs, onnx_runner, run_batches
+from training.export import golden_outputs
 from training.ood import choose_ood_threshold
 from training.run import Run, rows
+from training.runners import Runner, onnx_runner, run_batches
 
 FILE = "model.int8.onnx"
 CALIBRATION_IMAGES = 256

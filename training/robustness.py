@@ -14,8 +14,8 @@ from models.bundle import Bundle, melanoma_probability
 from models.images import ImageError, decode
 from training.data.layouts import image_files
 from training.data.manifest import DataError, Record
-from training.export import onnx_runner
 from training.predictions import Predictions, predict
+from training.runners import onnx_runner
 from training.statistics import Clusters, Estimate, bounded
 
 THUMBNAIL_WIDTH = 200

@@ -48,6 +48,11 @@ class Run:
         return self.folder / "curves.svg"
 
     @property
+    def teachers(self) -> Path:
+        """What each teacher said of the training images."""
+        return self.folder / "teachers"
+
+    @property
     def log(self) -> Path:
         """One row an epoch."""
         return self.folder / "log.csv"

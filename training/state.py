@@ -10,6 +10,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from models.bundle import Bundle
 from models.files import write_atomically
 from training.config import Config
 from training.data.manifest import DataError, Record, fingerprint
@@ -109,15 +110,21 @@ class State:
     _PROGRESS = ("epoch", "best", "stale", "history")
 
 
-def identity_of(config: Config, records: Sequence[Record]) -> dict[str, Any]:
-    """What a checkpoint belongs to: configuration and data."""
-    return {"config": config.model_dump(), "data": fingerprint(records)}
+def identity_of(
+    config: Config, records: Sequence[Record], teachers: Sequence[Bundle] = ()
+) -> dict[str, Any]:
+    """What a checkpoint belongs to: configuration, data and teachers."""
+    identity = {"config": config.model_dump(), "data": fingerprint(records)}
+    if teachers:
+        identity["teachers"] = [x.artifact("onnx", "fp32").sha256 for x in teachers]
+    return identity
 
 
 def belongs(checkpoint: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is of this configuration (newer settings: default) and data."""
     saved = checkpoint["identity"]
-    return bool({**saved, "config": Config().model_dump() | saved["config"]} == identity)
+    saved = {**saved, "config": Config().model_dump() | saved["config"]}
+    return all(saved.get(name) == value for name, value in identity.items())
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

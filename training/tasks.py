@@ -1,7 +1,7 @@
 """What the network learns: one table entry a task."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -60,17 +60,29 @@ TASKS = (
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Class numbers by task, int64 [N]; MISSING where the label is not known."""
+    """What to learn of N images.
+
+    Attributes:
+        classes: Class numbers by task, int64 [N]; MISSING where the label is not known.
+        soft: What teachers say by task, float32 [N, classes]; empty without any.
+    """
 
     classes: dict[str, Tensor]
+    soft: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, indices: Tensor) -> "Targets":
         """The targets of some of the images."""
-        return Targets({task: values[indices] for task, values in self.classes.items()})
+        return self._each(lambda values: values[indices])
 
     def to(self, device: torch.device) -> "Targets":
         """The targets on another device."""
-        return Targets({task: values.to(device) for task, values in self.classes.items()})
+        return self._each(lambda values: values.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
+        return Targets(
+            {task: change(values) for task, values in self.classes.items()},
+            {task: change(values) for task, values in self.soft.items()},
+        )
 
 
 def encode_targets(records: Sequence[Record]) -> Targets:

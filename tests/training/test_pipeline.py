@@ -147,7 +147,9 @@ def test_a_run_keeps_its_configuration_and_its_data(fitted: Run, data: Path) -> 
         prepare(data, fitted, CONFIG.model_copy(update={"epochs": 3}))
 
 
-def test_every_option_of_a_recipe_is_learned_with(data: Path, tmp_path: Path) -> None:
+def test_every_option_of_a_recipe_is_learned_with(
+    data: Path, tmp_path: Path, bundle_folder: Path
+) -> None:
     run = Run(tmp_path / "run")
     recipe = {
         "epochs": 2,
@@ -157,6 +159,7 @@ def test_every_option_of_a_recipe_is_learned_with(data: Path, tmp_path: Path) ->
         "freeze_batch_norm": True,
         "imbalance": "focal",
         "task_balancing": "uncertainty",
+        "teachers": (str(bundle_folder),),
         "validate_on": "",
     }
     prepare(data, run, CONFIG.model_copy(update=recipe))

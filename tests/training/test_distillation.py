@@ -1,0 +1,104 @@
+"""A student learns what teachers answer, beside the labels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.bundle import Bundle, BundleError, load_bundle, save_bundle
+from models.recalibration import LOGIT
+from tests.bundles import SIDE, expected_outputs, make_bundle
+from training.config import Config
+from training.data.manifest import DataError, Record
+from training.distillation import TAUGHT, open_teachers, soft_targets
+from training.losses import MultiTaskLoss
+from training.run import Run
+from training.tasks import MISSING, TASKS, Targets
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, SIDE, SIDE, 3), np.uint8)
+RECORDS = [Record(dataset="drawn", image=f"{i}", path="") for i in range(len(IMAGES))]
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Bundle:
+    return make_bundle(tmp_path / "teacher")
+
+
+def test_the_soft_targets_are_the_teachers_mean_answers(
+    teacher: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.distillation.TAUGHT", {"site": ()})
+    run = Run(tmp_path)
+    soft = soft_targets(run, [teacher, teacher], RECORDS, IMAGES, [1, 3])
+    melanoma = 1 / (1 + np.exp(-expected_outputs(IMAGES)[LOGIT]))
+    assert soft["melanoma"][[1, 3], 1].numpy() == pytest.approx(melanoma[[1, 3]], abs=1e-5)
+    assert soft["site"][3].tolist() == pytest.approx([0.25, 0.75])
+    assert not soft["melanoma"][[0, 2, 4]].any()
+    # Asked once: what was said is kept.
+    (kept,) = run.teachers.iterdir()
+    monkeypatch.setattr("training.distillation._ask", None)
+    again = soft_targets(run, [teacher], RECORDS, IMAGES, [1, 3])
+    assert torch.equal(again["melanoma"], soft["melanoma"])
+    assert kept.suffix == ".npz"
+
+
+def test_a_teacher_of_other_images_or_labels_is_refused(teacher: Bundle, tmp_path: Path) -> None:
+    folder = str(teacher.folder)
+    with pytest.raises(DataError, match=r"looks at 32 x 32 pixels; the run's images have 160"):
+        open_teachers([folder], 160)
+    with pytest.raises(DataError, match="has other labels for diagnosis"):
+        open_teachers([folder], SIDE)
+    with pytest.raises(BundleError):
+        open_teachers([str(tmp_path / "nowhere")], SIDE)
+    assert open_teachers([], 160) == []
+
+
+def test_a_teacher_with_the_run_s_labels_is_taken(teacher: Bundle, tmp_path: Path) -> None:
+    melanoma, age, site = teacher.manifest.tasks
+    tasks = [
+        site.model_copy(update={"name": name, "labels": tuple(map(str, labels))})
+        for name, labels in TAUGHT.items()
+    ]
+    manifest = teacher.manifest.model_copy(update={"tasks": (melanoma, age, *tasks)})
+    files = {"model.onnx": teacher.folder / "model.onnx"}
+    taken = save_bundle(tmp_path / "labels", manifest, files)
+    assert open_teachers([str(taken.folder)], SIDE) == [load_bundle(taken.folder)]
+
+
+def targets(melanoma: int, taught: float) -> Targets:
+    """One image, its label and what the teachers say."""
+    classes = {task.name: torch.tensor([MISSING]) for task in TASKS}
+    classes["melanoma"] = torch.tensor([melanoma])
+    return Targets(classes, {"melanoma": torch.tensor([[1 - taught, taught]])})
+
+
+def best_logit(share: float, shown: Targets) -> float:
+    """Where the loss is lowest."""
+    loss = MultiTaskLoss(Config(distillation=share), shown)
+    logits = torch.linspace(-6, 6, 2401)
+    losses = []
+    for logit in logits:
+        outputs = {task.name: torch.zeros(1, task.outputs) for task in TASKS}
+        outputs["melanoma"] = logit.reshape(1, 1)
+        losses.append(float(loss(outputs, shown)[0]))
+    return float(logits[int(np.argmin(losses))])
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, 0.2), (0.5, 0.6), (0.25, 0.8)])
+def test_the_loss_is_lowest_between_label_and_teachers(share: float, expected: float) -> None:
+    found = best_logit(share, targets(melanoma=1, taught=0.2))
+    assert 1 / (1 + np.exp(-found)) == pytest.approx(expected, abs=0.01)
+
+
+def test_an_image_without_a_label_is_learned_from_its_teachers() -> None:
+    found = best_logit(0.5, targets(melanoma=MISSING, taught=0.3))
+    assert 1 / (1 + np.exp(-found)) == pytest.approx(0.3, abs=0.01)
+
+
+def test_validation_asks_the_labels_alone() -> None:
+    shown = targets(melanoma=1, taught=0.2)
+    loss = MultiTaskLoss(Config(), shown).eval()
+    outputs = {task.name: torch.zeros(1, task.outputs) for task in TASKS}
+    total, parts = loss(outputs, shown)
+    assert float(total) == pytest.approx(np.log(2)) == pytest.approx(parts["melanoma"])

@@ -1,0 +1,110 @@
+"""What teachers, bundles fitted before, say of a run's images: what a student learns from them.
+
+Hinton, Vinyals & Dean 2015 (arXiv:1503.02531): the probabilities that an ensemble gives the other
+classes teach more than the label alone. Each teacher sees an image in its four mirrorings.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from models.bundle import Bundle, load_bundle
+from models.files import write_atomically
+from models.recalibration import LOGIT
+from training.data.cache import Pixels
+from training.data.manifest import DataError, Record, fingerprint
+from training.data.vocabulary import Sex, Site
+from training.run import Run
+from training.runners import onnx_runner
+from training.tasks import DIAGNOSES
+
+BATCH_SIZE = 64
+# What a bundle answers in a run's own classes; its age bins are coarser than the age grid.
+TAUGHT = {"diagnosis": DIAGNOSES, "site": tuple(Site), "sex": tuple(Sex)}
+_MIRRORINGS = ((), (1,), (2,), (1, 2))
+
+
+def open_teachers(folders: Sequence[str], size: int) -> list[Bundle]:
+    """The bundles to learn from.
+
+    Args:
+        folders: Of the bundles.
+        size: Of the run's images, in pixels.
+
+    Raises:
+        models.bundle.BundleError: A folder holds no whole bundle.
+        DataError: A teacher's input or labels are not the run's.
+    """
+    teachers = [load_bundle(Path(folder)) for folder in folders]
+    for folder, teacher in zip(folders, teachers, strict=True):
+        expected = teacher.manifest.input
+        if (expected.height, expected.width) != (size, size):
+            raise DataError(
+                f"teachers: {folder} looks at {expected.width} x {expected.height} pixels; "
+                f"the run's images have {size} x {size}."
+            )
+        for name, labels in TAUGHT.items():
+            task = teacher.manifest.task(name)
+            if task is None or list(task.labels) != [str(label) for label in labels]:
+                raise DataError(f"teachers: {folder} has other labels for {name}.")
+    return teachers
+
+
+def soft_targets(
+    run: Run,
+    teachers: Sequence[Bundle],
+    records: Sequence[Record],
+    pixels: Pixels,
+    positions: Sequence[int],
+) -> dict[str, Tensor]:
+    """The teachers' mean probabilities by task, float32 [N, classes]; zero where not asked.
+
+    Each teacher's are kept in the run's folder: they take minutes.
+
+    Args:
+        run: Where.
+        teachers: At least one.
+        records: Of the run, N.
+        pixels: Of the same.
+        positions: Of the images to be learned from.
+    """
+    data = fingerprint(records)
+    sums: dict[str, Tensor] = {}
+    for teacher in teachers:
+        file = run.teachers / f"{data[:16]}-{teacher.artifact('onnx', 'fp32').sha256[:16]}.npz"
+        if not file.is_file():
+            file.parent.mkdir(exist_ok=True)
+            said = _ask(teacher, pixels, positions)
+            with write_atomically(file) as temporary, temporary.open("wb") as stream:
+                np.savez(stream, **said)  # type: ignore[arg-type]  # numpy's stub has no **arrays
+        with np.load(file) as saved:
+            for task in saved.files:
+                if task not in sums:
+                    sums[task] = torch.zeros(len(records), saved[task].shape[1])
+                sums[task][list(positions)] += torch.from_numpy(saved[task]) / len(teachers)
+    return sums
+
+
+def _ask(
+    teacher: Bundle, pixels: Pixels, positions: Sequence[int]
+) -> dict[str, NDArray[np.float32]]:
+    """Its probabilities by task, [len(positions), classes]."""
+    run = onnx_runner(teacher.path(teacher.artifact("onnx", "fp32")))
+    parts: dict[str, list[NDArray[np.float32]]] = {}
+    bar = tqdm(total=len(positions), desc=f"ask {teacher.manifest.version}", unit="image")
+    for start in range(0, len(positions), BATCH_SIZE):
+        batch = np.stack([pixels[i] for i in positions[start : start + BATCH_SIZE]])
+        seen = [run(np.ascontiguousarray(np.flip(batch, axes))) for axes in _MIRRORINGS]
+        logit = np.mean([out[LOGIT].reshape(-1) for out in seen], axis=0)
+        melanoma = 1 / (1 + np.exp(-logit))
+        parts.setdefault("melanoma", []).append(np.stack([1 - melanoma, melanoma], axis=1))
+        for task in TAUGHT:
+            parts.setdefault(task, []).append(np.mean([out[task] for out in seen], axis=0))
+        bar.update(len(batch))
+    bar.close()
+    return {task: np.concatenate(values).astype(np.float32) for task, values in parts.items()}
