@@ -4,8 +4,11 @@ A free worker waits for nothing that has not come. Where the network runs on the
 cores that decode, a worker decodes what waits before it runs a small batch; a GPU is never left
 idle for that. Requests reserve their place before anything is decoded, so that what is in memory is
 bounded; a job whose caller has gone, or whose deadline has passed, is dropped when it is taken up.
+A batch that fails is tried again in halves, so that one bad image, or a GPU short of memory, costs
+the others nothing.
 """
 
+import re
 import threading
 import time
 from collections import deque
@@ -26,6 +29,8 @@ Pixels = NDArray[np.uint8]
 _BATCH_ON_CPU = 4
 # Workers beyond the cores: they use what the others leave idle, waiting for the interpreter.
 _SPARE = 2
+# As CUDA, ONNX Runtime and torch say it.
+_OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate memory", re.IGNORECASE)
 log = structlog.get_logger()
 
 
@@ -42,7 +47,7 @@ class Draining(Refused):
 
 
 class NotReady(Refused):
-    """The engine is warming up, or a worker has died."""
+    """The engine is warming up, or a worker has died or hangs."""
 
 
 class DeadlineExceeded(Refused):
@@ -77,15 +82,15 @@ class _Job:
     waited: float = 0.0
     pixels: Pixels | None = None
 
-    def take(self, now: float) -> bool:
-        """Whether the job is still worth working on."""
+    def dropped(self, now: float) -> str | None:
+        """Why the job is not worth working on, if it is not."""
         self.waited += now - self.since
         if self.future.cancelled():
-            return False
+            return "gone"
         if now > self.deadline:
             self.fail(DeadlineExceeded())
-            return False
-        return True
+            return "deadline"
+        return None
 
     def fail(self, error: Exception) -> None:
         """Answer with an error, unless nobody waits for it any more."""
@@ -142,7 +147,8 @@ class Batcher:
             threading.Thread(target=self._work, args=[i == 0], name=f"mmtl-work-{i}", daemon=True)
             for i in range(cores + (_SPARE if on_cpu else engine.runs_at_once))
         ]
-        metrics.queue_depth.set_function(lambda: self._admitted)
+        # What each worker, by name, has worked on since when.
+        self._busy: dict[str, tuple[float, list[_Job]]] = {}
 
     @property
     def ready(self) -> bool:
@@ -153,6 +159,29 @@ class Batcher:
     def alive(self) -> bool:
         """Whether the workers are working, warm or not."""
         return not self._failed and all(worker.is_alive() for worker in self._workers)
+
+    @property
+    def device(self) -> str:
+        """That the network runs on."""
+        return self._engine.device
+
+    @property
+    def admitted(self) -> int:
+        """Images that are admitted and not answered."""
+        return self._admitted
+
+    def broken(self, seconds: float) -> bool:
+        """Whether a worker has died, or has been at one piece of work for longer than that."""
+        now = time.monotonic()
+        busy = self._busy.copy().values()
+        return not self.alive or any(now - since > seconds for since, _ in busy)
+
+    def wait_ready(self) -> bool:
+        """Wait for the warm-up; whether it went well."""
+        while not self._warm.wait(0.01):
+            if not self.alive:
+                return False
+        return True
 
     def start(self) -> None:
         """Start the workers; the engine is warmed up before it is ready."""
@@ -173,6 +202,23 @@ class Batcher:
             if worker.is_alive():
                 worker.join(None if deadline is None else max(deadline - time.monotonic(), 0))
         self._refuse_all(Draining())
+
+    def retire(self, timeout: float) -> None:
+        """Close when the requests that are admitted have been answered, or the time is up."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            self._changed.wait_for(lambda: self._admitted == 0, timeout)
+        self.close(max(deadline - time.monotonic(), 0))
+
+    def abandon(self) -> None:
+        """Refuse everything at once, what is being worked on too; a worker that hangs is left."""
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+        for _, jobs in self._busy.copy().values():
+            for job in jobs:
+                job.fail(NotReady())
+        self._refuse_all(NotReady())
 
     @contextmanager
     def reserve(self, count: int) -> Iterator[None]:
@@ -196,6 +242,8 @@ class Batcher:
         finally:
             with self._changed:
                 self._admitted -= count
+                if not self._admitted:
+                    self._changed.notify_all()
 
     def put(self, decode: Callable[[], Pixels], deadline: float, future: "Future[Answer]") -> None:
         """Queue one image, within a reservation, from any thread.
@@ -216,6 +264,7 @@ class Batcher:
 
     def _work(self, warms_up: bool) -> None:
         jobs: list[_Job] = []
+        name = threading.current_thread().name
         try:
             if warms_up:
                 self._warm_up()
@@ -223,10 +272,12 @@ class Batcher:
                 jobs = taken
                 if not jobs:
                     continue
+                self._busy[name] = time.monotonic(), jobs
                 if jobs[0].pixels is None:
                     self._decode(jobs[0])
                 else:
                     self._run(jobs)
+                del self._busy[name]
         except BaseException as error:  # whatever it was, no caller may hang on it
             log.error("worker died", error=type(error).__name__, reason=str(error))
             with self._changed:
@@ -257,7 +308,7 @@ class Batcher:
                     return self._batch()
                 if self._encoded:
                     job = self._encoded.popleft()
-                    return [job] if job.take(time.monotonic()) else []
+                    return [job] if self._worth(job, time.monotonic()) else []
                 if self._closed and not self._decoded:
                     return None
                 self._changed.wait()
@@ -269,10 +320,16 @@ class Batcher:
         jobs: list[_Job] = []
         while self._decoded and len(jobs) < self._max_batch:
             job = self._decoded.popleft()
-            if job.take(now):
+            if self._worth(job, now):
                 jobs.append(job)
         self._running += bool(jobs)
         return jobs
+
+    def _worth(self, job: _Job, now: float) -> bool:
+        """Whether somebody still waits for it."""
+        if (why := job.dropped(now)) is not None:
+            self._metrics.dropped.labels(why).inc()
+        return why is None
 
     def _decode(self, job: _Job) -> None:
         try:
@@ -293,7 +350,7 @@ class Batcher:
                 self._running -= 1
                 self._changed.notify()
 
-    def _infer(self, jobs: list[_Job]) -> None:
+    def _infer(self, jobs: list[_Job], tries: int = 2) -> None:
         started = time.monotonic()
         try:
             outputs = self._engine.run(
@@ -303,12 +360,7 @@ class Batcher:
                 np.isfinite(values).reshape(len(jobs), -1).all(1) for values in outputs.values()
             ]
         except Exception as error:
-            if len(jobs) == 1:
-                log.error("inference failed", error=type(error).__name__, reason=str(error))
-                jobs[0].fail(InferenceFailed())
-            else:  # one image of them may be at fault: each alone
-                for job in jobs:
-                    self._infer([job])
+            self._try_again(jobs, error, tries)
             return
         took = time.monotonic() - started
         self._metrics.batch_size.observe(len(jobs))
@@ -319,6 +371,25 @@ class Batcher:
             else:
                 log.error("inference failed", error="NotFinite", reason="an output is not finite")
                 job.fail(InferenceFailed())
+
+    def _try_again(self, jobs: list[_Job], error: Exception, tries: int) -> None:
+        """A batch that failed in halves; one image once more."""
+        self._metrics.failed_runs.inc()
+        log.warning(
+            "run failed", images=len(jobs), error=type(error).__name__, reason=str(error)[:200]
+        )
+        half = len(jobs) // 2
+        if half:
+            if _OUT_OF_MEMORY.search(str(error)) and half < self._max_batch:
+                log.warning("batches halved", most=half)
+                self._max_batch = half
+            self._infer(jobs[:half])
+            self._infer(jobs[half:])
+        elif tries > 1:
+            self._infer(jobs, tries - 1)
+        else:
+            log.error("inference failed", error=type(error).__name__)
+            jobs[0].fail(InferenceFailed())
 
     def _refuse_all(self, reason: Refused) -> None:
         with self._changed:

@@ -4,25 +4,22 @@ import asyncio
 import json
 import logging
 import os
-from math import ceil
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
-import uvicorn
 from rich.console import Console
 from rich.table import Table
 
 from app import bundle_commands, key_commands, load
 from app.access import Exposed, check_exposure
-from app.batcher import Batcher
 from app.console import NOTICE, fail
 from app.engines import EngineError
 from app.keys import KeysError
 from app.main import build_api, create_app
 from app.problems import Problem
 from app.schemas import Failure, PredictResponse, Success
+from app.server import Server
 from app.settings import PREFIX, Settings, SettingsError, load_settings
 from app.telemetry import configure_logs
 from app.trace import Trace
@@ -76,38 +73,15 @@ def serve(
     configure_logs("WARNING" if check else settings.log_level)
     app = create_app(settings)
     if check:
-        facts = app.state.predictor.model
+        facts = app.state.networks.current.facts
         print(f"ok: {facts.name} {facts.version} on {settings.host}:{settings.port}")
         return
     # Uvicorn's own lines of every request would repeat ours.
     logging.getLogger("uvicorn.access").disabled = True
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        # What was admitted has its deadline; a caller who never ends an upload has this.
-        timeout_graceful_shutdown=ceil(settings.deadline_seconds) + 5,
-    )
-    server = Server(config, app.state.predictor.batcher)
+    server = Server(app, settings)
     server.run()
-    if not server.started:
-        raise SystemExit(1)  # uvicorn has logged why: a port in use, most often
-
-
-class Server(uvicorn.Server):
-    """Uvicorn, which tells the batcher of a stop before it waits for open requests."""
-
-    def __init__(self, config: uvicorn.Config, batcher: Batcher):
-        super().__init__(config)
-        self._batcher = batcher
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """On SIGINT and SIGTERM."""
-        self._batcher.drain()
-        super().handle_exit(sig, frame)
+    if not server.started or server.failed:
+        raise SystemExit(1)  # the log says why: a port in use, most often
 
 
 @cli.command()
@@ -185,14 +159,13 @@ async def _predict(settings: Settings, images: list[Path], explain: bool) -> Pre
     trace = Trace("command-line")
     results = []
     async with app.router.lifespan_context(app):
-        while not predictor.batcher.ready:
-            if not predictor.batcher.alive:
-                raise EngineError("The network failed while it was warmed up.")
-            await asyncio.sleep(0.005)
+        if not await asyncio.to_thread(app.state.networks.current.batcher.wait_ready):
+            raise EngineError("The network failed while it was warmed up.")
         for start in range(0, len(images), settings.max_files):
             part = [read(path) for path in images[start : start + settings.max_files]]
-            results += await predictor.predict(part, explain, trace)
-    return PredictResponse(request_id=trace.request_id, model=predictor.model, results=results)
+            model, found = await predictor.predict(part, explain, trace)
+            results += found
+    return PredictResponse(request_id=trace.request_id, model=model, results=results)
 
 
 def read(path: Path) -> Upload:

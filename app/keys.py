@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.files import write_atomically
 
-Scope = Literal["predict", "metrics"]
+Scope = Literal["predict", "metrics", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 _PREFIX = "mmtl"
 # How often the file is looked at for keys that are new or revoked.

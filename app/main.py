@@ -1,4 +1,4 @@
-"""The application: settings -> bundle -> engine -> batcher -> routes."""
+"""The application: settings -> networks -> predictor -> routes."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,14 +8,13 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
 from app import problems
-from app.engines import open_engine
 from app.keys import Keys
+from app.networks import Networks
 from app.predictor import Predictor
-from app.routes import health, metrics, model, predict, web
+from app.routes import admin, health, metrics, model, predict, web
 from app.settings import Settings
 from app.telemetry import Metrics, Telemetry
 from app.uploads import Held
-from models.bundle import load_bundle
 
 DESCRIPTION = (
     "Calibrated melanoma probability, age bin and anatomical site from dermoscopic images. "
@@ -32,14 +31,9 @@ def create_app(settings: Settings) -> FastAPI:
         app.engines.EngineError: The runtime or the device is not there.
         app.keys.KeysError: The key file cannot be used.
     """
-    bundle = load_bundle(settings.bundle)
-    artifact, engine = open_engine(bundle, settings)
-    measured = Metrics(bundle.manifest, settings.max_batch, problems.KINDS)
-    predictor = Predictor(bundle, artifact, engine, settings, measured)
-    facts = predictor.model
-    measured.model_info.labels(
-        facts.name, facts.version, facts.sha256, engine.name, engine.device
-    ).set(1)
+    measured = Metrics(settings.max_batch, problems.KINDS)
+    networks = Networks(settings, measured)
+    predictor = Predictor(networks, settings, measured)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -52,10 +46,13 @@ def create_app(settings: Settings) -> FastAPI:
     app = build_api(lifespan)
     app.state.settings = settings
     app.state.predictor = predictor
+    app.state.networks = networks
     app.state.metrics = measured
     app.state.keys = Keys(settings.keys) if settings.keys else None
     app.state.held = Held(settings.max_bytes_in_flight)
-    app.add_middleware(Telemetry, metrics=measured, model_version=facts.version)
+    app.add_middleware(
+        Telemetry, metrics=measured, model_version=lambda: networks.current.facts.version
+    )
     if settings.cors_origins:
         # Outside of Telemetry, so that a browser can read the answer to a failure too.
         app.add_middleware(
@@ -78,6 +75,6 @@ def build_api(lifespan: object = None) -> FastAPI:
         lifespan=lifespan,
     )
     problems.install(app)
-    for module in (predict, health, model, metrics, web):
+    for module in (predict, health, model, metrics, admin, web):
         app.include_router(module.router)
     return app

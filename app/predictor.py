@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from app import batcher as batching
 from app import problems
-from app.batcher import Answer, Batcher
+from app.batcher import Answer
 from app.cores import available_cores
-from app.engines import Engine
 from app.heatmap import draw_overlay
+from app.networks import Network, Networks
 from app.problems import Kind, Problem
 from app.quality import find_warnings
 from app.schemas import (
@@ -37,7 +37,7 @@ from app.settings import Settings
 from app.telemetry import Metrics
 from app.trace import Trace
 from app.uploads import Upload
-from models.bundle import Artifact, Bundle, melanoma_probability
+from models.bundle import melanoma_probability
 from models.images import DecodedImage, ImageError, decode
 
 # Of what stands in an answer; decisions are made on the full numbers.
@@ -92,48 +92,26 @@ class Predictor:
     """Everything that answers for an image.
 
     Args:
-        bundle: The served one.
-        artifact: That the engine runs.
-        engine: Loaded.
-        settings: Limits, batch and queue.
+        networks: The served one and its successors.
+        settings: Limits and deadline.
         metrics: Told of every image.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        artifact: Artifact,
-        engine: Engine,
-        settings: Settings,
-        metrics: Metrics,
-    ):
-        self.bundle = bundle
-        self.artifact = artifact
-        self.model = ModelFacts(
-            name=bundle.manifest.name, version=bundle.manifest.version, sha256=artifact.sha256
-        )
-        self._input = bundle.manifest.input
+    def __init__(self, networks: Networks, settings: Settings, metrics: Metrics):
+        self.networks = networks
         self._deadline_seconds = settings.deadline_seconds
         self._limits = settings.limits
         self._metrics = metrics
         cores = settings.threads or available_cores()
         self._drawers = ThreadPoolExecutor(cores, thread_name_prefix="mmtl-draw")
-        self.batcher = Batcher(
-            engine,
-            (self._input.height, self._input.width),
-            cores,
-            settings.max_batch,
-            settings.queue_size,
-            metrics,
-        )
 
     def start(self) -> None:
-        """Start the runner."""
-        self.batcher.start()
+        """Start the network."""
+        self.networks.start()
 
     def close(self) -> None:
         """Stop; what is still queued is run first, as long as its deadline allows."""
-        self.batcher.close(self._deadline_seconds)
+        self.networks.close()
         self._drawers.shutdown(wait=False, cancel_futures=True)
 
     def check_open(self) -> None:
@@ -143,13 +121,15 @@ class Predictor:
             Problem: The network is not ready, or the service is shutting down.
         """
         try:
-            with self.batcher.reserve(1):
+            with self.networks.current.batcher.reserve(1):
                 pass
         except batching.Refused as refusal:
             raise problem_of(type(refusal)) from None
 
-    async def predict(self, uploads: list[Upload], explain: bool, trace: Trace) -> list[Result]:
-        """The result of each image, in order.
+    async def predict(
+        self, uploads: list[Upload], explain: bool, trace: Trace
+    ) -> tuple[ModelFacts, list[Result]]:
+        """The result of each image, in order, all by one network, and which that was.
 
         Args:
             uploads: The images.
@@ -162,24 +142,28 @@ class Predictor:
         trace.images = len(uploads)
         deadline = time.monotonic() + self._deadline_seconds
         refusal: type[batching.Refused]
+        network = self.networks.current
+        trace.model_version = network.facts.version
         try:
             # The group cancels the other images when the service cannot take one of them.
-            with self.batcher.reserve(len(uploads)):
+            with network.batcher.reserve(len(uploads)):
                 async with asyncio.timeout(self._deadline_seconds), asyncio.TaskGroup() as group:
                     tasks = [
-                        group.create_task(self._result(upload, explain, deadline, trace))
+                        group.create_task(self._result(network, upload, explain, deadline, trace))
                         for upload in uploads
                     ]
-                return [task.result() for task in tasks]
+                return network.facts, [task.result() for task in tasks]
         except* batching.Refused as refused:
             refusal = type(_first(refused))
         except* TimeoutError:
             refusal = batching.DeadlineExceeded
         raise problem_of(refusal)
 
-    async def _result(self, upload: Upload, explain: bool, deadline: float, trace: Trace) -> Result:
+    async def _result(
+        self, network: Network, upload: Upload, explain: bool, deadline: float, trace: Trace
+    ) -> Result:
         try:
-            result = await self._success(upload, explain, deadline, trace)
+            result = await self._success(network, upload, explain, deadline, trace)
         except Problem as problem:
             self._metrics.images.labels("error").inc()
             trace.problems.append(problem.kind.name)
@@ -188,12 +172,12 @@ class Predictor:
         return result
 
     async def _success(
-        self, upload: Upload, explain: bool, deadline: float, trace: Trace
+        self, network: Network, upload: Upload, explain: bool, deadline: float, trace: Trace
     ) -> Success:
         loop = asyncio.get_running_loop()
         picture = _Picture(upload.data)
         future: Future[Answer] = Future()
-        self.batcher.put(partial(self._decode, picture), deadline, future)
+        network.batcher.put(partial(self._decode, network, picture), deadline, future)
         try:
             answer = await asyncio.wrap_future(future)
         except ImageError as error:
@@ -207,7 +191,7 @@ class Predictor:
         self._spent(trace, "inference", answer.inference_seconds)
         image = picture.image
         assert image is not None
-        prediction, quality = self._interpret(picture, answer.outputs)
+        prediction, quality = self._interpret(network, picture, answer.outputs)
         fields: dict[str, Explanation] = {}
         if explain:
             overlay = await loop.run_in_executor(
@@ -230,11 +214,12 @@ class Predictor:
             **fields,
         )
 
-    def _decode(self, picture: "_Picture") -> NDArray[np.uint8]:
+    def _decode(self, network: Network, picture: "_Picture") -> NDArray[np.uint8]:
         """In a worker's thread: the pixels, and what else there is to know of the picture."""
         began = time.monotonic()
+        size = network.bundle.manifest.input
         try:
-            image = decode(picture.data, self._input.height, self._input.width, self._limits)
+            image = decode(picture.data, size.height, size.width, self._limits)
             picture.image = image
             picture.warnings = find_warnings(image)
             picture.sha256 = hashlib.sha256(picture.data).hexdigest()
@@ -247,9 +232,9 @@ class Predictor:
         self._metrics.stages.labels(stage).observe(seconds)
 
     def _interpret(
-        self, picture: "_Picture", outputs: Mapping[str, NDArray[np.float32]]
+        self, network: Network, picture: "_Picture", outputs: Mapping[str, NDArray[np.float32]]
     ) -> tuple[Prediction, Quality]:
-        artifact, metrics = self.artifact, self._metrics
+        artifact, metrics = network.artifact, self._metrics
         probability = float(melanoma_probability(outputs["melanoma_logit"], artifact.calibration))
         above = probability >= artifact.melanoma_threshold
         melanoma = Melanoma(
@@ -258,7 +243,7 @@ class Predictor:
             decision="at_or_above_threshold" if above else "below_threshold",
         )
         categories: dict[str, Age | Category] = {}
-        for task in self.bundle.manifest.tasks:
+        for task in network.bundle.manifest.tasks:
             if task.kind == "binary":
                 continue
             probabilities = {

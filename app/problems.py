@@ -58,6 +58,8 @@ FORBIDDEN = Kind("forbidden", 403, "The API key is not for this path")
 QUOTA_EXCEEDED = Kind("quota-exceeded", 429, "The API key's quota is used up")
 NOT_FOUND = Kind("not-found", 404, "There is nothing at this path")
 METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "The path does not take this method")
+ADMIN_CLOSED = Kind("admin-closed", 403, "The service has no key for administrators")
+RELOAD_REFUSED = Kind("reload-refused", 409, "The served network stays")
 SATURATED = Kind("saturated", 503, "The service is busy")
 DRAINING = Kind("draining", 503, "The service is shutting down")
 DEADLINE_EXCEEDED = Kind("deadline-exceeded", 503, "The request took too long")
@@ -86,6 +88,8 @@ KINDS = {
         QUOTA_EXCEEDED,
         NOT_FOUND,
         METHOD_NOT_ALLOWED,
+        ADMIN_CLOSED,
+        RELOAD_REFUSED,
         SATURATED,
         DRAINING,
         DEADLINE_EXCEEDED,

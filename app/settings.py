@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     deadline_seconds: float = Field(30.0, gt=0)
     """Longest a request may take from its last byte to its answer; later ones answer 503."""
 
+    hang_seconds: float = Field(30.0, gt=0)
+    """Longest a decoding or a run of the network may take; then the network is loaded anew."""
+
     max_files: int = Field(32, ge=1)
     """Most images in one request."""
 
@@ -71,6 +74,15 @@ class Settings(BaseSettings):
 
     upload_seconds: float = Field(60.0, gt=0)
     """Longest an upload may take; slower ones answer 408."""
+
+    header_seconds: float = Field(10.0, gt=0)
+    """Longest a request's headers may take to arrive; slower ones answer 408."""
+
+    max_header_bytes: int = Field(32_768, ge=1024)
+    """Most bytes of a request's headers; more answer 431."""
+
+    max_connections: int = Field(1_000, ge=1)
+    """Most connections at once; more answer 503."""
 
     max_pixels: int = Field(100_000_000, ge=1)
     """Most pixels of a baseline JPEG, which is never decoded in full."""

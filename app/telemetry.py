@@ -4,7 +4,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from uuid import uuid4
 
 import structlog
@@ -42,12 +42,11 @@ class Metrics:
     """The service's metrics, in a registry of their own.
 
     Args:
-        manifest: Of the served bundle: its labels are created up front.
         max_batch: Largest batch, the last bucket of the batch sizes.
         reasons: Why a request may be refused.
     """
 
-    def __init__(self, manifest: Manifest, max_batch: int, reasons: Iterable[str]):
+    def __init__(self, max_batch: int, reasons: Iterable[str]):
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Histogram(
@@ -95,6 +94,29 @@ class Metrics:
         self.out_of_distribution = Counter(
             "mmtl_out_of_distribution", "Images unlike the training images.", registry=registry
         )
+        self.dropped = Counter(
+            "mmtl_dropped",
+            "Images given up before they were run: the caller had gone, or the deadline passed.",
+            ("reason",),
+            registry=registry,
+        )
+        self.failed_runs = Counter(
+            "mmtl_failed_runs",
+            "Runs of the network that failed and were repeated.",
+            registry=registry,
+        )
+        self.ready = Gauge("mmtl_ready", "1 while images are taken, else 0.", registry=registry)
+        self.reloads = Counter(
+            "mmtl_reloads",
+            "Bundles that were to replace the served one.",
+            ("outcome",),
+            registry=registry,
+        )
+        self.replacements = Counter(
+            "mmtl_network_replacements",
+            "Networks loaded anew because a worker had died or hung.",
+            registry=registry,
+        )
         self.model_info = Gauge(
             "mmtl_model_info",
             "The served network; always 1.",
@@ -107,12 +129,21 @@ class Metrics:
             self.images.labels(outcome)
         for reason in reasons:
             self.rejected.labels(reason)
+        for reason in ("gone", "deadline"):
+            self.dropped.labels(reason)
+        for outcome in ("switched", "refused"):
+            self.reloads.labels(outcome)
+        for decision in ("at_or_above_threshold", "below_threshold"):
+            self.predicted.labels("melanoma", decision)
+
+    def serve(self, manifest: Manifest, sha256: str, engine: str, device: str) -> None:
+        """Name the network that is served from now on; its labels are created up front."""
         for task in manifest.tasks:
             if task.kind != "binary":
                 for label in task.labels:
                     self.predicted.labels(task.name, label)
-        for decision in ("at_or_above_threshold", "below_threshold"):
-            self.predicted.labels("melanoma", decision)
+        self.model_info.clear()
+        self.model_info.labels(manifest.name, manifest.version, sha256, engine, device).set(1)
 
 
 class Telemetry:
@@ -121,10 +152,10 @@ class Telemetry:
     Args:
         app: The application.
         metrics: Told of every request.
-        model_version: For `X-Model-Version`.
+        model_version: Of the network that is served now, for `X-Model-Version` where none answered.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, model_version: str):
+    def __init__(self, app: ASGIApp, metrics: Metrics, model_version: Callable[[], str]):
         self.app = app
         self.metrics = metrics
         self.model_version = model_version
@@ -146,7 +177,7 @@ class Telemetry:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = trace.request_id
-                headers["X-Model-Version"] = self.model_version
+                headers["X-Model-Version"] = trace.model_version or self.model_version()
                 spent = {**trace.stages, "total": time.monotonic() - started}
                 headers["Server-Timing"] = ", ".join(
                     f"{name};dur={1000 * seconds:.1f}" for name, seconds in spent.items()

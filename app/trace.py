@@ -15,12 +15,14 @@ class Trace:
         request_id: The caller's `X-Request-ID` where it has a sane form, else a new one.
         stages: Seconds by stage; of several images, the slowest.
         images: How many were sent.
+        model_version: Of the network that the images were given to; empty before.
         problems: Names of the problems that the request, or its images, were answered with.
     """
 
     request_id: str
     stages: dict[str, float] = field(default_factory=dict)
     images: int = 0
+    model_version: str = ""
     problems: list[str] = field(default_factory=list)
 
     def spent(self, stage: str, seconds: float) -> None:

@@ -155,7 +155,9 @@ def make_manifest(artifact: Path) -> Manifest:
     )
 
 
-def make_bundle(folder: Path) -> Bundle:
+def make_bundle(folder: Path, **fields: object) -> Bundle:
+    """Of the manifest above, but for these fields."""
     artifact = folder.parent / "model.onnx"
     artifact.write_bytes(network())
-    return save_bundle(folder, make_manifest(artifact), {artifact.name: artifact})
+    manifest = make_manifest(artifact).model_copy(update=fields)
+    return save_bundle(folder, manifest, {artifact.name: artifact})

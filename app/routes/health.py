@@ -3,7 +3,8 @@
 from fastapi import APIRouter, Request
 
 from app.batcher import NotReady
-from app.predictor import Predictor, problem_of
+from app.networks import Networks
+from app.predictor import problem_of
 from app.problems import MEDIA_TYPE
 from app.schemas import Health, ProblemBody
 
@@ -19,7 +20,7 @@ async def live() -> Health:
 @router.get("/ready", responses={503: {"model": ProblemBody, "content": {MEDIA_TYPE: {}}}})
 async def ready(request: Request) -> Health:
     """Answers 200 when images are taken: the network is warm, its workers alive, not draining."""
-    predictor: Predictor = request.app.state.predictor
-    if not predictor.batcher.ready:
+    networks: Networks = request.app.state.networks
+    if not networks.current.batcher.ready:
         raise problem_of(NotReady)
     return Health(status="ready")

@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Depends, Request
 
 from app.access import bearer, require
-from app.predictor import Predictor
+from app.networks import Networks
 from models.bundle import Manifest
 
 router = APIRouter(dependencies=[bearer, Depends(require("predict"))])
@@ -12,5 +12,5 @@ router = APIRouter(dependencies=[bearer, Depends(require("predict"))])
 @router.get("/model")
 async def model(request: Request) -> Manifest:
     """The manifest of the served bundle: tasks, calibration, data, licences, held-out figures."""
-    predictor: Predictor = request.app.state.predictor
-    return predictor.bundle.manifest
+    networks: Networks = request.app.state.networks
+    return networks.current.bundle.manifest

@@ -68,12 +68,13 @@ async def predict(
 
     opened = open_uploads(request, state.settings, state.held, check_open)
     async with opened as uploads:
-        results = await _while_connected(request, predictor.predict(uploads, explain, trace))
-    if results is None:
+        answered = await _while_connected(request, predictor.predict(uploads, explain, trace))
+    if answered is None:
         return Response(status_code=499)  # nobody is there to read it
+    model, results = answered
     errors = [result.error for result in results if isinstance(result, Failure)]
     if len(errors) < len(results):
-        body = PredictResponse(request_id=trace.request_id, model=predictor.model, results=results)
+        body = PredictResponse(request_id=trace.request_id, model=model, results=results)
         return Response(body.model_dump_json(exclude_unset=True), media_type="application/json")
     if len(errors) == 1:
         kind = problems.KINDS[errors[0].type.rpartition(":")[2]]

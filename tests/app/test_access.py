@@ -113,7 +113,7 @@ def test_keys_are_made_shown_and_revoked_on_the_command_line(
     monkeypatch.setenv("MMTL_KEYS", str(path))
     key = run("create", "clinic tool", "--scope", "predict", "--per-minute", "60").strip()
     assert key.startswith("mmtl_")
-    assert "admin is none of predict, metrics" in run("create", "x", "--scope", "admin")
+    assert "root is none of predict, metrics, admin" in run("create", "x", "--scope", "root")
     shown = run("list")
     assert "clinic tool" in shown
     assert key.split("_")[2] not in shown

@@ -19,7 +19,7 @@ from app.batcher import (
     Saturated,
 )
 from app.telemetry import Metrics
-from tests.bundles import SIDE, make_bundle
+from tests.bundles import SIDE
 
 POISON = 66
 INFINITE = 77
@@ -57,8 +57,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def batcher(engine: Engine, tmp_path):
-    manifest = make_bundle(tmp_path / "bundle").manifest
-    made = Batcher(engine, (SIDE, SIDE), 2, 4, 10, Metrics(manifest, 4, ()))
+    made = Batcher(engine, (SIDE, SIDE), 2, 4, 10, Metrics(4, ()))
     made.start()
     until(lambda: made.ready)
     yield made
@@ -148,6 +147,66 @@ async def test_a_failed_batch_is_retried_one_by_one(batcher: Batcher, engine: En
     assert await ask(batcher, 42) == 42
 
 
+async def test_a_failed_run_is_tried_again(
+    batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = engine.run
+
+    def fail_once(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        monkeypatch.setattr(engine, "run", run)
+        raise RuntimeError("once")
+
+    monkeypatch.setattr(engine, "run", fail_once)
+    assert await ask(batcher, 1) == 1
+
+
+async def test_a_gpu_short_of_memory_gets_smaller_batches(
+    batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = engine.run
+
+    def short(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        if len(images) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return run(images)
+
+    monkeypatch.setattr(engine, "run", short)
+    first = await hold(engine, batcher)
+    values = range(80, 88)
+    others = [asyncio.create_task(ask(batcher, value)) for value in values]
+    await asyncio.sleep(0.01)
+    engine.gate.set()
+    assert await asyncio.gather(first, *others) == [1, *values]
+    assert batcher._metrics.failed_runs._value.get() == 1  # and then never again
+
+
+async def test_a_worker_that_hangs_is_seen_and_its_callers_refused(
+    batcher: Batcher, engine: Engine
+) -> None:
+    first = await hold(engine, batcher)
+    waiting = asyncio.create_task(ask(batcher, 50))
+    await asyncio.sleep(0.03)
+    assert batcher.broken(0.01)
+    assert not batcher.broken(60)
+    batcher.abandon()
+    for refused in (first, waiting):
+        with pytest.raises(NotReady):
+            await refused
+    assert not batcher.ready
+
+
+async def test_an_old_batcher_ends_with_its_last_request(batcher: Batcher, engine: Engine) -> None:
+    with batcher.reserve(1):
+        first = await hold(engine, batcher)
+        retiring = asyncio.create_task(asyncio.to_thread(batcher.retire, 5))
+        await asyncio.sleep(0.02)
+        assert batcher.alive
+        engine.gate.set()
+        assert await first == 1
+    await asyncio.wait_for(retiring, 5)
+    assert not any(worker.is_alive() for worker in batcher._workers)
+
+
 async def test_an_answer_that_is_not_finite_fails_alone(batcher: Batcher, engine: Engine) -> None:
     first = await hold(engine, batcher)
     others = [asyncio.create_task(ask(batcher, value)) for value in (43, INFINITE)]
@@ -172,8 +231,7 @@ async def test_what_a_decoder_raises_reaches_its_caller_alone(batcher: Batcher) 
 
 async def test_a_gpu_is_not_left_idle_while_more_is_decoded(engine: Engine, tmp_path: Path) -> None:
     engine.device = "cuda:0"
-    manifest = make_bundle(tmp_path / "bundle").manifest
-    batcher = Batcher(engine, (SIDE, SIDE), 2, 4, 10, Metrics(manifest, 4, ()))
+    batcher = Batcher(engine, (SIDE, SIDE), 2, 4, 10, Metrics(4, ()))
     batcher.start()
     until(lambda: batcher.ready)
     slow = threading.Event()

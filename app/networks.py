@@ -1,0 +1,192 @@
+"""The served network: loaded, succeeded by a reload, replaced when a worker dies or hangs."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import structlog
+
+from app.batcher import Batcher
+from app.cores import available_cores
+from app.engines import EngineError, open_engine
+from app.schemas import ModelFacts
+from app.settings import Settings
+from app.telemetry import Metrics
+from models.bundle import Artifact, Bundle, BundleError, load_bundle
+
+# How often the workers are looked at.
+_WATCH_SECONDS = 0.5
+# A worker that hangs cannot be stopped and keeps its memory: after so many, the process ends.
+_MOST_REPLACEMENTS = 3
+# Longest that loading another one in its place may take.
+_LOAD_SECONDS = 120.0
+log = structlog.get_logger()
+
+
+class ReloadError(Exception):
+    """The served network stays; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A verified bundle, one of its artifacts in an engine, and the queue before it."""
+
+    bundle: Bundle
+    artifact: Artifact
+    facts: ModelFacts
+    engine_name: str
+    batcher: Batcher
+
+
+class Networks:
+    """The network that is served now.
+
+    A request is answered by the network that was served when it had arrived whole; another takes
+    over between two requests, and the old one ends with its last.
+
+    Args:
+        settings: Which bundle, artifact and device; batch, queue and deadline.
+        metrics: Told of every batch, and of the network.
+
+    Raises:
+        models.bundle.BundleError: The bundle cannot be used.
+        app.engines.EngineError: The runtime or the device is not there.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics):
+        self._settings = settings
+        self._metrics = metrics
+        # Held while one network takes the place of another, until that one has ended.
+        self._switching = threading.Lock()
+        self._stopped = threading.Event()
+        self._draining = False
+        self._replacements = 0
+        # Called when the network cannot be replaced: the process should end, and be started anew.
+        self.on_failure: Callable[[], None] = lambda: None
+        self.current = self._load()
+        self._announce()
+        metrics.queue_depth.set_function(lambda: self.current.batcher.admitted)
+        metrics.ready.set_function(lambda: self.current.batcher.ready)
+
+    def start(self) -> None:
+        """Start the network, and watch it."""
+        self.current.batcher.start()
+        threading.Thread(target=self._watch, name="mmtl-watch", daemon=True).start()
+
+    def drain(self) -> None:
+        """Admit no more requests, and answer those that are. Safe in a signal handler."""
+        self._draining = True
+        self.current.batcher.drain()
+
+    def close(self) -> None:
+        """Stop; what is still queued is run first, as long as its deadline allows."""
+        self._stopped.set()
+        self.current.batcher.close(self._settings.deadline_seconds)
+
+    def reload(self) -> Network:
+        """Load the bundle again, beside the served one, and let it take over once it is warm.
+
+        Its hashes, shapes and golden predictions are checked as at the start; on any doubt the
+        served network stays.
+
+        Raises:
+            ReloadError: The bundle cannot be used, or another is taking over just now.
+        """
+        if not self._switching.acquire(blocking=False):
+            raise ReloadError("Another network is taking over just now. Try again.")
+        try:
+            if self._draining or self._stopped.is_set():
+                raise ReloadError("The service is shutting down.")
+            old, self.current = self.current, self._load_warm()
+        except (BundleError, EngineError, OSError) as error:
+            self._metrics.reloads.labels("refused").inc()
+            log.error("reload refused", reason=str(error))
+            self._switching.release()
+            raise ReloadError(str(error)) from None
+        except BaseException:
+            self._switching.release()
+            raise
+        self._metrics.reloads.labels("switched").inc()
+        self._announce()
+        log.info("reloaded", before=old.facts.version, now=self.current.facts.version)
+        threading.Thread(target=self._retire, args=[old], name="mmtl-retire", daemon=True).start()
+        return self.current
+
+    def _retire(self, old: Network) -> None:
+        try:
+            old.batcher.retire(self._settings.deadline_seconds)
+        finally:
+            self._switching.release()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_WATCH_SECONDS):
+            if self.current.batcher.broken(self._settings.hang_seconds) and not self._replace():
+                self.on_failure()
+                return
+
+    def _replace(self) -> bool:
+        """Load the network anew in the place of a broken one; False where that does not help."""
+        self.current.batcher.abandon()
+        with self._switching:
+            if not self.current.batcher.broken(self._settings.hang_seconds):
+                return True  # a reload has been faster
+            self._replacements += 1
+            self._metrics.replacements.inc()
+            log.error("network broken", replaced_before=self._replacements - 1)
+            if self._replacements > _MOST_REPLACEMENTS:
+                return False
+            try:
+                # Not in this thread: what made the worker hang may make this hang, too.
+                loading: Future[Network] = Future()
+                threading.Thread(target=self._load_into, args=[loading], daemon=True).start()
+                self.current = loading.result(_LOAD_SECONDS)
+            except (BundleError, EngineError, OSError, TimeoutError) as error:
+                log.error("network not replaced", error=type(error).__name__, reason=str(error))
+                return False
+        if self._draining:
+            self.current.batcher.drain()
+        log.warning("network replaced")
+        return True
+
+    def _load_into(self, loading: "Future[Network]") -> None:
+        try:
+            loading.set_result(self._load_warm())
+        except Exception as error:
+            loading.set_exception(error)
+
+    def _load_warm(self) -> Network:
+        network = self._load()
+        network.batcher.start()
+        if not network.batcher.wait_ready():
+            raise EngineError("The network failed while it was warmed up.")
+        return network
+
+    def _load(self) -> Network:
+        settings = self._settings
+        bundle = load_bundle(settings.bundle)
+        artifact, engine = open_engine(bundle, settings)
+        manifest = bundle.manifest
+        return Network(
+            bundle,
+            artifact,
+            ModelFacts(name=manifest.name, version=manifest.version, sha256=artifact.sha256),
+            engine.name,
+            Batcher(
+                engine,
+                (manifest.input.height, manifest.input.width),
+                settings.threads or available_cores(),
+                settings.max_batch,
+                settings.queue_size,
+                self._metrics,
+            ),
+        )
+
+    def _announce(self) -> None:
+        network = self.current
+        self._metrics.serve(
+            network.bundle.manifest,
+            network.artifact.sha256,
+            network.engine_name,
+            network.batcher.device,
+        )

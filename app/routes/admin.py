@@ -1,0 +1,44 @@
+"""`POST /admin/reload`."""
+
+import asyncio
+
+from fastapi import APIRouter, Depends, Request
+
+from app import problems
+from app.access import authorize, bearer
+from app.networks import Networks, ReloadError
+from app.problems import MEDIA_TYPE, Problem
+from app.schemas import ModelFacts, ProblemBody
+
+
+async def administrator(request: Request) -> None:
+    """Let in who has a key with the scope admin; where there are no keys, nobody.
+
+    Raises:
+        Problem: 401 or 403.
+    """
+    if request.app.state.keys is None:
+        raise Problem(
+            problems.ADMIN_CLOSED,
+            "Make a key with `mmtl keys create --scope admin`, or send the process SIGHUP.",
+        )
+    authorize(request, "admin")
+
+
+router = APIRouter(prefix="/admin", dependencies=[bearer, Depends(administrator)])
+_PROBLEM = {"model": ProblemBody, "content": {MEDIA_TYPE: {}}}
+
+
+@router.post("/reload", responses={401: _PROBLEM, 403: _PROBLEM, 409: _PROBLEM})
+async def reload(request: Request) -> ModelFacts:
+    """Load the bundle of MMTL_BUNDLE again; answers once it has taken over, with which it is.
+
+    It is verified, warmed up and asked its golden predictions beside the served one, which stays
+    when anything does not fit (409).
+    """
+    networks: Networks = request.app.state.networks
+    try:
+        network = await asyncio.to_thread(networks.reload)
+    except ReloadError as error:
+        raise Problem(problems.RELOAD_REFUSED, str(error)) from None
+    return network.facts

@@ -1,0 +1,173 @@
+"""The HTTP server: uvicorn, with signals, and limits on what comes before a request is one."""
+
+import asyncio
+import signal
+import threading
+from functools import partial
+from math import ceil
+from types import FrameType
+from typing import Any
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from app.networks import Networks, ReloadError
+from app.settings import Settings
+
+log = structlog.get_logger()
+# Beyond the upload's own time: the deadline of a request that is answered while it still arrives.
+_MARGIN_SECONDS = 10.0
+_TOO_LARGE = (431, "Request Header Fields Too Large")
+
+
+class Protocol(HttpToolsProtocol):
+    """Uvicorn's protocol, which bounds headers in bytes and seconds, and connections in number.
+
+    Uvicorn waits for ever for the end of the headers of a client that sends a byte now and then
+    (slowloris), and keeps headers of any size.
+
+    Args:
+        settings: The limits.
+        arguments: Uvicorn's own.
+        named: Likewise.
+    """
+
+    def __init__(self, settings: Settings, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self._settings = settings
+        self._timer: asyncio.TimerHandle | None = None
+        self._reading_headers = True
+        self._header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """A client has connected; the first bytes are waited for like a request's headers."""
+        super().connection_made(transport)
+        if len(self.connections) > self._settings.max_connections:
+            self._refuse(503, "Service Unavailable", "Retry-After: 1")
+            return
+        self._start_timer(self._settings.header_seconds)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has gone."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a request."""
+        if self.transport.is_closing():
+            return
+        if self._reading_headers:
+            self._header_bytes += len(data)
+        super().data_received(data)
+        if self._reading_headers and self._header_bytes > self._settings.max_header_bytes:
+            self._refuse(*_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request."""
+        super().on_message_begin()
+        self._start_timer(self._settings.header_seconds)
+
+    def on_headers_complete(self) -> None:
+        """From here on the request is answered; its body has its own time."""
+        self._reading_headers = False
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > self._settings.max_header_bytes:
+            self._refuse(*_TOO_LARGE)
+            return
+        self._start_timer(self._settings.upload_seconds + _MARGIN_SECONDS)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of a request's body; that of a refused one is dropped."""
+        if not self.transport.is_closing():
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The whole request is here; what comes next begins with headers."""
+        self._stop_timer()
+        self._reading_headers = True
+        self._header_bytes = 0
+        if not self.transport.is_closing():
+            super().on_message_complete()
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_slow(self) -> None:
+        if self._reading_headers:
+            self._refuse(408, "Request Timeout")
+        else:  # an answer may be under way
+            self.transport.close()
+
+    def _refuse(self, status: int, reason: str, *headers: str) -> None:
+        self._stop_timer()
+        if self.transport.is_closing():
+            return
+        lines = (f"HTTP/1.1 {status} {reason}", "Content-Length: 0", "Connection: close", *headers)
+        self.transport.write("".join(f"{line}\r\n" for line in (*lines, "")).encode())
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Uvicorn with this service's signals.
+
+    SIGTERM and SIGINT drain: not ready at once, what was accepted is answered, then exit 0. A
+    second one does not wait. SIGHUP reloads the bundle. Where the network cannot be replaced, the
+    server ends, and `failed` says so.
+
+    Args:
+        app: Of `create_app`.
+        settings: Of the same.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                http=partial(Protocol, settings),  # type: ignore[arg-type]  # called like the class
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                # What was admitted has its deadline; a caller who never ends an upload has this.
+                timeout_graceful_shutdown=ceil(settings.deadline_seconds) + 5,
+            )
+        )
+        self.failed = False
+        self._networks: Networks = app.state.networks
+        self._networks.on_failure = self._fail
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Listen, and take SIGHUP."""
+        await super().startup(sockets)
+        if threading.current_thread() is not threading.main_thread():
+            return  # which alone gets signals, as uvicorn has it, too
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, self._reload))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On SIGINT and SIGTERM."""
+        self._networks.drain()
+        if self.should_exit:
+            self.force_exit = True
+        super().handle_exit(sig, frame)
+
+    def _reload(self) -> None:
+        try:
+            self._networks.reload()
+        except ReloadError as error:
+            log.error("reload refused", reason=str(error))
+
+    def _fail(self) -> None:
+        self.failed = True
+        self.should_exit = True

@@ -1,0 +1,181 @@
+"""One network takes the place of another: by a reload, or where a worker hangs."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from app.engines.onnx import OnnxEngine
+from app.keys import create_key
+from app.settings import Settings
+from tests.bundles import make_bundle
+from tests.conftest import started
+from tests.lesions import flat
+
+HANGS = 200
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "bundle").folder
+
+
+@pytest.fixture
+def headers(tmp_path: Path) -> dict[str, str]:
+    key = create_key(tmp_path / "keys.json", "operator", ("predict", "metrics", "admin"), None)
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+def client(folder: Path, tmp_path: Path, headers: dict[str, str]) -> Iterator[TestClient]:
+    settings = Settings(
+        bundle=folder, keys=tmp_path / "keys.json", threads=1, hang_seconds=0.3, max_batch=2
+    )
+    with started(settings) as running:
+        running.headers.update(headers)
+        yield running
+
+
+def predict(client: TestClient, red: int = 1):
+    return client.post("/predict", files={"files": flat(red)})
+
+
+def metric(client: TestClient, name: str) -> float:
+    (line,) = [x for x in client.get("/metrics").text.splitlines() if x.startswith(name)]
+    return float(line.split()[-1])
+
+
+def test_a_reload_serves_the_new_bundle(client: TestClient, folder: Path) -> None:
+    assert predict(client).headers["X-Model-Version"] == "1.2.3"
+    make_bundle(folder, version="1.3.0")
+    assert client.post("/admin/reload").json()["version"] == "1.3.0"
+    answer = predict(client)
+    assert answer.headers["X-Model-Version"] == "1.3.0" == answer.json()["model"]["version"]
+    assert client.get("/model").json()["version"] == "1.3.0"
+    assert metric(client, 'mmtl_reloads_total{outcome="switched"}') == 1
+    assert metric(client, "mmtl_model_info{") == 1  # a single line
+    assert metric(client, "mmtl_ready") == 1
+
+
+def test_no_request_fails_while_networks_change(client: TestClient, folder: Path) -> None:
+    stop = threading.Event()
+
+    def ask(red: int) -> list[tuple[int, str, str, float]]:
+        found = []
+        while not stop.is_set():
+            answer = predict(client, red)
+            body = answer.json()
+            found.append(
+                (
+                    answer.status_code,
+                    answer.headers["X-Model-Version"],
+                    body["model"]["version"],
+                    body["results"][0]["prediction"]["melanoma"]["probability"],
+                )
+            )
+        return found
+
+    with ThreadPoolExecutor(3) as pool:
+        asked = {red: pool.submit(ask, red) for red in (100, 128, 156)}
+        for number in range(4):
+            make_bundle(folder, version=f"2.0.{number}")
+            deadline = time.monotonic() + 10
+            while client.post("/admin/reload").status_code == 409:  # the last one still ends
+                assert time.monotonic() < deadline
+        stop.set()
+    answers = {red: found.result() for red, found in asked.items()}
+    everything = [answer for found in answers.values() for answer in found]
+    assert {status for status, *_ in everything} == {200}
+    assert all(header == body for _, header, body, _ in everything)
+    assert len({version for _, version, *_ in everything}) > 1
+    for red, found in answers.items():
+        expected = 1 / (1 + np.exp(-(red - 128) / 16))
+        assert all(abs(probability - expected) < 0.01 for *_, probability in found)
+
+
+def test_a_bundle_that_does_not_fit_is_refused_and_the_old_one_stays(
+    client: TestClient, folder: Path
+) -> None:
+    (folder / "model.onnx").write_bytes(b"damaged")
+    refused = client.post("/admin/reload")
+    assert refused.status_code == 409
+    assert refused.json()["type"] == "urn:mmtl:problem:reload-refused"
+    assert "model.onnx" in refused.json()["detail"]
+    assert predict(client).status_code == 200
+    assert metric(client, 'mmtl_reloads_total{outcome="refused"}') == 1
+
+
+def test_a_bundle_that_answers_otherwise_than_it_was_made_to_is_refused(
+    client: TestClient, folder: Path
+) -> None:
+    (golden,) = make_bundle(folder).manifest.golden
+    wrong = golden.model_copy(update={"outputs": {**golden.outputs, "melanoma_logit": (9.0,)}})
+    make_bundle(folder, golden=(wrong,))
+    assert "melanoma_logit" in client.post("/admin/reload").json()["detail"]
+    assert predict(client).status_code == 200
+
+
+def test_only_administrators_reload(client: TestClient, tmp_path: Path, folder: Path) -> None:
+    client.headers["Authorization"] = "Bearer " + create_key(
+        tmp_path / "keys.json", "tool", ("predict",), None
+    )
+    time.sleep(1.1)  # the file is looked at once a second
+    refused = client.post("/admin/reload")
+    assert (refused.status_code, refused.json()["type"]) == (403, "urn:mmtl:problem:forbidden")
+    with started(Settings(bundle=folder)) as without_keys:
+        refused = without_keys.post("/admin/reload")
+        assert refused.json()["type"] == "urn:mmtl:problem:admin-closed"
+        assert "SIGHUP" in refused.json()["detail"]
+
+
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """While this is not set, a picture of HANGS red is never answered."""
+    release = threading.Event()
+    run = OnnxEngine.run
+
+    def hang(engine: OnnxEngine, images):
+        if any(abs(image[..., 0] - float(HANGS)).max() < 3 for image in images):
+            release.wait(30)
+        return run(engine, images)
+
+    monkeypatch.setattr(OnnxEngine, "run", hang)
+    yield release
+    release.set()
+
+
+def ready_again(client: TestClient) -> None:
+    deadline = time.monotonic() + 10
+    while client.get("/health/ready").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_network_that_hangs_is_replaced_and_no_caller_hangs(
+    client: TestClient, hanging: threading.Event
+) -> None:
+    refused = predict(client, HANGS)
+    assert refused.status_code == 503
+    assert refused.json()["type"] == "urn:mmtl:problem:not-ready"
+    assert refused.headers["Retry-After"] == "5"
+    ready_again(client)
+    assert predict(client).status_code == 200
+    assert metric(client, "mmtl_network_replacements_total") == 1
+
+
+def test_a_network_that_goes_on_hanging_ends_the_process(
+    client: TestClient, hanging: threading.Event
+) -> None:
+    ended = threading.Event()
+    client.app.state.networks.on_failure = ended.set
+    for _ in range(3):
+        assert predict(client, HANGS).status_code == 503
+        ready_again(client)
+    assert predict(client, HANGS).status_code == 503
+    assert ended.wait(5)
+    assert client.get("/health/ready").status_code == 503

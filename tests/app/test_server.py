@@ -1,0 +1,120 @@
+"""What comes before a request is one: slow, huge and many."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from app.main import create_app
+from app.server import Server
+from app.settings import Settings
+
+
+@pytest.fixture
+def port(settings: Settings) -> Iterator[int]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number = free.getsockname()[1]
+    limited = settings.model_copy(
+        update={
+            "port": number,
+            "header_seconds": 0.3,
+            "upload_seconds": 0.3,
+            "max_header_bytes": 2048,
+            "max_connections": 5,
+        }
+    )
+    server = Server(create_app(limited), limited)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield number
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def status(answer: bytes) -> int:
+    return int(answer.split()[1])
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET / HTTP/1.1\r\nHost: x\r\n"])
+def test_headers_that_never_end_are_timed_out(port: int, sent: bytes) -> None:
+    with connect(port) as slow:
+        slow.sendall(sent)
+        began = time.monotonic()
+        assert status(slow.recv(1000)) == 408
+        assert slow.recv(1000) == b""
+        assert time.monotonic() - began < 2
+
+
+def test_a_byte_now_and_then_gains_no_time(port: int) -> None:
+    with connect(port) as slow:
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while True:
+                slow.sendall(b"G")
+                time.sleep(0.05)
+        assert time.monotonic() - began < 2
+
+
+def test_headers_that_grow_are_refused(port: int) -> None:
+    with connect(port) as greedy:
+        greedy.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * 3000)
+        assert status(greedy.recv(1000)) == 431
+
+
+def test_headers_that_are_too_large_are_refused_even_when_whole(port: int) -> None:
+    with connect(port) as greedy:
+        greedy.sendall(
+            b"POST /predict HTTP/1.1\r\nContent-Length: 3\r\nX: " + b"x" * 3000 + b"\r\n\r\nabc"
+        )
+        answer = greedy.recv(1000)
+        assert status(answer) == 431
+        assert greedy.recv(1000) == b""
+
+
+def test_a_large_body_is_no_large_header(port: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    for _ in range(3):  # on one connection
+        connection.request("POST", "/predict", b"x" * 5000, {"Content-Type": "image/jpeg"})
+        answer = connection.getresponse()
+        assert json.loads(answer.read())["type"] == "urn:mmtl:problem:unsupported-image"
+    connection.close()
+
+
+def test_a_body_that_never_ends_is_cut_off_where_nobody_reads_it(port: int) -> None:
+    from app import server
+
+    with pytest.MonkeyPatch.context() as patch, connect(port) as slow:
+        patch.setattr(server, "_MARGIN_SECONDS", 0.0)
+        slow.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        assert status(slow.recv(1000)) == 200
+        began = time.monotonic()
+        assert slow.recv(1000) == b""
+        assert time.monotonic() - began < 2
+
+
+def test_connections_are_counted(port: int) -> None:
+    taken = [connect(port) for _ in range(5)]
+    time.sleep(0.05)
+    with connect(port) as one_more:
+        answer = one_more.recv(1000)
+        assert status(answer) == 503
+        assert b"Retry-After: 1" in answer
+    for connection in taken:
+        connection.close()
+    time.sleep(0.05)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.request("GET", "/health/live")
+    assert connection.getresponse().status == 200
+    connection.close()
