@@ -12,7 +12,8 @@ uv := $(VENV)/bin/uv
 install := $(uv) pip install --quiet --python $(VENV)/bin/python --require-hashes
 editable := $(uv) pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
 
-.PHONY: serve test test-slow lint check default-bundle benchmark bench-serve docs lock clean
+.PHONY: serve test test-slow lint check default-bundle benchmark bench-serve \
+	secrets audit sbom docs lock clean
 
 ## Serve the shipped bundle on http://127.0.0.1:8000 (settings: MMTL_*; see docs/settings.md).
 serve: $(VENV)/.cpu
@@ -38,13 +39,21 @@ check: lint
 	$(MAKE) test
 
 ## Retrain, evaluate and export the shipped bundle from the data folder (more than an hour on two cores).
-default-bundle: $(VENV)/.dev
+default-bundle: $(VENV)/.dev runs/teachers/0.2.0 runs/teachers/0.3.0
 	$(VENV)/bin/mmtl-train prepare $(DATA) --config configs/default.toml --run $(RUN)
 	$(VENV)/bin/mmtl-train fit --run $(RUN)
 	$(VENV)/bin/mmtl-train export --run $(RUN) --bundle models/default
 	$(VENV)/bin/mmtl-train quantize --run $(RUN) --bundle models/default
 	$(VENV)/bin/mmtl-train evaluate $(DATA) --run $(RUN) --bundle models/default --publish \
 		--out docs/evaluation
+
+# Bundles that shipped before, out of this repository's history: what the shipped one learned from.
+shipped_0.2.0 := fa6b4c0
+shipped_0.3.0 := e7b7561
+runs/teachers/%:
+	mkdir -p $@.part
+	git archive $(shipped_$*) models/default | tar -x --strip-components=2 -C $@.part
+	mv $@.part $@
 
 ## Rank the backbones whose weights are in WEIGHTS or in packages, on the balanced set's val pixels.
 benchmark: $(VENV)/.dev
@@ -56,6 +65,35 @@ benchmark: $(VENV)/.dev
 ## mmtl beside LitServe, BentoML, Ray Serve and FastAPI (half an hour; installs each on its own).
 bench-serve: $(VENV)/.dev
 	$(VENV)/bin/python -m benchmarks.serving.compare $(DATA)
+
+## Keys and passwords for docker-compose.yml, made once, under docker/secrets (not in git).
+secrets: docker/secrets/keys.json docker/secrets/grafana_password
+docker/secrets/keys.json: | $(VENV)/.cpu
+	@mkdir -p $(@D)
+	@MMTL_KEYS=$@.part $(VENV)/bin/mmtl keys create prometheus --scope metrics > docker/secrets/metrics_key
+	@MMTL_KEYS=$@.part $(VENV)/bin/mmtl keys create administrator --scope predict --scope admin \
+		> docker/secrets/administrator_key
+	@mv $@.part $@
+	@chmod 644 $@ docker/secrets/metrics_key
+	@echo "docker/secrets: keys.json, metrics_key (for Prometheus), administrator_key (for you)"
+docker/secrets/grafana_password:
+	@mkdir -p $(@D)
+	@$(PYTHON) -c "import secrets; print(secrets.token_urlsafe(18), end='')" > $@
+	@chmod 644 $@
+	@echo "docker/secrets/grafana_password: of Grafana's user admin"
+
+## Known vulnerabilities of what an image holds; says so where no advisories can be reached.
+audit: $(VENV)/.audit
+	@$(VENV)/bin/python docker/audit.py requirements/cpu.txt requirements/gpu.txt
+
+## A software bill of materials (CycloneDX) of the service: sbom.json.
+sbom: $(VENV)/.audit
+	$(VENV)/bin/python -W ignore::UserWarning -m cyclonedx_py requirements requirements/cpu.txt --pyproject pyproject.toml \
+		--output-reproducible --of JSON -o sbom.json
+
+$(VENV)/.audit: requirements/audit.txt $(VENV)/.dev
+	@$(install) -r requirements/audit.txt
+	@touch $@
 
 ## Write the generated pages of docs/ anew; a breaking change of the HTTP contract is refused.
 docs: $(VENV)/.dev
@@ -89,6 +127,7 @@ lock: | $(uv)
 		-o requirements/training.txt
 	$(lock) pyproject.toml --extra cpu --extra training --extra dev -c requirements/training.txt \
 		-o requirements/dev.txt
+	printf 'pip-audit\ncyclonedx-bom\n' | $(lock) - -c requirements/dev.txt -o requirements/audit.txt
 
 clean:
 	rm -rf $(VENV) .venv-e2e .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -22,7 +22,7 @@ KeyFileOption = Annotated[
 def create(
     name: Annotated[str, typer.Argument(help="Whose key it is.")],
     scope: Annotated[
-        list[str] | None, typer.Option(help="predict (by default) or metrics; repeatable.")
+        list[str] | None, typer.Option(help="predict (by default), metrics or admin; repeatable.")
     ] = None,
     per_minute: Annotated[
         int | None, typer.Option(min=1, help="Requests to /predict a minute; none is no limit.")

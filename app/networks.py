@@ -67,6 +67,7 @@ class Networks:
         self.current = self._load()
         self._announce()
         metrics.queue_depth.set_function(lambda: self.current.batcher.admitted)
+        metrics.queue_limit.set(settings.queue_size)
         metrics.ready.set_function(lambda: self.current.batcher.ready)
 
     def start(self) -> None:

@@ -73,6 +73,9 @@ class Metrics:
         self.queue_depth = Gauge(
             "mmtl_queue_depth", "Images admitted and not yet answered.", registry=registry
         )
+        self.queue_limit = Gauge(
+            "mmtl_queue_limit", "Most images admitted at once.", registry=registry
+        )
         self.images = Counter(
             "mmtl_images", "Images, by what became of them.", ("outcome",), registry=registry
         )

@@ -45,6 +45,7 @@ class OnnxEngine:
         options.log_severity_level = 3
         providers: list[object] = ["CPUExecutionProvider"]
         if uses_gpu(device):
+            onnxruntime.preload_dlls()  # CUDA's own libraries, where they came as wheels
             number = int(device.removeprefix("cuda:")) if device != "auto" else 0
             providers.insert(0, (_CUDA, {"device_id": number}))
         try:
