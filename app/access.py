@@ -9,6 +9,7 @@ from app import problems
 from app.keys import Keys, Scope
 from app.problems import Problem
 from app.settings import Settings
+from app.trace import trace_of
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 _bearer = HTTPBearer(auto_error=False, description="A key of `mmtl keys create`, where asked for.")
@@ -34,6 +35,7 @@ def authorize(request: Request, scope: Scope) -> None:
             "Send `Authorization: Bearer KEY` with a key of this service's operator.",
             {"WWW-Authenticate": "Bearer"},
         )
+    trace_of(request.scope).key = key.id
     if scope not in key.scopes:
         raise Problem(
             problems.FORBIDDEN,

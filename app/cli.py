@@ -13,6 +13,7 @@ from rich.table import Table
 
 from app import bundle_commands, key_commands, load
 from app.access import Exposed, check_exposure
+from app.audit import AuditError
 from app.console import NOTICE, fail
 from app.engines import EngineError
 from app.keys import KeysError
@@ -28,6 +29,7 @@ from models.bundle import BundleError
 from models.calibration import CalibrationError
 
 _EXPECTED = (
+    AuditError,
     BundleError,
     CalibrationError,
     EngineError,

@@ -8,6 +8,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
 from app import problems
+from app.audit import AuditLog
 from app.keys import Keys
 from app.networks import Networks
 from app.predictor import Predictor
@@ -30,6 +31,7 @@ def create_app(settings: Settings) -> FastAPI:
         models.bundle.BundleError: The bundle cannot be used.
         app.engines.EngineError: The runtime or the device is not there.
         app.keys.KeysError: The key file cannot be used.
+        app.audit.AuditError: The audit log cannot be written.
     """
     measured = Metrics(settings.max_batch, problems.KINDS)
     networks = Networks(settings, measured)
@@ -42,12 +44,17 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             predictor.close()
+            if app.state.audit is not None:
+                app.state.audit.close()
 
     app = build_api(lifespan)
     app.state.settings = settings
     app.state.predictor = predictor
     app.state.networks = networks
     app.state.metrics = measured
+    app.state.audit = (
+        AuditLog(settings.audit_log, settings.audit_log_bytes) if settings.audit_log else None
+    )
     app.state.keys = Keys(settings.keys) if settings.keys else None
     app.state.held = Held(settings.max_bytes_in_flight)
     app.add_middleware(

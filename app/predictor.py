@@ -144,6 +144,7 @@ class Predictor:
         refusal: type[batching.Refused]
         network = self.networks.current
         trace.model_version = network.facts.version
+        trace.model_sha256 = network.facts.sha256
         try:
             # The group cancels the other images when the service cannot take one of them.
             with network.batcher.reserve(len(uploads)):

@@ -158,9 +158,9 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGINT and SIGTERM."""
         self._networks.drain()
-        if self.should_exit:
-            self.force_exit = True
-        super().handle_exit(sig, frame)
+        # Not uvicorn's own, which raises the signal again in the end: a drained stop is a good end.
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
     def _reload(self) -> None:
         try:

@@ -99,6 +99,12 @@ class Settings(BaseSettings):
     open_metrics: bool = False
     """Answer `/metrics` without a key, where there are keys."""
 
+    audit_log: Path | None = None
+    """File that a line is added to for each image: request, key, network, SHA-256, outcome."""
+
+    audit_log_bytes: int = Field(100_000_000, ge=1)
+    """Size at which that file is renamed (and kept), and another begun."""
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """DEBUG adds the health and metrics requests."""
 

@@ -212,6 +212,7 @@ class Telemetry:
         write(
             "request",
             request_id=trace.request_id,
+            key=trace.key,
             method=method,
             route=route,
             status=status,

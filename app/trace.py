@@ -16,6 +16,8 @@ class Trace:
         stages: Seconds by stage; of several images, the slowest.
         images: How many were sent.
         model_version: Of the network that the images were given to; empty before.
+        model_sha256: Of its artifact; empty before.
+        key: Id of the caller's key, where there are keys.
         problems: Names of the problems that the request, or its images, were answered with.
     """
 
@@ -23,6 +25,8 @@ class Trace:
     stages: dict[str, float] = field(default_factory=dict)
     images: int = 0
     model_version: str = ""
+    model_sha256: str = ""
+    key: str | None = None
     problems: list[str] = field(default_factory=list)
 
     def spent(self, stage: str, seconds: float) -> None:

@@ -9,7 +9,7 @@ NOT_RUN = 3
 
 
 def audit(requirements: str) -> int:
-    """Print what is known; 0 for nothing, 1 for something, `NOT_RUN` where nobody could be asked."""
+    """Print what is known; 0 for nothing, 1 for something, `NOT_RUN` where nobody was asked."""
     for source in SOURCES:
         done = subprocess.run(
             [

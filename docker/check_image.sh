@@ -37,14 +37,14 @@ fi
 say "the image, from docker/Dockerfile"
 mounts=()
 for pair in ${FETCH_MOUNTS//,/ }; do mounts+=(--volume "$pair:ro"); done
-buildah bud --quiet --pull-never --target cpu "${mounts[@]}" -f docker/Dockerfile -t mmtl:cpu . > /dev/null
+buildah bud --quiet --layers --pull-never --target cpu "${mounts[@]}" -f docker/Dockerfile -t mmtl:cpu . > /dev/null
 container=$(buildah from --pull-never mmtl:cpu)
 root=$(buildah mount "$container")
 
 say "what is in it"
 [ "$(buildah inspect --format '{{.OCIv1.Config.User}}' "$container")" = 10001:10001 ]
 for absent in gcc cc make pip pip3 curl git; do
-    ! buildah run "$container" -- sh -c "command -v $absent" || { echo "$absent is in the image"; exit 1; }
+    ! chroot "$root" sh -c "PATH=/opt/mmtl/bin:\$PATH; command -v $absent" || { echo "$absent is in the image"; exit 1; }
 done
 [ -z "$(ls -A "$root/var/lib/apt/lists" 2> /dev/null)" ]
 writable=$(chroot --userspec=10001:10001 "$root" find / -xdev -type f -writable -not -path '/proc/*' 2> /dev/null || true)
@@ -53,7 +53,7 @@ du -sh "$root" | cut -f1
 
 say "without keys it refuses to let others in"
 if buildah run "$container" -- mmtl serve 2> "$work/refused"; then exit 1; fi
-cat "$work/refused"
+head -1 "$work/refused"
 
 say "served as its user, on a read-only root"
 mkdir "$work/secrets"

@@ -1,19 +1,22 @@
 """`POST /predict`."""
 
 import asyncio
+import hashlib
 from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
 
+import structlog
 from fastapi import APIRouter, Query, Request, Response
 
 from app import problems
 from app.access import authorize, bearer
+from app.audit import AuditError, AuditLog
 from app.forms import FIELD
 from app.predictor import Predictor
 from app.problems import MEDIA_TYPE, Problem, respond
-from app.schemas import Failure, PredictResponse, ProblemBody
-from app.trace import trace_of
-from app.uploads import open_uploads
+from app.schemas import Failure, PredictResponse, ProblemBody, Result
+from app.trace import Trace, trace_of
+from app.uploads import Upload, open_uploads
 from models.images import MEDIA_TYPES
 
 router = APIRouter(dependencies=[bearer])
@@ -67,8 +70,17 @@ async def predict(
         predictor.check_open()
 
     opened = open_uploads(request, state.settings, state.held, check_open)
-    async with opened as uploads:
-        answered = await _while_connected(request, predictor.predict(uploads, explain, trace))
+    try:
+        async with opened as uploads:
+            answered = await _while_connected(request, predictor.predict(uploads, explain, trace))
+            if state.audit is not None:
+                results = answered[1] if answered else None
+                outcomes = await asyncio.to_thread(_outcomes, uploads, results)
+    except Problem as refused:
+        await _audit(state.audit, trace, [("", refused.kind.name)])
+        raise
+    if state.audit is not None:
+        await _audit(state.audit, trace, outcomes)
     if answered is None:
         return Response(status_code=499)  # nobody is there to read it
     model, results = answered
@@ -85,6 +97,38 @@ async def predict(
     trace.problems.append(problem.kind.name)
     fields = problem.body().model_dump(exclude_unset=True)
     return respond(problem, ProblemBody(**fields, results=results))
+
+
+def _outcomes(uploads: list[Upload], results: list[Result] | None) -> list[tuple[str, str]]:
+    """SHA-256 and outcome of each image, for the audit log."""
+    return [
+        (hashlib.sha256(upload.data).hexdigest(), _outcome(results[position] if results else None))
+        for position, upload in enumerate(uploads)
+    ]
+
+
+def _outcome(result: Result | None) -> str:
+    if result is None:
+        return "gone"
+    return result.error.type.rpartition(":")[2] if isinstance(result, Failure) else "ok"
+
+
+async def _audit(log: AuditLog | None, trace: Trace, outcomes: list[tuple[str, str]]) -> None:
+    """Add what became of a request's images to the audit log, where there is one.
+
+    Raises:
+        Problem: It cannot be written, and what is not written down is not answered.
+    """
+    if log is None:
+        return
+    line = (trace.request_id, trace.key, trace.model_sha256, outcomes)
+    try:
+        await asyncio.to_thread(log.write, *line)
+    except AuditError as error:
+        structlog.get_logger().error("audit log", reason=str(error))
+        raise Problem(
+            problems.AUDIT_UNAVAILABLE, "Tell the operator; nothing is answered without it."
+        ) from None
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:

@@ -1,0 +1,113 @@
+"""The audit log: who had which image answered by which network, one JSON line an image.
+
+Nothing of the answer, the picture or the person is in it: an image is named by its SHA-256, a
+caller by the id of the key. Lines are only ever added, before the answer is sent; a full file is
+renamed and kept.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+# Longest that a line may be lost to a crash of the machine (a crash of the process loses none).
+_SYNC_SECONDS = 1.0
+
+
+class AuditError(Exception):
+    """The log cannot be written; the message says why."""
+
+
+class AuditLog:
+    """An append-only file, rotated by size.
+
+    Args:
+        path: Of the file; made where there is none, readable by its owner alone.
+        most: Bytes after which it is renamed to PATH.TIME and another begun.
+
+    Raises:
+        AuditError: It cannot be opened.
+    """
+
+    def __init__(self, path: Path, most: int):
+        self._path = path
+        self._most = most
+        self._lock = threading.Lock()
+        self._synced = time.monotonic()
+        self._file = -1
+        with self._lock:
+            self._open()
+
+    def write(
+        self, request_id: str, key: str | None, model: str, images: Sequence[tuple[str, str]]
+    ) -> None:
+        """Add a line an image, in one piece.
+
+        Args:
+            request_id: Of the request.
+            key: Id of the caller's key, where there are keys.
+            model: SHA-256 of the artifact.
+            images: SHA-256 and outcome of each: `ok`, or the name of its problem. Of a request that
+                was refused as a whole, an empty SHA-256.
+
+        Raises:
+            AuditError: The disk is full, or the file cannot be written.
+        """
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        fields = {"time": now, "request_id": request_id, "key": key, "model": model}
+        lines = "".join(
+            json.dumps({**fields, "image": image, "outcome": outcome}) + "\n"
+            for image, outcome in images
+        ).encode()
+        with self._lock:
+            try:
+                self._turn()
+                written = os.write(self._file, lines)
+                if written < len(lines):
+                    # A part of a line is worse than none.
+                    os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+                    raise AuditError(f"{self._path} cannot be written: no space is left.")
+                if time.monotonic() - self._synced > _SYNC_SECONDS:
+                    os.fdatasync(self._file)
+                    self._synced = time.monotonic()
+            except OSError as error:
+                raise AuditError(f"{self._path} cannot be written: {error.strerror}.") from None
+
+    def close(self) -> None:
+        """Bring everything to the disk."""
+        with self._lock:
+            if self._file >= 0:
+                os.fsync(self._file)
+                os.close(self._file)
+                self._file = -1
+
+    def _turn(self) -> None:
+        """Begin another file where this one is full, or was taken away (logrotate)."""
+        here = os.fstat(self._file)
+        try:
+            there = self._path.stat()
+            moved = (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino)
+        except FileNotFoundError:
+            moved = True
+        if not moved and here.st_size >= self._most:
+            stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
+            self._path.rename(self._path.with_name(f"{self._path.name}.{stamp}"))
+            moved = True
+        if moved:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._open()
+
+    def _open(self) -> None:
+        try:
+            self._file = os.open(
+                self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
+            )
+            size = os.fstat(self._file).st_size
+            if size and os.pread(self._file, 1, size - 1) != b"\n":
+                os.write(self._file, b"\n")  # the machine crashed within a line: the next is whole
+        except OSError as error:
+            raise AuditError(f"{self._path} cannot be written: {error.strerror}.") from None

@@ -1,0 +1,134 @@
+"""Who had which image answered by which network, and nothing more."""
+
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from app.audit import AuditError, AuditLog
+from app.keys import create_key
+from app.settings import Settings
+from tests.conftest import started
+from tests.lesions import flat
+
+MODEL = "m" * 64
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "audit.jsonl"
+
+
+def test_every_image_of_a_request_has_its_line(settings: Settings, path: Path) -> None:
+    keys = path.with_name("keys.json")
+    key = create_key(keys, "tool", ("predict",), None)
+    with started(settings.model_copy(update={"audit_log": path, "keys": keys})) as client:
+        sha256 = client.app.state.networks.current.facts.sha256
+        headers = {"Authorization": f"Bearer {key}", "X-Request-ID": "one"}
+        files = [("files", ("Jane Doe.png", flat(7))), ("files", ("b.png", b"no picture"))]
+        assert client.post("/predict", files=files, headers=headers).status_code == 200
+        client.post("/predict", files={"files": flat(1)}, headers={"X-Request-ID": "two"})
+    good, bad, refused = lines(path)
+    assert good.pop("time")
+    assert good == {
+        "request_id": "one",
+        "key": key.split("_")[1],
+        "model": sha256,
+        "image": hashlib.sha256(flat(7)).hexdigest(),
+        "outcome": "ok",
+    }
+    assert (bad["image"], bad["outcome"]) == (
+        hashlib.sha256(b"no picture").hexdigest(),
+        "unsupported-image",
+    )
+    assert (refused["request_id"], refused["outcome"]) == ("two", "unauthorized")
+    assert (refused["image"], refused["key"]) == ("", None)
+    assert "Jane" not in path.read_text()
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_what_cannot_be_written_down_is_not_answered(
+    settings: Settings, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with started(settings.model_copy(update={"audit_log": path})) as client:
+
+        def full(*_: object) -> int:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("app.audit.os.write", full)
+        answer = client.post("/predict", files={"files": flat(1)})
+        assert answer.status_code == 503
+        assert answer.json()["type"] == "urn:mmtl:problem:audit-unavailable"
+        assert answer.headers["Retry-After"] == "30"
+        monkeypatch.undo()
+        assert client.post("/predict", files={"files": flat(1)}).status_code == 200
+
+
+def test_a_part_of_a_line_is_taken_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(path, 10_000)
+    log.write("one", None, MODEL, [("a", "ok")])
+    write = os.write
+    monkeypatch.setattr("app.audit.os.write", lambda file, data: write(file, data[:20]))
+    with pytest.raises(AuditError, match="no space is left"):
+        log.write("two", None, MODEL, [("b", "ok")])
+    monkeypatch.undo()
+    log.write("three", None, MODEL, [("c", "ok")])
+    log.close()
+    assert [line["request_id"] for line in lines(path)] == ["one", "three"]
+
+
+def test_a_line_torn_by_a_crash_harms_no_other(path: Path) -> None:
+    path.write_text('{"request_id": "torn')
+    log = AuditLog(path, 10_000)
+    log.write("next", None, MODEL, [("a", "ok")])
+    log.close()
+    assert json.loads(path.read_text().splitlines()[1])["request_id"] == "next"
+
+
+def test_a_full_file_is_kept_and_another_begun(path: Path) -> None:
+    log = AuditLog(path, 400)
+    for number in range(20):
+        log.write(str(number), None, MODEL, [("a", "ok")])
+    log.close()
+    files = sorted(path.parent.glob("audit.jsonl.*"))
+    assert len(files) > 3
+    kept = [line["request_id"] for file in [*files, path] for line in lines(file)]
+    assert kept == [str(number) for number in range(20)]
+
+
+def test_a_file_that_was_moved_away_is_followed_by_another(path: Path) -> None:
+    log = AuditLog(path, 10_000)
+    log.write("one", None, MODEL, [("a", "ok")])
+    path.rename(path.with_name("moved"))
+    log.write("two", None, MODEL, [("a", "ok")])
+    log.close()
+    assert [line["request_id"] for line in lines(path)] == ["two"]
+
+
+def test_lines_of_many_threads_are_whole(path: Path) -> None:
+    log = AuditLog(path, 5_000)
+
+    def write(thread: int) -> None:
+        for number in range(50):
+            log.write(f"{thread}-{number}", None, MODEL, [("a", "ok"), ("b", "ok")])
+
+    threads = [threading.Thread(target=write, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    log.close()
+    found = [line for file in path.parent.iterdir() for line in lines(file)]
+    assert len(found) == 400
+
+
+def test_a_log_that_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(AuditError, match=r"cannot be written: No such file or directory\."):
+        AuditLog(tmp_path / "nowhere" / "audit.jsonl", 10)
