@@ -13,7 +13,7 @@ install := $(uv) pip install --quiet --python $(VENV)/bin/python --require-hashe
 editable := $(uv) pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
 
 .PHONY: serve test test-slow lint check default-bundle benchmark bench-serve \
-	secrets audit sbom docs lock clean
+	reliability fuzz secrets audit sbom docs lock clean
 
 ## Serve the shipped bundle on http://127.0.0.1:8000 (settings: MMTL_*; see docs/settings.md).
 serve: $(VENV)/.cpu
@@ -95,6 +95,24 @@ $(VENV)/.audit: requirements/audit.txt $(VENV)/.dev
 	@$(install) -r requirements/audit.txt
 	@touch $@
 
+## Load with faults, attacks and fuzzers, and docs/reliability.md from them (half an hour).
+reliability: $(VENV)/.dev fuzz
+	$(VENV)/bin/python -m benchmarks.reliability.drill $(DATA)
+	$(VENV)/bin/python -m benchmarks.reliability.attacks
+	$(VENV)/bin/python -m benchmarks.reliability.page > docs/reliability.md.part
+	mv docs/reliability.md.part docs/reliability.md
+
+## A million images, twenty thousand manifests, and requests after the OpenAPI description.
+fuzz: .venv-fuzz/.installed
+	@mkdir -p runs/reliability
+	benchmarks/reliability/fuzz.sh
+
+.venv-fuzz/.installed: requirements/fuzz.txt | $(uv)
+	@$(PYTHON) -m venv .venv-fuzz
+	@$(uv) pip install --quiet --python .venv-fuzz/bin/python --require-hashes -r requirements/fuzz.txt
+	@$(uv) pip install --quiet --python .venv-fuzz/bin/python --no-deps --no-build-isolation -e .
+	@touch $@
+
 ## Write the generated pages of docs/ anew; a breaking change of the HTTP contract is refused.
 docs: $(VENV)/.dev
 	$(VENV)/bin/pytest -q tests/app/test_openapi.py -k breaking
@@ -127,6 +145,8 @@ lock: | $(uv)
 		-o requirements/training.txt
 	$(lock) pyproject.toml --extra cpu --extra training --extra dev -c requirements/training.txt \
 		-o requirements/dev.txt
+	printf 'hatchling\natheris\nschemathesis\n' | $(lock) pyproject.toml - --extra cpu \
+		-c requirements/cpu.txt -o requirements/fuzz.txt
 	printf 'pip-audit\ncyclonedx-bom\n' | $(lock) - -c requirements/dev.txt -o requirements/audit.txt
 
 clean:
