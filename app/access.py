@@ -1,47 +1,68 @@
-"""Who may call what: the routes' dependencies on API keys."""
+"""Who may call what: the routes' dependencies on API keys and tokens."""
 
 from collections.abc import Awaitable, Callable
 
 from fastapi import Request, Security
 from fastapi.security import HTTPBearer
+from starlette.datastructures import State
 
 from app import problems
-from app.keys import Keys, Scope
+from app.keys import Key, Keys, Scope
 from app.problems import Problem
 from app.settings import Settings
+from app.tokens import Bearer, ProviderUnreachable, Tokens
 from app.trace import trace_of
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
-_bearer = HTTPBearer(auto_error=False, description="A key of `mmtl keys create`, where asked for.")
+_bearer = HTTPBearer(
+    auto_error=False,
+    description="A key of `mmtl keys create`, or an identity provider's token.",
+)
 bearer = Security(_bearer)
 Dependency = Callable[[Request], Awaitable[None]]
 
 
-def authorize(request: Request, scope: Scope) -> None:
-    """Refuse who has no key of a scope, or has used up its quota; without a key file, nobody.
+async def authorize(request: Request, scope: Scope) -> None:
+    """Refuse who has no key or token of a scope, or has used up a quota.
+
+    Where neither is asked for, nobody is refused.
 
     Raises:
-        Problem: 401, 403 or 429.
+        Problem: 401, 403, 429; or 503 where the identity provider cannot be asked.
     """
-    keys: Keys | None = request.app.state.keys
-    settings: Settings = request.app.state.settings
-    if keys is None or (scope == "metrics" and settings.open_metrics):
+    state = request.app.state
+    keys: Keys | None = state.keys
+    tokens: Tokens | None = state.tokens
+    if not asks(state) or (scope == "metrics" and state.settings.open_metrics):
         return
     scheme, _, presented = request.headers.get("authorization", "").partition(" ")
-    key = keys.find(presented.strip()) if scheme.lower() == "bearer" else None
-    if key is None:
+    key: Key | None = None
+    caller: Key | Bearer | None = None
+    if scheme.lower() == "bearer":
+        caller = key = keys.find(presented.strip()) if keys else None
+        if caller is None and tokens:
+            try:
+                caller = await tokens.find(presented.strip())
+            except ProviderUnreachable:
+                raise Problem(
+                    problems.PROVIDER_UNREACHABLE,
+                    "Whose token it is cannot be checked. Try again after Retry-After seconds.",
+                ) from None
+    if caller is None:
         raise Problem(
             problems.UNAUTHORIZED,
-            "Send `Authorization: Bearer KEY` with a key of this service's operator.",
+            "Send `Authorization: Bearer KEY` with a key of this service's operator"
+            + (", or a token of its identity provider." if tokens else "."),
             {"WWW-Authenticate": "Bearer"},
         )
-    trace_of(request.scope).key = key.id
-    if scope not in key.scopes:
+    trace_of(request.scope).key = caller.id
+    if scope not in caller.scopes:
         raise Problem(
             problems.FORBIDDEN,
-            f"This key is for {', '.join(key.scopes)}; the path asks for one for {scope}.",
+            f"This {'key' if key else 'token'} is for "
+            f"{', '.join(caller.scopes) or 'nothing here'}; the path asks for one for {scope}.",
         )
-    if scope == "predict" and (seconds := keys.wait_seconds(key)):
+    if keys and key and scope == "predict" and (seconds := keys.wait_seconds(key)):
         raise Problem(
             problems.QUOTA_EXCEEDED,
             f"This key may send {key.per_minute} requests a minute. "
@@ -50,11 +71,16 @@ def authorize(request: Request, scope: Scope) -> None:
         )
 
 
+def asks(state: State) -> bool:
+    """Whether callers are asked who they are."""
+    return state.keys is not None or state.tokens is not None
+
+
 def require(scope: Scope) -> Dependency:
     """`authorize` as a dependency of a route without a body."""
 
     async def check(request: Request) -> None:
-        authorize(request, scope)
+        await authorize(request, scope)
 
     return check
 
@@ -65,7 +91,8 @@ def check_exposure(settings: Settings, insecure: bool) -> None:
     Raises:
         Exposed: Nobody said that this is meant.
     """
-    if settings.host not in LOOPBACK and settings.keys is None and not insecure:
+    asked = settings.keys is not None or settings.jwt_jwks_url is not None
+    if settings.host not in LOOPBACK and not asked and not insecure:
         raise Exposed(
             f"MMTL_HOST={settings.host} lets other machines in, and no key is asked of them: make "
             "one with `mmtl keys create`, set MMTL_KEYS to its file, or say --insecure."

@@ -66,11 +66,13 @@ class Answer:
         outputs: By name, the row of this image.
         queue_seconds: That it waited, for its decoding and for its batch.
         inference_seconds: The run of its batch.
+        ended: When that was over, on `time.monotonic`'s clock.
     """
 
     outputs: Mapping[str, NDArray[np.float32]]
     queue_seconds: float
     inference_seconds: float
+    ended: float
 
 
 @dataclass(slots=True)
@@ -362,12 +364,13 @@ class Batcher:
         except Exception as error:
             self._try_again(jobs, error, tries)
             return
-        took = time.monotonic() - started
+        ended = time.monotonic()
+        took = ended - started
         self._metrics.batch_size.observe(len(jobs))
         for row, (job, whole) in enumerate(zip(jobs, np.all(finite, axis=0), strict=True)):
             if whole:
                 one = {name: values[row] for name, values in outputs.items()}
-                job.succeed(Answer(one, job.waited, took))
+                job.succeed(Answer(one, job.waited, took, ended))
             else:
                 log.error("inference failed", error="NotFinite", reason="an output is not finite")
                 job.fail(InferenceFailed())

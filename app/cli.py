@@ -22,6 +22,7 @@ from app.problems import Problem
 from app.schemas import Failure, PredictResponse, Success
 from app.server import Server
 from app.settings import PREFIX, Settings, SettingsError, load_settings
+from app.spans import SpansError
 from app.telemetry import configure_logs
 from app.trace import Trace
 from app.uploads import Upload
@@ -36,6 +37,7 @@ _EXPECTED = (
     Exposed,
     KeysError,
     SettingsError,
+    SpansError,
     Problem,
     load.LoadError,
 )

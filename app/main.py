@@ -14,7 +14,9 @@ from app.networks import Networks
 from app.predictor import Predictor
 from app.routes import admin, health, metrics, model, predict, web
 from app.settings import Settings
+from app.spans import Spans
 from app.telemetry import Metrics, Telemetry
+from app.tokens import tokens_of
 from app.uploads import Held
 
 DESCRIPTION = (
@@ -32,8 +34,10 @@ def create_app(settings: Settings) -> FastAPI:
         app.engines.EngineError: The runtime or the device is not there.
         app.keys.KeysError: The key file cannot be used.
         app.audit.AuditError: The audit log cannot be written.
+        app.spans.SpansError: Traces are asked for, and OpenTelemetry is not installed.
     """
     measured = Metrics(settings.max_batch, problems.KINDS)
+    spans = Spans() if settings.traces else None
     networks = Networks(settings, measured)
     predictor = Predictor(networks, settings, measured)
 
@@ -44,8 +48,9 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             predictor.close()
-            if app.state.audit is not None:
-                app.state.audit.close()
+            for last in (app.state.audit, spans):
+                if last is not None:
+                    last.close()
 
     app = build_api(lifespan)
     app.state.settings = settings
@@ -56,9 +61,13 @@ def create_app(settings: Settings) -> FastAPI:
         AuditLog(settings.audit_log, settings.audit_log_bytes) if settings.audit_log else None
     )
     app.state.keys = Keys(settings.keys) if settings.keys else None
+    app.state.tokens = tokens_of(settings)
     app.state.held = Held(settings.max_bytes_in_flight)
     app.add_middleware(
-        Telemetry, metrics=measured, model_version=lambda: networks.current.facts.version
+        Telemetry,
+        metrics=measured,
+        model_version=lambda: networks.current.facts.version,
+        spans=spans,
     )
     if settings.cors_origins:
         # Outside of Telemetry, so that a browser can read the answer to a failure too.

@@ -78,6 +78,7 @@ class _Picture:
         image: Decoded.
         warnings: On the picture itself.
         sha256: Of `data`, in hexadecimal.
+        decode_began: On `time.monotonic`'s clock.
         decode_seconds: That it took.
     """
 
@@ -85,6 +86,7 @@ class _Picture:
     image: DecodedImage | None = None
     warnings: list[QualityWarning] = field(default_factory=list)
     sha256: str = ""
+    decode_began: float = 0.0
     decode_seconds: float = 0.0
 
 
@@ -178,6 +180,7 @@ class Predictor:
         loop = asyncio.get_running_loop()
         picture = _Picture(upload.data)
         future: Future[Answer] = Future()
+        put = time.monotonic()
         network.batcher.put(partial(self._decode, network, picture), deadline, future)
         try:
             answer = await asyncio.wrap_future(future)
@@ -190,6 +193,14 @@ class Predictor:
                 self._spent(trace, "decode", picture.decode_seconds)
         self._spent(trace, "queue", answer.queue_seconds)
         self._spent(trace, "inference", answer.inference_seconds)
+        decoded = picture.decode_began + picture.decode_seconds
+        run = answer.ended - answer.inference_seconds
+        trace.spans += [
+            ("queue", put, picture.decode_began),
+            ("decode", picture.decode_began, decoded),
+            ("queue", decoded, run),
+            ("inference", run, answer.ended),
+        ]
         image = picture.image
         assert image is not None
         prediction, quality = self._interpret(network, picture, answer.outputs)
@@ -217,7 +228,7 @@ class Predictor:
 
     def _decode(self, network: Network, picture: "_Picture") -> NDArray[np.uint8]:
         """In a worker's thread: the pixels, and what else there is to know of the picture."""
-        began = time.monotonic()
+        began = picture.decode_began = time.monotonic()
         size = network.bundle.manifest.input
         try:
             image = decode(picture.data, size.height, size.width, self._limits)

@@ -64,6 +64,7 @@ SATURATED = Kind("saturated", 503, "The service is busy")
 DRAINING = Kind("draining", 503, "The service is shutting down")
 DEADLINE_EXCEEDED = Kind("deadline-exceeded", 503, "The request took too long")
 NOT_READY = Kind("not-ready", 503, "The service is not ready")
+PROVIDER_UNREACHABLE = Kind("provider-unreachable", 503, "The identity provider cannot be asked")
 AUDIT_UNAVAILABLE = Kind("audit-unavailable", 503, "The audit log cannot be written")
 INFERENCE_FAILED = Kind("inference-failed", 500, "The network failed on this image")
 INTERNAL = Kind("internal", 500, "The service failed")
@@ -95,13 +96,21 @@ KINDS = {
         DRAINING,
         DEADLINE_EXCEEDED,
         NOT_READY,
+        PROVIDER_UNREACHABLE,
         AUDIT_UNAVAILABLE,
         INFERENCE_FAILED,
         INTERNAL,
     )
 }
 # Seconds after which trying again makes sense.
-RETRY_AFTER = {SATURATED: 1, DRAINING: 5, DEADLINE_EXCEEDED: 5, NOT_READY: 5, AUDIT_UNAVAILABLE: 30}
+RETRY_AFTER = {
+    SATURATED: 1,
+    DRAINING: 5,
+    DEADLINE_EXCEEDED: 5,
+    NOT_READY: 5,
+    PROVIDER_UNREACHABLE: 30,
+    AUDIT_UNAVAILABLE: 30,
+}
 
 _OF_IMAGE_ERROR: dict[type[ImageError], Kind] = {
     EmptyImageError: EMPTY_IMAGE,

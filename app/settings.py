@@ -96,8 +96,22 @@ class Settings(BaseSettings):
     keys: Path | None = None
     """File of API keys (`mmtl keys create`). Without one, nobody is asked for a key."""
 
+    jwt_issuer: str | None = None
+    """Issuer of JWT bearer tokens (OpenID Connect) that are taken beside, or instead of, keys."""
+
+    jwt_audience: str | None = None
+    """Audience that such a token must name."""
+
+    jwt_jwks_url: str | None = Field(
+        None, pattern=r"^(https://|http://(127\.0\.0\.1|localhost)[:/])"
+    )
+    """Where that issuer publishes its keys: `jwks_uri` of its OpenID configuration."""
+
     open_metrics: bool = False
     """Answer `/metrics` without a key, where there are keys."""
+
+    traces: bool = False
+    """Send OpenTelemetry traces; OTEL_EXPORTER_OTLP_ENDPOINT says where."""
 
     audit_log: Path | None = None
     """File that a line is added to for each image: request, key, network, SHA-256, outcome."""
@@ -114,6 +128,9 @@ class Settings(BaseSettings):
             raise ValueError("MMTL_QUEUE_SIZE must be at least MMTL_MAX_FILES")
         if self.max_bytes_in_flight < self.max_bytes:
             raise ValueError("MMTL_MAX_BYTES_IN_FLIGHT must be at least MMTL_MAX_BYTES")
+        jwt = {self.jwt_issuer, self.jwt_audience, self.jwt_jwks_url}
+        if None in jwt and jwt != {None}:
+            raise ValueError("MMTL_JWT_ISSUER, _AUDIENCE and _JWKS_URL belong together")
         return self
 
     @property

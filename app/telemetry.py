@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import problems
+from app.spans import Spans, traceparent
 from app.trace import KEY, Trace
 from models.bundle import Manifest
 
@@ -156,12 +157,20 @@ class Telemetry:
         app: The application.
         metrics: Told of every request.
         model_version: Of the network that is served now, for `X-Model-Version` where none answered.
+        spans: Told of every request, where traces are sent.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, model_version: Callable[[], str]):
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        model_version: Callable[[], str],
+        spans: Spans | None = None,
+    ):
         self.app = app
         self.metrics = metrics
         self.model_version = model_version
+        self.spans = spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection, as ASGI has it."""
@@ -169,9 +178,11 @@ class Telemetry:
             await self.app(scope, receive, send)
             return
         started = time.monotonic()
-        wanted = Headers(scope=scope).get("x-request-id", "")
+        given = Headers(scope=scope)
+        wanted = given.get("x-request-id", "")
         sane = _REQUEST_ID.fullmatch(wanted) is not None
         trace = scope[KEY] = Trace(wanted if sane else uuid4().hex)
+        span = self.spans.begin(scope["method"], given) if self.spans else None
         status = _GONE
 
         async def send_with_headers(message: Message) -> None:
@@ -181,6 +192,8 @@ class Telemetry:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = trace.request_id
                 headers["X-Model-Version"] = trace.model_version or self.model_version()
+                if span is not None:
+                    headers["traceparent"] = traceparent(span)
                 spent = {**trace.stages, "total": time.monotonic() - started}
                 headers["Server-Timing"] = ", ".join(
                     f"{name};dur={1000 * seconds:.1f}" for name, seconds in spent.items()
@@ -201,10 +214,11 @@ class Telemetry:
             await answer(scope, receive, send_with_headers)
         finally:
             self._record(scope, trace, status, time.monotonic() - started)
+            if self.spans and span is not None:
+                self.spans.end(span, *_route(scope), status, trace)
 
     def _record(self, scope: Scope, trace: Trace, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
-        method = scope["method"] if scope["method"] in _METHODS else "other"
+        method, route = _route(scope)
         self.metrics.requests.labels(method, route, status).observe(seconds)
         for name in trace.problems:
             self.metrics.rejected.labels(name).inc()
@@ -221,6 +235,12 @@ class Telemetry:
             milliseconds=round(1000 * seconds, 1),
             **{f"{name}_ms": round(1000 * value, 1) for name, value in trace.stages.items()},
         )
+
+
+def _route(scope: Scope) -> tuple[str, str]:
+    """Method and route, of which there are only so many."""
+    method = scope["method"] if scope["method"] in _METHODS else "other"
+    return method, getattr(scope.get("route"), "path", "unmatched")
 
 
 def configure_logs(level: str) -> None:

@@ -18,6 +18,7 @@ class Trace:
         model_version: Of the network that the images were given to; empty before.
         model_sha256: Of its artifact; empty before.
         key: Id of the caller's key, where there are keys.
+        spans: Stage, beginning and end of each image's, on `time.monotonic`'s clock.
         problems: Names of the problems that the request, or its images, were answered with.
     """
 
@@ -28,6 +29,7 @@ class Trace:
     model_sha256: str = ""
     key: str | None = None
     problems: list[str] = field(default_factory=list)
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
 
     def spent(self, stage: str, seconds: float) -> None:
         """Note an image's time in a stage."""

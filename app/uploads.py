@@ -1,7 +1,7 @@
 """A request's body to images in memory: multipart or raw, bounded, never written to disk."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -121,7 +121,7 @@ class Body:
 
 @asynccontextmanager
 async def open_uploads(
-    request: Request, settings: Settings, held: Held, check_open: Callable[[], None]
+    request: Request, settings: Settings, held: Held, check_open: Callable[[], Awaitable[None]]
 ) -> AsyncIterator[list[Upload]]:
     """The images of a request, in memory while the block runs.
 
@@ -144,11 +144,11 @@ async def open_uploads(
 
 
 async def _read(
-    request: Request, body: Body, settings: Settings, check_open: Callable[[], None]
+    request: Request, body: Body, settings: Settings, check_open: Callable[[], Awaitable[None]]
 ) -> list[Upload]:
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     try:
-        check_open()
+        await check_open()
         async with asyncio.timeout(settings.upload_seconds):
             if media_type == "multipart/form-data":
                 return await _read_form(request, body, settings)

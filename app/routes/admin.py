@@ -5,7 +5,7 @@ import asyncio
 from fastapi import APIRouter, Depends, Request
 
 from app import problems
-from app.access import authorize, bearer
+from app.access import asks, authorize, bearer
 from app.networks import Networks, ReloadError
 from app.problems import MEDIA_TYPE, Problem
 from app.schemas import ModelFacts, ProblemBody
@@ -17,12 +17,12 @@ async def administrator(request: Request) -> None:
     Raises:
         Problem: 401 or 403.
     """
-    if request.app.state.keys is None:
+    if not asks(request.app.state):
         raise Problem(
             problems.ADMIN_CLOSED,
             "Make a key with `mmtl keys create --scope admin`, or send the process SIGHUP.",
         )
-    authorize(request, "admin")
+    await authorize(request, "admin")
 
 
 router = APIRouter(prefix="/admin", dependencies=[bearer, Depends(administrator)])

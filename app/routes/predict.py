@@ -65,8 +65,8 @@ async def predict(
     trace = trace_of(request.scope)
     state = request.app.state
 
-    def check_open() -> None:
-        authorize(request, "predict")
+    async def check_open() -> None:
+        await authorize(request, "predict")
         predictor.check_open()
 
     opened = open_uploads(request, state.settings, state.held, check_open)

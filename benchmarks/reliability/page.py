@@ -30,8 +30,9 @@ def drill(found: dict[str, Any]) -> str:
     garbage = ", ".join(f"{count:,} with {s}" for s, count in sorted(found["garbage"].items()))
     events = "\n".join(f"| {at} s | {name} |" for at, name in found["events"])
     wrong = "none" if not found["wrong_in_all"] else f"**{found['wrong_in_all']:,}**"
-    return f"""`python -m benchmarks.reliability.drill ../shared/data`: {found["minutes"]:g} minutes,
-32 clients, {found["images"]} images whose answers lie at least 0.01 apart in either bundle.
+    return f"""`python -m benchmarks.reliability.drill ../shared/data`:
+{found["minutes"]:g} minutes, 32 clients, {found["images"]} images whose answers lie at least 0.01
+apart in either bundle.
 
 | when | what |
 |---|---|
@@ -67,9 +68,9 @@ def attacks(found: dict[str, Any]) -> str:
             f"{attacked['p99_ms']:.0f} | {attacked['p99_ms'] / quiet['p99_ms']:.2f} |"
         )
     failed = found["good_requests_failed"]
-    return f"""`python -m benchmarks.reliability.attacks`: eight clients send good images (one in four
-of 24 megapixels) while each attack runs from four processes, against as long without it just before.
-All share this machine's two cores: a part of the clients' time is the attackers' own work.
+    return f"""`python -m benchmarks.reliability.attacks`: eight clients send good images, one in
+four of 24 megapixels, while each attack runs from four processes, after as long without it. All
+share this machine's two cores: a part of the clients' time is the attackers' own work.
 
 | attack | answers | MB quiet | MB attacked | ratio | p99 quiet, ms | p99 attacked, ms | ratio |
 |---|---|---|---|---|---|---|---|

@@ -1,0 +1,105 @@
+"""A trace of each request, for whoever collects them."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from app.settings import Settings
+from app.spans import Spans, SpansError
+from tests.conftest import started
+from tests.lesions import flat
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+@pytest.fixture
+def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Span]]:
+    """What a collector is sent by OTLP over HTTP."""
+    spans: list[Span] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers["Content-Encoding"] == "gzip":
+                import gzip
+
+                body = gzip.decompress(body)
+            request = ExportTraceServiceRequest.FromString(body)
+            for resource in request.resource_spans:
+                for scope in resource.scope_spans:
+                    spans.extend(scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield spans
+    server.shutdown()
+    server.server_close()
+
+
+def attributes(span: Span) -> dict[str, object]:
+    return {
+        each.key: getattr(each.value, str(each.value.WhichOneof("value")))
+        for each in span.attributes
+    }
+
+
+def test_a_request_is_a_span_of_its_caller_s_trace_and_its_stages_are_in_it(
+    settings: Settings, collected: list[Span]
+) -> None:
+    with started(settings.model_copy(update={"traces": True})) as client:
+        answer = client.post(
+            "/predict",
+            files={"files": ("Jane Doe.png", flat(1))},
+            headers={"traceparent": f"00-{TRACE}-{PARENT}-01"},
+        )
+        refused = client.post("/predict", content=b"x", headers={"Content-Type": "text/plain"})
+    found = [span for span in collected if span.trace_id.hex() == TRACE]
+    (request,) = [span for span in found if span.name == "POST /predict"]
+    assert request.parent_span_id.hex() == PARENT
+    assert answer.headers["traceparent"] == f"00-{TRACE}-{request.span_id.hex()}-01"
+    told = attributes(request)
+    assert told["http.response.status_code"] == 200
+    assert told["mmtl.request_id"] == answer.headers["X-Request-ID"]
+    assert told["mmtl.images"] == 1
+    stages = [span for span in found if span is not request]
+    assert sorted(span.name for span in stages) == ["decode", "inference", "queue", "queue"]
+    for stage in stages:
+        assert stage.parent_span_id == request.span_id
+        assert stage.start_time_unix_nano <= stage.end_time_unix_nano
+        # Two clocks are read, a moment apart.
+        assert request.start_time_unix_nano - 2e7 <= stage.start_time_unix_nano
+        assert stage.end_time_unix_nano <= request.end_time_unix_nano + 2e7
+    (other,) = [
+        span
+        for span in collected
+        if attributes(span).get("mmtl.request_id") == refused.headers["X-Request-ID"]
+    ]
+    assert attributes(other)["error.type"] == "unsupported-media-type"
+    assert other.trace_id.hex() != TRACE
+    assert not any("Jane" in str(span) for span in collected)
+
+
+def test_without_the_setting_nothing_is_sent(settings: Settings, collected: list[Span]) -> None:
+    with started(settings) as client:
+        answer = client.post("/predict", files={"files": flat(1)})
+    assert "traceparent" not in answer.headers
+    assert not collected
+
+
+def test_without_opentelemetry_the_setting_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(SpansError, match="install the extra `tracing`"):
+        Spans()

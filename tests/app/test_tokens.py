@@ -1,0 +1,192 @@
+"""JWT bearer tokens: signed by the provider, for this service, and not of yesterday."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from fastapi.testclient import TestClient
+from jwt.algorithms import ECAlgorithm, RSAAlgorithm
+from pydantic import ValidationError
+
+from app import tokens as tokens_module
+from app.access import check_exposure
+from app.keys import create_key
+from app.settings import Settings
+from tests.conftest import started
+from tests.lesions import flat
+
+ISSUER, AUDIENCE = "https://login.example", "mmtl"
+RSA = rsa.generate_private_key(65537, 2048)
+EC = ec.generate_private_key(ec.SECP256R1())
+FOREIGN = rsa.generate_private_key(65537, 2048)
+
+
+class Provider:
+    """Publishes keys, and counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.document: object = {"keys": [self.key("one", RSA), self.key("two", EC)]}
+        provider = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                provider.asked += 1
+                content = json.dumps(provider.document).encode()
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/keys"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @staticmethod
+    def key(name: str, private: object) -> dict[str, object]:
+        algorithm = RSAAlgorithm if isinstance(private, rsa.RSAPrivateKey) else ECAlgorithm
+        return {**json.loads(algorithm.to_jwk(private.public_key())), "kid": name, "use": "sig"}
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    running = Provider()
+    yield running
+    running.server.shutdown()
+    running.server.server_close()
+
+
+@pytest.fixture
+def asking(settings: Settings, provider: Provider) -> Settings:
+    jwt_settings = {
+        "jwt_issuer": ISSUER,
+        "jwt_audience": AUDIENCE,
+        "jwt_jwks_url": provider.url,
+    }
+    return settings.model_copy(update=jwt_settings)
+
+
+@pytest.fixture
+def client(asking: Settings) -> Iterator[TestClient]:
+    with started(asking) as running:
+        yield running
+
+
+def token(key: object = RSA, kid: str = "one", algorithm: str = "RS256", **claims: object) -> str:
+    now = int(time.time())
+    full = {
+        "iss": ISSUER,
+        "aud": AUDIENCE,
+        "sub": "Dr. Jane Doe",
+        "exp": now + 300,
+        "scope": "openid mmtl:predict",
+        **claims,
+    }
+    kept = {name: value for name, value in full.items() if value is not None}
+    return jwt.encode(kept, key, algorithm, headers={"kid": kid})
+
+
+def ask(client: TestClient, presented: str, path: str = "/model"):
+    return client.get(path, headers={"Authorization": f"Bearer {presented}"})
+
+
+def test_a_token_of_the_provider_lets_in(client: TestClient, provider: Provider) -> None:
+    assert client.get("/model").status_code == 401
+    assert ask(client, token()).status_code == 200
+    assert ask(client, token(EC, "two", "ES256")).status_code == 200
+    assert ask(client, token(scope=None, scp=["mmtl:predict"])).status_code == 200
+    posted = client.post(
+        "/predict", files={"files": flat(1)}, headers={"Authorization": f"Bearer {token()}"}
+    )
+    assert posted.status_code == 200
+    assert provider.asked == 1
+
+
+def test_a_token_is_for_its_scopes(client: TestClient) -> None:
+    refused = ask(client, token(), "/metrics")
+    assert refused.status_code == 403
+    assert "This token is for predict" in refused.json()["detail"]
+    assert "nothing here" in ask(client, token(scope="openid")).json()["detail"]
+    assert ask(client, token(scope="mmtl:metrics"), "/metrics").status_code == 200
+
+
+UNFIT = {
+    "expired": lambda: token(exp=int(time.time()) - 60),
+    "without an end": lambda: token(exp=None),
+    "not yet": lambda: token(nbf=int(time.time()) + 600),
+    "of another issuer": lambda: token(iss="https://elsewhere.example"),
+    "for another service": lambda: token(aud="another"),
+    "for nobody": lambda: token(aud=None),
+    "of nobody": lambda: token(sub=None),
+    "signed by another": lambda: token(FOREIGN),
+    "by a key of another name": lambda: token(kid="three"),
+    "by the other key": lambda: token(RSA, "two"),
+    "not signed": lambda: token(None, "one", "none"),
+    "with a shared secret": lambda: token(b"x" * 32, "one", "HS256"),
+    "no token": lambda: "a.b.c",
+    "nothing": lambda: "",
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_another_token_does_not(client: TestClient, name: str) -> None:
+    refused = ask(client, UNFIT[name]())
+    assert refused.status_code == 401
+    assert refused.json()["type"] == "urn:mmtl:problem:unauthorized"
+
+
+def test_the_provider_may_change_its_keys_and_is_not_asked_too_often(
+    client: TestClient, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ask(client, token()).status_code == 200
+    provider.document = {"keys": [provider.key("three", FOREIGN)]}
+    for _ in range(5):
+        assert ask(client, token(FOREIGN, "three")).status_code == 401  # asked just before
+    assert provider.asked == 1
+    monkeypatch.setattr(tokens_module, "_FRESH_SECONDS", 0.0)
+    assert ask(client, token(FOREIGN, "three")).status_code == 200
+    assert ask(client, token()).status_code == 401
+
+
+@pytest.mark.parametrize("document", ["text", [], {}, {"keys": []}, {"keys": [{"kty": "?"}]}])
+def test_a_provider_that_makes_no_sense_is_a_problem_of_its_own(
+    client: TestClient, provider: Provider, document: object
+) -> None:
+    provider.document = document
+    refused = ask(client, token())
+    assert refused.status_code == 503
+    assert refused.json()["type"] == "urn:mmtl:problem:provider-unreachable"
+    assert refused.headers["Retry-After"] == "30"
+
+
+def test_keys_and_tokens_stand_beside_each_other(asking: Settings, tmp_path) -> None:
+    keys = tmp_path / "keys.json"
+    key = create_key(keys, "tool", ("predict",), None)
+    audit = tmp_path / "audit.jsonl"
+    with started(asking.model_copy(update={"keys": keys, "audit_log": audit})) as client:
+        for presented in (key, token()):
+            headers = {"Authorization": f"Bearer {presented}"}
+            answer = client.post("/predict", files={"files": flat(1)}, headers=headers)
+            assert answer.status_code == 200
+    one, other = [json.loads(line)["key"] for line in audit.read_text().splitlines()]
+    assert one == key.split("_")[1]
+    assert other.startswith("jwt-")
+    assert "Jane" not in audit.read_text()
+
+
+def test_the_settings_belong_together_and_the_keys_come_over_tls(provider: Provider) -> None:
+    with pytest.raises(ValidationError, match="belong together"):
+        Settings(jwt_issuer=ISSUER)
+    with pytest.raises(ValidationError, match="jwt_jwks_url"):
+        Settings(jwt_issuer=ISSUER, jwt_audience="a", jwt_jwks_url="http://login.example/keys")
+    check_exposure(
+        Settings(host="0.0.0.0", jwt_issuer=ISSUER, jwt_audience="a", jwt_jwks_url=provider.url),
+        insecure=False,
+    )
