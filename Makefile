@@ -139,13 +139,13 @@ lock := $(uv) pip compile --quiet --universal --python-version 3.11 --generate-h
 	--no-emit-index-url --no-header --no-annotate
 lock: | $(uv)
 	echo uv | $(lock) - -o requirements/bootstrap.txt
-	echo hatchling | $(lock) pyproject.toml - --extra cpu --extra oidc --extra tracing -o requirements/cpu.txt
-	echo hatchling | $(lock) pyproject.toml - --extra gpu --extra oidc --extra tracing -c requirements/cpu.txt -o requirements/gpu.txt
-	$(lock) pyproject.toml --extra cpu --extra oidc --extra tracing --extra training -c requirements/cpu.txt \
+	echo hatchling | $(lock) pyproject.toml - --extra cpu --extra oidc --extra signatures --extra tracing -o requirements/cpu.txt
+	echo hatchling | $(lock) pyproject.toml - --extra gpu --extra oidc --extra signatures --extra tracing -c requirements/cpu.txt -o requirements/gpu.txt
+	$(lock) pyproject.toml --extra cpu --extra oidc --extra signatures --extra tracing --extra training -c requirements/cpu.txt \
 		-o requirements/training.txt
-	$(lock) pyproject.toml --extra cpu --extra oidc --extra tracing --extra training --extra dev -c requirements/training.txt \
+	$(lock) pyproject.toml --extra cpu --extra oidc --extra signatures --extra tracing --extra training --extra dev -c requirements/training.txt \
 		-o requirements/dev.txt
-	printf 'hatchling\natheris\nschemathesis\n' | $(lock) pyproject.toml - --extra cpu --extra oidc --extra tracing \
+	printf 'hatchling\natheris\nschemathesis\n' | $(lock) pyproject.toml - --extra cpu --extra oidc --extra signatures --extra tracing \
 		-c requirements/cpu.txt -o requirements/fuzz.txt
 	printf 'pip-audit\ncyclonedx-bom\n' | $(lock) - -c requirements/dev.txt -o requirements/audit.txt
 

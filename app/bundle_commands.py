@@ -1,4 +1,4 @@
-"""`mmtl bundle verify | inspect | recalibrate | diff`."""
+"""`mmtl bundle verify | sign | inspect | recalibrate | diff`."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from rich.table import Table
 from app.console import NOTICE, fail
 from app.engines import load_engine
 from app.settings import load_settings
-from models.bundle import load_bundle
+from models.bundle import MANIFEST, load_bundle
 from models.recalibration import (
     change_prevalence,
     differences,
@@ -20,15 +20,22 @@ from models.recalibration import (
     recalibrate,
     save_recalibrated,
 )
+from models.signatures import SIGNATURE, SignatureError
+from models.signatures import sign as write_signature
 
 cli = typer.Typer(no_args_is_help=True, help="Look at bundles, and recalibrate them.")
 
 
 @cli.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A bundle.")]) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A bundle.")],
+    signed_by: Annotated[
+        Path | None, typer.Option(help="Public key (PEM) that it must be signed with.")
+    ] = None,
+) -> None:
     """Check hashes, shapes and golden predictions of the artifacts that are there."""
-    bundle = load_bundle(folder)
     settings = load_settings()
+    bundle = load_bundle(folder, signed_by or settings.bundle_signed_by)
     for artifact in bundle.manifest.artifacts:
         if not bundle.path(artifact).is_file():
             print(f"absent   {artifact.file}")
@@ -37,6 +44,20 @@ def verify(folder: Annotated[Path, typer.Argument(help="A bundle.")]) -> None:
         else:
             load_engine(bundle, artifact, settings)
             print(f"ok       {artifact.file}")
+
+
+@cli.command()
+def sign(
+    folder: Annotated[Path, typer.Argument(help="A bundle.")],
+    key: Annotated[Path, typer.Option(help="Private key: openssl genpkey -algorithm ed25519.")],
+) -> None:
+    """Sign a bundle; a service with MMTL_BUNDLE_SIGNED_BY takes no other."""
+    load_bundle(folder)  # nothing is signed that does not hold together
+    try:
+        write_signature((folder / MANIFEST).read_bytes(), key, folder / SIGNATURE)
+    except SignatureError as error:
+        fail(str(error))
+    print(f"signed   {folder / SIGNATURE}")
 
 
 @cli.command()

@@ -165,7 +165,7 @@ class Networks:
 
     def _load(self) -> Network:
         settings = self._settings
-        bundle = load_bundle(settings.bundle)
+        bundle = load_bundle(settings.bundle, settings.bundle_signed_by)
         artifact, engine = open_engine(bundle, settings)
         manifest = bundle.manifest
         return Network(

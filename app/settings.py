@@ -36,6 +36,9 @@ class Settings(BaseSettings):
     bundle: Path = DEFAULT_BUNDLE
     """Folder of the bundle to serve; the shipped one by default."""
 
+    bundle_signed_by: Path | None = None
+    """Public key (PEM, Ed25519) that the bundle must be signed with (`mmtl bundle sign`)."""
+
     artifact: ArtifactFormat = "onnx"
     """Which of the bundle's artifacts to run."""
 

@@ -183,6 +183,8 @@ class Telemetry:
         sane = _REQUEST_ID.fullmatch(wanted) is not None
         trace = scope[KEY] = Trace(wanted if sane else uuid4().hex)
         span = self.spans.begin(scope["method"], given) if self.spans else None
+        if span is not None and span.get_span_context().trace_flags.sampled:
+            trace.trace_id = f"{span.get_span_context().trace_id:032x}"
         status = _GONE
 
         async def send_with_headers(message: Message) -> None:
@@ -219,7 +221,8 @@ class Telemetry:
 
     def _record(self, scope: Scope, trace: Trace, status: int, seconds: float) -> None:
         method, route = _route(scope)
-        self.metrics.requests.labels(method, route, status).observe(seconds)
+        exemplar = {"trace_id": trace.trace_id} if trace.trace_id else None
+        self.metrics.requests.labels(method, route, status).observe(seconds, exemplar)
         for name in trace.problems:
             self.metrics.rejected.labels(name).inc()
         write = log.debug if route in QUIET_ROUTES and status < 400 else log.info

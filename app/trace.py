@@ -19,6 +19,7 @@ class Trace:
         model_sha256: Of its artifact; empty before.
         key: Id of the caller's key, where there are keys.
         spans: Stage, beginning and end of each image's, on `time.monotonic`'s clock.
+        trace_id: Of the OpenTelemetry trace that it is sampled into; else empty.
         problems: Names of the problems that the request, or its images, were answered with.
     """
 
@@ -28,6 +29,7 @@ class Trace:
     model_version: str = ""
     model_sha256: str = ""
     key: str | None = None
+    trace_id: str = ""
     problems: list[str] = field(default_factory=list)
     spans: list[tuple[str, float, float]] = field(default_factory=list)
 

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from models.signatures import SIGNATURE, SignatureError, verify
+
 MANIFEST = "bundle.json"
 FORMAT_VERSION: Literal[1] = 1
 # ISIC records `age_approx` in steps of five years, 0 to 90.
@@ -234,16 +236,25 @@ class Bundle:
         return self.folder / artifact.file
 
 
-def load_bundle(folder: Path) -> Bundle:
+def load_bundle(folder: Path, signed_by: Path | None = None) -> Bundle:
     """Read a bundle and verify every artifact that is there.
 
+    Args:
+        folder: Of the bundle.
+        signed_by: The public key that its manifest must be signed with; None asks for no signature.
+
     Raises:
-        BundleError: No bundle, a manifest that does not fit, or a file that is not what the
-            manifest says.
+        BundleError: No bundle, a manifest that does not fit or is not signed as asked, or a file
+            that is not what the manifest says.
     """
     path = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        if signed_by is not None:
+            verify(content, folder / SIGNATURE, signed_by)
+        manifest = Manifest.model_validate_json(content)
+    except SignatureError as error:
+        raise BundleError(f"{folder} is not signed with {signed_by}: {error}.") from None
     except OSError:
         raise BundleError(f"{folder} is not a bundle: {MANIFEST} cannot be read.") from None
     except ValidationError as error:

@@ -1,7 +1,7 @@
 """`GET /metrics`."""
 
 from fastapi import APIRouter, Depends, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import choose_encoder
 
 from app.access import bearer, require
 from app.telemetry import Metrics
@@ -11,6 +11,10 @@ router = APIRouter(dependencies=[bearer, Depends(require("metrics"))])
 
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Prometheus metrics, in the text format."""
+    """Metrics in Prometheus' text format or, where it is asked for, as OpenMetrics.
+
+    OpenMetrics has exemplars: the trace of a request, beside the bucket of its time.
+    """
     measured: Metrics = request.app.state.metrics
-    return Response(generate_latest(measured.registry), media_type=CONTENT_TYPE_LATEST)
+    encode, media_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(measured.registry), media_type=media_type)

@@ -40,7 +40,7 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Span]]:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Collector)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     yield spans
     server.shutdown()
@@ -88,6 +88,22 @@ def test_a_request_is_a_span_of_its_caller_s_trace_and_its_stages_are_in_it(
     assert attributes(other)["error.type"] == "unsupported-media-type"
     assert other.trace_id.hex() != TRACE
     assert not any("Jane" in str(span) for span in collected)
+
+
+def test_a_bucket_names_a_trace_of_it(settings: Settings, collected: list[Span]) -> None:
+    with started(settings.model_copy(update={"traces": True})) as client:
+        headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+        client.post("/predict", files={"files": flat(1)}, headers=headers)
+        text = client.get("/metrics").text
+        openmetrics = client.get(
+            "/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"}
+        )
+    assert TRACE not in text
+    assert openmetrics.headers["Content-Type"].startswith("application/openmetrics-text")
+    named = [line for line in openmetrics.text.splitlines() if TRACE in line]
+    assert named
+    assert all('route="/predict"' in line for line in named)
+    assert openmetrics.text.endswith("# EOF\n")
 
 
 def test_without_the_setting_nothing_is_sent(settings: Settings, collected: list[Span]) -> None:

@@ -10,21 +10,27 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from fastapi.testclient import TestClient
+from numpy.typing import NDArray
 
+from app.engines.onnx import OnnxEngine
 from app.keys import create_key
 from app.main import create_app
 from app.server import Server
 from app.settings import Settings
+from models.bundle import Outputs
+from tests.bundles import make_bundle
 from tests.conftest import ROOT
 from tests.lesions import flat
 
@@ -76,12 +82,12 @@ def free_port() -> int:
 class Prometheus:
     """On a free port, scraping one target every second with a key."""
 
-    def __init__(self, folder: Path, target: int, key: str):
+    def __init__(self, folder: Path, target: int, key: str, rules: Path = RULES / "alerts.yml"):
         self.port = free_port()
         config = yaml.safe_load((RULES / "prometheus.yml").read_text())
         (folder / "key").write_text(key)
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-        config["rule_files"] = [str(RULES / "alerts.yml")]
+        config["rule_files"] = [str(rules)]
         (job,) = [job for job in config["scrape_configs"] if job["job_name"] == "mmtl"]
         job["authorization"]["credentials_file"] = str(folder / "key")
         job["static_configs"] = [{"targets": [f"127.0.0.1:{target}"]}]
@@ -190,3 +196,76 @@ def test_the_rules_can_be_evaluated(scraped: tuple[Prometheus, dict[str, str]]) 
     (group,) = prometheus.get("rules")["groups"]
     assert {rule["health"] for rule in group["rules"]} == {"ok"}
     assert not [rule for rule in group["rules"] if rule.get("state") == "firing"]
+
+
+def firing(prometheus: Prometheus, name: str) -> bool:
+    return any(
+        alert["labels"]["alertname"] == name and alert["state"] == "firing"
+        for alert in prometheus.get("alerts")["alerts"]
+    )
+
+
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_alerts_fire_for_a_service_that_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped rules, but for how long a condition has to last."""
+    hangs = threading.Event()
+    run = OnnxEngine.run
+
+    def hang(engine: OnnxEngine, images: NDArray[np.uint8]) -> Outputs:
+        if images.any() and hangs.is_set():
+            hangs.clear()
+            threading.Event().wait(30)
+        return run(engine, images)
+
+    monkeypatch.setattr(OnnxEngine, "run", hang)
+    bundle = make_bundle(tmp_path / "bundle").folder
+    keys = tmp_path / "keys.json"
+    key = create_key(keys, "all", ("predict", "metrics", "admin"), None)
+    rules = tmp_path / "alerts.yml"
+    rules.write_text(re.sub(r"for: \d+[mh]", "for: 1s", (RULES / "alerts.yml").read_text()))
+    settings = Settings(bundle=bundle, port=free_port(), keys=keys, threads=1, hang_seconds=0.5)
+    server = Server(create_app(settings), settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    prometheus = Prometheus(tmp_path, settings.port, key, rules)
+    url = f"http://127.0.0.1:{settings.port}"
+    headers = {"Authorization": f"Bearer {key}"}
+
+    def post(path: str, body: bytes = b"") -> int:
+        headed = {**headers, "Content-Type": "image/png"}
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(url + path, body, headed), timeout=20
+            ) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    try:
+        prometheus.until("mmtl_ready")
+        assert prometheus.until("count(mmtl_network_replacements_total)") == 1
+        assert not prometheus.get("alerts")["alerts"]
+        hangs.set()
+        assert post("/predict", flat(1)) == 503
+        until(lambda: post("/predict", flat(1)) == 200)
+        until(lambda: firing(prometheus, "MmtlNetworkReplaced"))
+        (bundle / "model.onnx").write_bytes(b"damaged")
+        assert post("/admin/reload") == 409
+        until(lambda: firing(prometheus, "MmtlReloadRefused"))
+        server.should_exit = True
+        thread.join(20)
+        until(lambda: firing(prometheus, "MmtlNotReady"))
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        prometheus.process.terminate()
+        prometheus.process.wait(20)
+        prometheus.log.close()

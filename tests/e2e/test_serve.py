@@ -191,6 +191,26 @@ def test_a_stop_answers_what_was_sent(service: Service) -> None:
     assert "Traceback" not in log
 
 
+def test_a_hangup_reloads_and_a_second_stop_does_not_wait(service: Service) -> None:
+    service.process.send_signal(signal.SIGHUP)
+    until = time.monotonic() + 20
+    while b'mmtl_reloads_total{outcome="switched"} 1.0' not in service.get("/metrics")[1]:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert service.post(lesion(1))[0] == 200
+    # An upload that never ends would hold the stop up for as long as an upload may take.
+    with socket.create_connection(("127.0.0.1", service.port)) as slow:
+        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n")
+        slow.sendall(b"Content-Length: 1000\r\n\r\nabc")
+        time.sleep(0.2)
+        service.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert service.process.poll() is None
+        service.process.send_signal(signal.SIGTERM)
+        service.process.wait(5)
+    assert service.process.returncode == 0
+
+
 def test_real_images_are_answered(service: Service, shared_data: Path) -> None:
     for path in sorted((shared_data / "originals").glob("*.jpg"))[::5]:
         status, body = service.post(path.read_bytes())

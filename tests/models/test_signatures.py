@@ -1,0 +1,72 @@
+"""A bundle is signed by who may release one."""
+
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+
+from app.cli import main
+from models.bundle import BundleError, load_bundle
+from models.signatures import SIGNATURE, SignatureError, sign
+from tests.bundles import make_bundle
+
+
+def write_keys(folder: Path, name: str, key: object = None) -> tuple[Path, Path]:
+    key = key or Ed25519PrivateKey.generate()
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(
+        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    return private, public
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "bundle").folder
+
+
+def test_a_signed_bundle_is_taken_and_no_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    private, public = write_keys(tmp_path, "release")
+    _, other = write_keys(tmp_path, "other")
+    with pytest.raises(BundleError, match=r"not signed with .*: there is no bundle.json.sig\."):
+        load_bundle(folder, public)
+    monkeypatch.setattr("sys.argv", ["mmtl", "bundle", "sign", str(folder), "--key", str(private)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    assert load_bundle(folder, public) == load_bundle(folder)
+    with pytest.raises(BundleError, match="is not by that key"):
+        load_bundle(folder, other)
+
+
+def test_a_changed_manifest_is_not_even_parsed(folder: Path, tmp_path: Path) -> None:
+    private, public = write_keys(tmp_path, "release")
+    manifest = folder / "bundle.json"
+    sign(manifest.read_bytes(), private, folder / SIGNATURE)
+    manifest.write_text(manifest.read_text().replace("0.5", "0.9", 1) + "{")
+    with pytest.raises(BundleError, match="is not by that key, or of another manifest"):
+        load_bundle(folder, public)
+    with pytest.raises(BundleError, match="does not fit"):
+        load_bundle(folder)
+
+
+def test_keys_that_are_none_are_named(folder: Path, tmp_path: Path) -> None:
+    private, public = write_keys(tmp_path, "curve", ec.generate_private_key(ec.SECP256R1()))
+    with pytest.raises(SignatureError, match=r"curve\.pem is no Ed25519 key"):
+        sign(b"", private, folder / SIGNATURE)
+    with pytest.raises(BundleError, match=r"curve\.pub\.pem is no Ed25519 key"):
+        load_bundle(folder, public)
+    text = tmp_path / "text"
+    text.write_text("no key")
+    with pytest.raises(BundleError, match="text cannot be used"):
+        load_bundle(folder, text)
