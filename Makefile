@@ -39,7 +39,7 @@ check: lint
 	$(MAKE) test
 
 ## Retrain, evaluate and export the shipped bundle from the data folder (more than an hour on two cores).
-default-bundle: $(VENV)/.dev runs/teachers/0.2.0 runs/teachers/0.3.0
+default-bundle: $(VENV)/.dev
 	$(VENV)/bin/mmtl-train prepare $(DATA) --config configs/default.toml --run $(RUN)
 	$(VENV)/bin/mmtl-train fit --run $(RUN)
 	$(VENV)/bin/mmtl-train export --run $(RUN) --bundle models/default
@@ -47,7 +47,7 @@ default-bundle: $(VENV)/.dev runs/teachers/0.2.0 runs/teachers/0.3.0
 	$(VENV)/bin/mmtl-train evaluate $(DATA) --run $(RUN) --bundle models/default --publish \
 		--out docs/evaluation
 
-# Bundles that shipped before, out of this repository's history: what the shipped one learned from.
+# Bundles that shipped before, out of this repository's history: teachers (configs/distilled.toml).
 shipped_0.2.0 := fa6b4c0
 shipped_0.3.0 := e7b7561
 runs/teachers/%:

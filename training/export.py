@@ -46,7 +46,7 @@ from training.runners import batches, eager, onnx_runner, open_runner, run_batch
 from training.state import belongs, identity_of, load_tensors
 from training.tasks import DIAGNOSES
 
-VERSION = "0.3.1"
+VERSION = "0.3.2"
 AGE_EDGES = (30.0, 45.0, 60.0, 75.0)
 AGE_LABELS = ("0-29", "30-44", "45-59", "60-74", "75+")
 TASKS = (

@@ -169,7 +169,7 @@ def train_one_epoch(
     """One pass over the training images; the mean of each task's loss.
 
     Raises:
-        DataError: The loss is not finite.
+        DataError: The loss is not finite, or a worker died.
     """
     config, network = state.config, state.network
     drop_last = len(images) >= config.batch_size
@@ -179,25 +179,33 @@ def train_one_epoch(
     torch.manual_seed(config.seed * 1_000_003 + images.epoch)
     sums: dict[str, float] = {}
     bar = tqdm(loader, f"epoch {images.epoch + 1}", unit="batch")
-    for number, (batch, positions) in enumerate(bar, start=1):
-        group = (number - 1) // config.accumulate
-        logits = network(batch.to(state.device).contiguous(memory_format=torch.channels_last))
-        loss, parts = state.loss(logits, targets.take(positions).to(state.device))
-        if not math.isfinite(loss.item()):
-            raise DataError(
-                f"The loss of epoch {images.epoch + 1} is not finite; the last whole epoch is "
-                "kept. Prepare another run with a lower --learning-rate."
-            )
-        # The last step of an epoch may have fewer batches.
-        batches_of_step = min(config.accumulate, len(loader) - group * config.accumulate)
-        (loss / batches_of_step).backward()
-        for task, value in parts.items():
-            sums[task] = sums.get(task, 0.0) + value / len(loader)
-        if number % config.accumulate == 0 or number == len(loader):
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-            state.scheduler.step()
-            state.average.update_parameters(network)
+    try:
+        for number, (batch, positions) in enumerate(bar, start=1):
+            group = (number - 1) // config.accumulate
+            logits = network(batch.to(state.device).contiguous(memory_format=torch.channels_last))
+            loss, parts = state.loss(logits, targets.take(positions).to(state.device))
+            if not math.isfinite(loss.item()):
+                raise DataError(
+                    f"The loss of epoch {images.epoch + 1} is not finite; the last whole epoch is "
+                    "kept. Prepare another run with a lower --learning-rate."
+                )
+            # The last step of an epoch may have fewer batches.
+            batches_of_step = min(config.accumulate, len(loader) - group * config.accumulate)
+            (loss / batches_of_step).backward()
+            for task, value in parts.items():
+                sums[task] = sums.get(task, 0.0) + value / len(loader)
+            if number % config.accumulate == 0 or number == len(loader):
+                state.optimizer.step()
+                state.optimizer.zero_grad()
+                state.scheduler.step()
+                state.average.update_parameters(network)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"A process that augments images died in epoch {images.epoch + 1} (out of memory, most "
+            "often); the last whole epoch is kept. Fit again, with fewer --workers."
+        ) from None
     return {f"train_{task}": value for task, value in sums.items()}
 
 

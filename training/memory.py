@@ -10,7 +10,7 @@ def keep_freed_memory() -> bool:
     """Let this process's heap hold freed memory, large blocks too, instead of the kernel.
 
     Otherwise glibc maps each large activation anew, and the kernel clears its pages, in every step:
-    a third of the time of a step on a CPU (benchmarks/training_speed.py).
+    a third of the time of a step on a CPU (docs/training-speed.md).
 
     Returns:
         Whether the C library is one that can (glibc).

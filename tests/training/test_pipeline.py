@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,6 +253,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch.setattr(MultiTaskLoss, "forward", lambda *_: (nan, {}))
     with pytest.raises(DataError, match="not finite"):
         fit(run, workers=0)
+
+
+def test_a_worker_that_vanishes_is_one_sentence_and_what_was_fitted_stays(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    prepare(data, run, CONFIG.model_copy(update={"epochs": 3}))
+    item = fitting.AugmentedImages.__getitem__
+
+    def die(images: fitting.AugmentedImages, number: int):
+        if images.epoch == 1 and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item(images, number)
+
+    monkeypatch.setattr(fitting.AugmentedImages, "__getitem__", die)
+    with pytest.raises(DataError, match=r"died in epoch 2 .* fewer --workers"):
+        fit(run, workers=1)
+    with run.log.open() as file:
+        assert len(list(csv.DictReader(file))) == 1
+    fit(run, workers=0)
+    with run.log.open() as file:
+        assert len(list(csv.DictReader(file))) == 3
 
 
 def test_every_artifact_is_written_and_verified(bundle_folder: Path) -> None:
