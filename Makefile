@@ -67,15 +67,17 @@ bench-serve: $(VENV)/.dev
 	$(VENV)/bin/python -m benchmarks.serving.compare $(DATA)
 
 ## Keys and passwords for docker-compose.yml, made once, under docker/secrets (not in git).
-secrets: docker/secrets/keys.json docker/secrets/grafana_password
-docker/secrets/keys.json: | $(VENV)/.cpu
+secrets: docker/secrets/service/keys.json docker/secrets/grafana_password
+docker/secrets/service/keys.json: | $(VENV)/.cpu
 	@mkdir -p $(@D)
-	@MMTL_KEYS=$@.part $(VENV)/bin/mmtl keys create prometheus --scope metrics > docker/secrets/metrics_key
-	@MMTL_KEYS=$@.part $(VENV)/bin/mmtl keys create administrator --scope predict --scope admin \
-		> docker/secrets/administrator_key
+	@$(VENV)/bin/mmtl keys create prometheus --scope metrics --file $@.part \
+		| tr -d '\n' > docker/secrets/metrics_key
+	@$(VENV)/bin/mmtl keys create administrator --scope predict --scope admin --file $@.part \
+		| tr -d '\n' > docker/secrets/administrator_key
+	@chmod 600 docker/secrets/administrator_key
+	@chmod 644 $@.part docker/secrets/metrics_key
 	@mv $@.part $@
-	@chmod 644 $@ docker/secrets/metrics_key
-	@echo "docker/secrets: keys.json, metrics_key (for Prometheus), administrator_key (for you)"
+	@echo "docker/secrets: service/keys.json, metrics_key (Prometheus), administrator_key (you)"
 docker/secrets/grafana_password:
 	@mkdir -p $(@D)
 	@$(PYTHON) -c "import secrets; print(secrets.token_urlsafe(18), end='')" > $@

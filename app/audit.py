@@ -97,9 +97,10 @@ class AuditLog:
             self._path.rename(self._path.with_name(f"{self._path.name}.{stamp}"))
             moved = True
         if moved:
-            os.fsync(self._file)
-            os.close(self._file)
-            self._open()
+            old = self._file
+            self._open()  # where this fails, the old one stays
+            os.fsync(old)
+            os.close(old)
 
     def _open(self) -> None:
         try:

@@ -119,6 +119,8 @@ def revoke_key(path: Path, name: str) -> Key:
 def _save(path: Path, keys: tuple[Key, ...]) -> None:
     with write_atomically(path) as temporary:
         temporary.touch(mode=0o600)
+        if path.exists():  # an operator may have let the service's user read it
+            temporary.chmod(path.stat().st_mode & 0o777)
         temporary.write_text(KeyFile(keys=keys).model_dump_json(indent=2) + "\n")
 
 

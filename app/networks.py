@@ -10,6 +10,7 @@ import structlog
 from app.batcher import Batcher
 from app.cores import available_cores
 from app.engines import EngineError, open_engine
+from app.memory import give_back
 from app.schemas import ModelFacts
 from app.settings import Settings
 from app.telemetry import Metrics
@@ -62,6 +63,7 @@ class Networks:
         self._stopped = threading.Event()
         self._draining = False
         self._replacements = 0
+        self._retiring: list[Network] = []
         # Called when the network cannot be replaced: the process should end, and be started anew.
         self.on_failure: Callable[[], None] = lambda: None
         self.current = self._load()
@@ -108,16 +110,22 @@ class Networks:
         except BaseException:
             self._switching.release()
             raise
+        if self._draining:
+            self.current.batcher.drain()
         self._metrics.reloads.labels("switched").inc()
         self._announce()
         log.info("reloaded", before=old.facts.version, now=self.current.facts.version)
-        threading.Thread(target=self._retire, args=[old], name="mmtl-retire", daemon=True).start()
+        self._retiring.append(old)
+        threading.Thread(target=self._retire, name="mmtl-retire", daemon=True).start()
         return self.current
 
-    def _retire(self, old: Network) -> None:
+    def _retire(self) -> None:
+        """End the old network with its last request, and give its memory back."""
         try:
-            old.batcher.retire(self._settings.deadline_seconds)
+            self._retiring[0].batcher.retire(self._settings.deadline_seconds)
         finally:
+            self._retiring.clear()
+            give_back()
             self._switching.release()
 
     def _watch(self) -> None:
@@ -129,7 +137,9 @@ class Networks:
     def _replace(self) -> bool:
         """Load the network anew in the place of a broken one; False where that does not help."""
         self.current.batcher.abandon()
-        with self._switching:
+        if not self._switching.acquire(timeout=_LOAD_SECONDS):
+            return False  # a reload hangs, too
+        try:
             if not self.current.batcher.broken(self._settings.hang_seconds):
                 return True  # a reload has been faster
             self._replacements += 1
@@ -145,9 +155,13 @@ class Networks:
             except (BundleError, EngineError, OSError, TimeoutError) as error:
                 log.error("network not replaced", error=type(error).__name__, reason=str(error))
                 return False
+            self._announce()
+        finally:
+            self._switching.release()
         if self._draining:
             self.current.batcher.drain()
-        log.warning("network replaced")
+        give_back()
+        log.warning("network replaced", version=self.current.facts.version)
         return True
 
     def _load_into(self, loading: "Future[Network]") -> None:

@@ -19,6 +19,8 @@ from app.settings import Settings
 log = structlog.get_logger()
 # Beyond the upload's own time: the deadline of a request that is answered while it still arrives.
 _MARGIN_SECONDS = 10.0
+# Requests that a client may send before the first is answered.
+_MOST_PIPELINED = 8
 _TOO_LARGE = (431, "Request Header Fields Too Large")
 
 
@@ -40,6 +42,9 @@ class Protocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._reading_headers = True
         self._header_bytes = 0
+        # Calls of on_body: bytes that caused none are not body.
+        self._bodies = 0
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """A client has connected; the first bytes are waited for like a request's headers."""
@@ -52,17 +57,28 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It has gone."""
         self._stop_timer()
+        self._stop_unread()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
         if self.transport.is_closing():
             return
+        bodies = self._bodies
         if self._reading_headers:
             self._header_bytes += len(data)
         super().data_received(data)
-        if self._reading_headers and self._header_bytes > self._settings.max_header_bytes:
+        if self.transport.is_closing():
+            return
+        if not self._reading_headers and self._bodies == bodies:
+            self._header_bytes += len(data)  # extensions of chunks, or trailers
+        if self._header_bytes > self._settings.max_header_bytes and (
+            self._reading_headers or self._bodies == bodies
+        ):
             self._refuse(*_TOO_LARGE)
+        elif self._timer is None and self.timeout_keep_alive_task is None and self._answered:
+            # A byte between two requests: the next one's headers have begun.
+            self._start_timer(self._settings.header_seconds)
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -72,15 +88,22 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """From here on the request is answered; its body has its own time."""
         self._reading_headers = False
+        self._header_bytes = 0
+        if self.transport.is_closing():
+            return
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > self._settings.max_header_bytes:
             self._refuse(*_TOO_LARGE)
+            return
+        if len(self.pipeline) >= _MOST_PIPELINED:
+            self.transport.abort()
             return
         self._start_timer(self._settings.upload_seconds + _MARGIN_SECONDS)
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """A part of a request's body; that of a refused one is dropped."""
+        self._bodies += 1
         if not self.transport.is_closing():
             super().on_body(body)
 
@@ -91,6 +114,27 @@ class Protocol(HttpToolsProtocol):
         self._header_bytes = 0
         if not self.transport.is_closing():
             super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """The client does not read its answer: it has as long for it as for an upload."""
+        super().pause_writing()
+        self._stop_unread()
+        self._unread = self.loop.call_later(self._settings.upload_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        self._stop_unread()
+        super().resume_writing()
+
+    @property
+    def _answered(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _stop_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _start_timer(self, seconds: float) -> None:
         self._stop_timer()
@@ -110,6 +154,9 @@ class Protocol(HttpToolsProtocol):
     def _refuse(self, status: int, reason: str, *headers: str) -> None:
         self._stop_timer()
         if self.transport.is_closing():
+            return
+        if not self._answered:  # it would be taken for the answer to an earlier request
+            self.transport.close()
             return
         lines = (f"HTTP/1.1 {status} {reason}", "Content-Length: 0", "Connection: close", *headers)
         self.transport.write("".join(f"{line}\r\n" for line in (*lines, "")).encode())

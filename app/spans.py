@@ -3,6 +3,7 @@
 Where the spans go is OpenTelemetry's own environment: OTEL_EXPORTER_OTLP_ENDPOINT and its kin.
 """
 
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ class Spans:
                 f"MMTL_TRACES needs {error.name}: install the extra `tracing`."
             ) from None
         self._provider = TracerProvider(
-            resource=Resource({"service.name": "mmtl"}).merge(Resource.create())
+            resource=Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "mmtl")})
         )
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("mmtl")

@@ -102,7 +102,8 @@ class Tokens:
 
     async def _key(self, named: str | None) -> "PyJWK | None":
         age = time.monotonic() - self._asked
-        if age > _STALE_SECONDS or (named not in self._keys and age > _FRESH_SECONDS):
+        unknown = named not in self._keys
+        if age > _STALE_SECONDS or (unknown and (age > _FRESH_SECONDS or self._asking.locked())):
             async with self._asking:
                 if time.monotonic() - self._asked > _FRESH_SECONDS:
                     await self._ask()

@@ -3,7 +3,7 @@
 .venv/bin/python benchmarks/training_speed.py ../shared/data > docs/training-speed.md
 
 Same images, same backbone (EfficientNet-Lite0, 160 px), batches of 32, AdamW, two workers, each in
-a process of its own and in turn, three times; medians. `timm` is `timm.data.create_loader(...,
+a process of its own and in turn, twice; medians. `timm` is `timm.data.create_loader(...,
 is_training=True)` with its defaults, `torchvision` an `ImageFolder` with the transforms of its
 documented training recipe (RandomResizedCrop, horizontal flip, TrivialAugmentWide, normalisation).
 Both train one head, the library's own; mmtl trains five. mmtl's first epoch decodes into its cache,
@@ -24,8 +24,8 @@ from pathlib import Path
 
 VARIANTS = ("mmtl", "mmtl, memory given back", "timm", "torchvision")
 SIZE, BATCH, WORKERS = 160, 32, 2
-SMALL, LARGE = 1024, 126
-REPEATS = 3
+SMALL, LARGE = 384, 63
+REPEATS = 2
 
 
 def lay_out(data: Path, folder: Path) -> None:

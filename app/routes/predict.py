@@ -9,7 +9,7 @@ import structlog
 from fastapi import APIRouter, Query, Request, Response
 
 from app import problems
-from app.access import authorize, bearer
+from app.access import asks, authorize, bearer
 from app.audit import AuditError, AuditLog
 from app.forms import FIELD
 from app.predictor import Predictor
@@ -77,7 +77,9 @@ async def predict(
                 results = answered[1] if answered else None
                 outcomes = await asyncio.to_thread(_outcomes, uploads, results)
     except Problem as refused:
-        await _audit(state.audit, trace, [("", refused.kind.name)])
+        # Not of whoever has no key: anybody could fill the disk.
+        if trace.key is not None or not asks(state):
+            await _audit(state.audit, trace, [("", refused.kind.name)])
         raise
     if state.audit is not None:
         await _audit(state.audit, trace, outcomes)

@@ -34,8 +34,11 @@ def test_every_image_of_a_request_has_its_line(settings: Settings, path: Path) -
         headers = {"Authorization": f"Bearer {key}", "X-Request-ID": "one"}
         files = [("files", ("Jane Doe.png", flat(7))), ("files", ("b.png", b"no picture"))]
         assert client.post("/predict", files=files, headers=headers).status_code == 200
-        client.post("/predict", files={"files": flat(1)}, headers={"X-Request-ID": "two"})
-    good, bad, refused = lines(path)
+        headers["X-Request-ID"] = "two"
+        headers["Content-Type"] = "text/plain"
+        client.post("/predict", content=b"x", headers=headers)
+        client.post("/predict", files={"files": flat(1)}, headers={"X-Request-ID": "three"})
+    good, bad, refused = lines(path)  # and nothing of who has no key
     assert good.pop("time")
     assert good == {
         "request_id": "one",
@@ -48,8 +51,11 @@ def test_every_image_of_a_request_has_its_line(settings: Settings, path: Path) -
         hashlib.sha256(b"no picture").hexdigest(),
         "unsupported-image",
     )
-    assert (refused["request_id"], refused["outcome"]) == ("two", "unauthorized")
-    assert (refused["image"], refused["key"]) == ("", None)
+    assert (refused["request_id"], refused["outcome"]) == (
+        "two",
+        "unsupported-media-type",
+    )
+    assert refused["image"] == ""
     assert "Jane" not in path.read_text()
     assert path.stat().st_mode & 0o077 == 0
 

@@ -118,3 +118,57 @@ def test_connections_are_counted(port: int) -> None:
     connection.request("GET", "/health/live")
     assert connection.getresponse().status == 200
     connection.close()
+
+
+def test_a_byte_between_two_requests_gains_no_time(port: int) -> None:
+    with connect(port) as slow:
+        slow.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert status(slow.recv(1000)) == 200
+        slow.sendall(b"\r\n")
+        began = time.monotonic()
+        while slow.recv(1000):
+            pass
+        assert time.monotonic() - began < 2
+
+
+def test_trailers_and_chunks_that_grow_are_cut_off(port: int) -> None:
+    with connect(port) as greedy:
+        greedy.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX: "
+        )
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while time.monotonic() - began < 5:
+                greedy.sendall(b"x" * 1000)
+                time.sleep(0.01)
+
+
+def test_a_thousand_requests_at_once_are_not_kept(port: int) -> None:
+    with connect(port) as greedy:
+        greedy.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        with pytest.raises(ConnectionError):
+            while greedy.recv(100_000):
+                pass
+            raise ConnectionAbortedError
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.request("GET", "/health/live")
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+def test_who_does_not_read_the_answer_is_cut_off(port: int) -> None:
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", port))
+        deaf.settimeout(10)
+        deaf.sendall(
+            b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n" * 8
+        )
+        time.sleep(1.5)
+        read = 0
+        with pytest.raises(ConnectionError):
+            while part := deaf.recv(1_000_000):
+                read += len(part)
+            raise ConnectionAbortedError
+        assert read < 8_000_000

@@ -31,6 +31,8 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Span]]:
                 body = gzip.decompress(body)
             request = ExportTraceServiceRequest.FromString(body)
             for resource in request.resource_spans:
+                (name,) = [a for a in resource.resource.attributes if a.key == "service.name"]
+                assert name.value.string_value == "mmtl"
                 for scope in resource.scope_spans:
                     spans.extend(scope.spans)
             self.send_response(200)

@@ -61,7 +61,8 @@ def test_what_compose_names_is_there_and_no_secret_is_in_git() -> None:
         found = load(name)
         for config in found.get("configs", {}).values():
             assert (ROOT / config["file"]).is_file()
-        for secret in found.get("secrets", {}).values():
+        assert "docker/secrets/service" in (ROOT / COMPOSE[0]).read_text()
+        for secret in [*found.get("secrets", {}).values(), {"file": "docker/secrets/service/x"}]:
             ignored = subprocess.run(["git", "check-ignore", "-q", secret["file"]], cwd=ROOT)
             assert ignored.returncode == 0
 
