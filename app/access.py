@@ -1,6 +1,7 @@
 """Who may call what: the routes' dependencies on API keys and tokens."""
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from fastapi import Request, Security
 from fastapi.security import HTTPBearer
@@ -8,7 +9,8 @@ from starlette.datastructures import State
 
 from app import problems
 from app.keys import Key, Keys, Scope
-from app.problems import Problem
+from app.problems import MEDIA_TYPE, Problem
+from app.schemas import ProblemBody
 from app.settings import Settings
 from app.tokens import Bearer, ProviderUnreachable, Tokens
 from app.trace import trace_of
@@ -19,6 +21,9 @@ _bearer = HTTPBearer(
     description="A key of `mmtl keys create`, or an identity provider's token.",
 )
 bearer = Security(_bearer)
+_PROBLEM: dict[str, Any] = {"model": ProblemBody, "content": {MEDIA_TYPE: {}}}
+# What any route that asks for a key may answer.
+REFUSALS: dict[int | str, dict[str, Any]] = dict.fromkeys((401, 403, 503), _PROBLEM)
 Dependency = Callable[[Request], Awaitable[None]]
 
 

@@ -5,10 +5,10 @@ import asyncio
 from fastapi import APIRouter, Depends, Request
 
 from app import problems
-from app.access import asks, authorize, bearer
+from app.access import REFUSALS, asks, authorize, bearer
 from app.networks import Networks, ReloadError
-from app.problems import MEDIA_TYPE, Problem
-from app.schemas import ModelFacts, ProblemBody
+from app.problems import Problem
+from app.schemas import ModelFacts
 
 
 async def administrator(request: Request) -> None:
@@ -25,11 +25,12 @@ async def administrator(request: Request) -> None:
     await authorize(request, "admin")
 
 
-router = APIRouter(prefix="/admin", dependencies=[bearer, Depends(administrator)])
-_PROBLEM = {"model": ProblemBody, "content": {MEDIA_TYPE: {}}}
+router = APIRouter(
+    prefix="/admin", responses=REFUSALS, dependencies=[bearer, Depends(administrator)]
+)
 
 
-@router.post("/reload", responses={401: _PROBLEM, 403: _PROBLEM, 409: _PROBLEM})
+@router.post("/reload", responses={409: REFUSALS[401]})
 async def reload(request: Request) -> ModelFacts:
     """Load the bundle of MMTL_BUNDLE again; answers once it has taken over, with which it is.
 

@@ -3,10 +3,10 @@
 from fastapi import APIRouter, Depends, Request, Response
 from prometheus_client.exposition import choose_encoder
 
-from app.access import bearer, require
+from app.access import REFUSALS, bearer, require
 from app.telemetry import Metrics
 
-router = APIRouter(dependencies=[bearer, Depends(require("metrics"))])
+router = APIRouter(responses=REFUSALS, dependencies=[bearer, Depends(require("metrics"))])
 
 
 @router.get("/metrics", response_class=Response)

@@ -2,11 +2,11 @@
 
 from fastapi import APIRouter, Depends, Request
 
-from app.access import bearer, require
+from app.access import REFUSALS, bearer, require
 from app.networks import Networks
 from models.bundle import Manifest
 
-router = APIRouter(dependencies=[bearer, Depends(require("predict"))])
+router = APIRouter(responses=REFUSALS, dependencies=[bearer, Depends(require("predict"))])
 
 
 @router.get("/model")
