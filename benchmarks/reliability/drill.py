@@ -435,6 +435,7 @@ def main() -> None:
             "most": max(working),
             "slope_a_minute": slope,
         },
+        "megabytes_every_ten_seconds": [round(mb) for _, mb in drill.memory[::10]],
         "tracebacks": (drill.work / "log").read_text().count("Traceback"),
     }
     (OUT / "drill.json").write_text(json.dumps(result, indent=1) + "\n")
