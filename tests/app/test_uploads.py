@@ -29,7 +29,7 @@ def part(body: bytes, more: bool = True) -> dict:
     return {"type": "http.request", "body": body, "more_body": more}
 
 
-def is_open() -> None:
+async def is_open() -> None:
     """The service takes requests."""
 
 
@@ -40,7 +40,7 @@ async def read(request: Request, held: Held | None = None, **settings: object) -
 
 
 async def test_a_busy_service_refuses_in_a_way_that_a_sender_can_read() -> None:
-    def is_busy() -> None:
+    async def is_busy() -> None:
         raise Problem(SATURATED, "busy")
 
     refused = request([part(b"x"), part(b"x", more=False)], content_type="image/jpeg")
