@@ -9,8 +9,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 def keep_freed_memory() -> bool:
     """Let this process's heap hold freed memory, large blocks too, instead of the kernel.
 
-    Otherwise glibc maps each large activation anew, and the kernel clears its pages, in every step:
-    a third of the time of a step on a CPU (docs/training-speed.md).
+    Otherwise glibc maps each large activation anew, and the kernel clears its pages, in every step
+    (benchmarks/training_speed.py measures it).
 
     Returns:
         Whether the C library is one that can (glibc).
