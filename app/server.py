@@ -72,9 +72,7 @@ class Protocol(HttpToolsProtocol):
             return
         if not self._reading_headers and self._bodies == bodies:
             self._header_bytes += len(data)  # extensions of chunks, or trailers
-        if self._header_bytes > self._settings.max_header_bytes and (
-            self._reading_headers or self._bodies == bodies
-        ):
+        if self._header_bytes > self._settings.max_header_bytes:
             self._refuse(*_TOO_LARGE)
         elif self._timer is None and self.timeout_keep_alive_task is None and self._answered:
             # A byte between two requests: the next one's headers have begun.
@@ -104,6 +102,7 @@ class Protocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A part of a request's body; that of a refused one is dropped."""
         self._bodies += 1
+        self._header_bytes = 0  # a client may send each chunk's size by itself
         if not self.transport.is_closing():
             super().on_body(body)
 

@@ -14,7 +14,7 @@ from app.audit import AuditError, AuditLog
 from app.forms import FIELD
 from app.predictor import Predictor
 from app.problems import MEDIA_TYPE, Problem, respond
-from app.schemas import Failure, PredictResponse, ProblemBody, Result
+from app.schemas import Failure, PredictResponse, ProblemBody, Result, Success
 from app.trace import Trace, trace_of
 from app.uploads import Upload, open_uploads
 from models.images import MEDIA_TYPES
@@ -104,15 +104,16 @@ async def predict(
 def _outcomes(uploads: list[Upload], results: list[Result] | None) -> list[tuple[str, str]]:
     """SHA-256 and outcome of each image, for the audit log."""
     return [
-        (hashlib.sha256(upload.data).hexdigest(), _outcome(results[position] if results else None))
+        _outcome(upload, results[position] if results else None)
         for position, upload in enumerate(uploads)
     ]
 
 
-def _outcome(result: Result | None) -> str:
-    if result is None:
-        return "gone"
-    return result.error.type.rpartition(":")[2] if isinstance(result, Failure) else "ok"
+def _outcome(upload: Upload, result: Result | None) -> tuple[str, str]:
+    if isinstance(result, Success):
+        return result.image.sha256, "ok"
+    name = "gone" if result is None else result.error.type.rpartition(":")[2]
+    return hashlib.sha256(upload.data).hexdigest(), name
 
 
 async def _audit(log: AuditLog | None, trace: Trace, outcomes: list[tuple[str, str]]) -> None:

@@ -131,6 +131,23 @@ def test_a_byte_between_two_requests_gains_no_time(port: int) -> None:
         assert time.monotonic() - began < 2
 
 
+def test_many_small_chunks_are_no_large_header(port: int) -> None:
+    with connect(port) as patient:
+        patient.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        patient.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        size = b"0" * 30 + b"1\r\n"
+        for _ in range(100):  # more than the limit, together
+            patient.sendall(size)
+            time.sleep(0.0005)
+            patient.sendall(b"x\r\n")
+            time.sleep(0.0005)
+        patient.sendall(b"0\r\n\r\n")
+        assert status(patient.recv(1000)) == 415
+
+
 def test_trailers_and_chunks_that_grow_are_cut_off(port: int) -> None:
     with connect(port) as greedy:
         greedy.sendall(
