@@ -20,6 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -97,8 +98,7 @@ def attacks() -> dict[str, Callable[[int], str]]:
     }
     del zeros
     named: dict[str, Callable[[int], str]] = {
-        name: (lambda port, sent=sent_: exchange(port, [sent]))  # type: ignore[misc]
-        for name, sent_ in sent.items()
+        name: partial(exchange, pieces=[whole]) for name, whole in sent.items()
     }
     named["2 GB in chunks, without a length"] = lambda port: exchange(port, endless())
     return named

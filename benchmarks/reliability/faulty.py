@@ -38,6 +38,6 @@ def run_with_faults(engine: OnnxEngine, images: NDArray[np.uint8]) -> Outputs:
     return run(engine, images)
 
 
-OnnxEngine.run = run_with_faults  # type: ignore[method-assign]
+OnnxEngine.run = run_with_faults  # type: ignore[method-assign]  # the fault
 sys.argv = ["mmtl", "serve"]
 main()
