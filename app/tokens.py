@@ -65,7 +65,7 @@ class Tokens:
         self._audience = audience
         self._jwks_url = jwks_url
         self._keys: dict[str | None, PyJWK] = {}
-        self._asked = -_STALE_SECONDS
+        self._asked = self._got = -_STALE_SECONDS
         self._asking = asyncio.Lock()
 
     async def find(self, presented: str) -> Bearer | None:
@@ -101,9 +101,9 @@ class Tokens:
         )
 
     async def _key(self, named: str | None) -> "PyJWK | None":
-        age = time.monotonic() - self._asked
-        unknown = named not in self._keys
-        if age > _STALE_SECONDS or (unknown and (age > _FRESH_SECONDS or self._asking.locked())):
+        now = time.monotonic()
+        wanted = now - self._got > _STALE_SECONDS or named not in self._keys
+        if wanted and (now - self._asked > _FRESH_SECONDS or self._asking.locked()):
             async with self._asking:
                 if time.monotonic() - self._asked > _FRESH_SECONDS:
                     await self._ask()
@@ -122,6 +122,7 @@ class Tokens:
             log.error("identity provider's keys", error=type(error).__name__, reason=str(error))
             return
         self._keys = {key.key_id: key for key in keys}
+        self._got = self._asked
 
 
 def tokens_of(settings: Settings) -> Tokens | None:

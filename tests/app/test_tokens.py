@@ -155,6 +155,23 @@ def test_the_provider_may_change_its_keys_and_is_not_asked_too_often(
     assert ask(client, token()).status_code == 401
 
 
+def test_old_keys_hold_while_the_provider_is_away_and_it_is_asked_again_soon(
+    client: TestClient, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ask(client, token()).status_code == 200
+    document, provider.document = provider.document, "away"
+    monkeypatch.setattr(tokens_module, "_STALE_SECONDS", 0.0)
+    monkeypatch.setattr(tokens_module, "_FRESH_SECONDS", 0.2)
+    time.sleep(0.3)
+    for _ in range(3):
+        assert ask(client, token()).status_code == 200
+    assert provider.asked == 2
+    time.sleep(0.3)
+    provider.document = document
+    assert ask(client, token()).status_code == 200
+    assert provider.asked == 3
+
+
 @pytest.mark.parametrize("document", ["text", [], {}, {"keys": []}, {"keys": [{"kty": "?"}]}])
 def test_a_provider_that_makes_no_sense_is_a_problem_of_its_own(
     client: TestClient, provider: Provider, document: object
