@@ -17,11 +17,17 @@ class File:
 
     Attributes:
         filename: As it was sent.
-        pieces: Its bytes, as they came.
+        pieces: Its bytes, as they came, until `take`.
     """
 
     filename: str
     pieces: list[memoryview] = field(default_factory=list)
+
+    def take(self) -> bytes:
+        """Its bytes, in one piece; they are no longer held here."""
+        whole = b"".join(self.pieces)
+        self.pieces.clear()
+        return whole
 
 
 class Form:
@@ -40,23 +46,20 @@ class Form:
         boundary = options.get(b"boundary")
         if not boundary:
             raise Problem(problems.MALFORMED_FORM, "The Content-Type header names no boundary.")
-        self.files: list[File] = []
-        self._max_files = max_files
-        self._header_name = b""
-        self._header_value = b""
-        self._disposition = b""
-        self._ended = False
+        # The parser knows its parts, which know nothing of it: in a cycle of the two, the bytes of
+        # an upload would be held until the next garbage collection.
+        parts = self._parts = _Parts(max_files)
         try:
             self._parser = MultipartParser(
                 boundary,
                 {
-                    "on_part_begin": self._on_part_begin,
-                    "on_part_data": self._on_part_data,
-                    "on_header_field": self._on_header_field,
-                    "on_header_value": self._on_header_value,
-                    "on_header_end": self._on_header_end,
-                    "on_headers_finished": self._on_headers_finished,
-                    "on_end": self._on_end,
+                    "on_part_begin": parts.on_part_begin,
+                    "on_part_data": parts.on_part_data,
+                    "on_header_field": parts.on_header_field,
+                    "on_header_value": parts.on_header_value,
+                    "on_header_end": parts.on_header_end,
+                    "on_headers_finished": parts.on_headers_finished,
+                    "on_end": parts.on_end,
                 },
             )
         except FormParserError:
@@ -80,31 +83,41 @@ class Form:
         Raises:
             Problem: The form is cut short, or holds no file.
         """
-        if not self._ended:
+        if not self._parts.ended:
             raise Problem(problems.MALFORMED_FORM, "The form ends before its closing boundary.")
-        if not self.files:
+        if not self._parts.files:
             raise Problem(
                 problems.NO_FILES, f"Send at least one image as a file in the field `{FIELD}`."
             )
-        return self.files
+        return self._parts.files
 
-    # The parser calls these; data comes as a buffer and the part of it that is meant.
 
-    def _on_part_begin(self) -> None:
+class _Parts:
+    """What the parser finds; data comes as a buffer and the part of it that is meant."""
+
+    def __init__(self, max_files: int):
+        self.files: list[File] = []
+        self.ended = False
+        self._max_files = max_files
+        self._header_name = b""
+        self._header_value = b""
         self._disposition = b""
 
-    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+    def on_part_begin(self) -> None:
+        self._disposition = b""
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header_name += data[start:end]
 
-    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
         self._header_value += data[start:end]
 
-    def _on_header_end(self) -> None:
+    def on_header_end(self) -> None:
         if self._header_name.lower() == b"content-disposition":
             self._disposition = self._header_value
         self._header_name = self._header_value = b""
 
-    def _on_headers_finished(self) -> None:
+    def on_headers_finished(self) -> None:
         _, options = parse_options_header(self._disposition)
         if b"name" not in options:
             raise Problem(problems.MALFORMED_FORM, "A part of the form has no name.")
@@ -123,8 +136,8 @@ class Form:
             )
         self.files.append(File(options[b"filename"].decode("utf-8", "replace")))
 
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
         self.files[-1].pieces.append(memoryview(data)[start:end])
 
-    def _on_end(self) -> None:
-        self._ended = True
+    def on_end(self) -> None:
+        self.ended = True

@@ -70,7 +70,8 @@ class Settings(BaseSettings):
     """Most images in one request."""
 
     max_bytes: int = Field(64_000_000, ge=1)
-    """Most bytes in one request, all its images together."""
+    """Most bytes in one request, all its images together; and in all requests together that come
+    without a Content-Length."""
 
     max_bytes_in_flight: int = Field(1_000_000_000, ge=1)
     """Most bytes of uploads held in memory at once, over all requests; more answer 503."""

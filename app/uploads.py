@@ -31,13 +31,17 @@ class Held:
 
     Args:
         most: That may be.
+        most_undeclared: Of them, in bodies without a Content-Length, which nobody can refuse
+            before they have come.
     """
 
-    def __init__(self, most: int):
+    def __init__(self, most: int, most_undeclared: int):
         self._most = most
+        self._most_undeclared = most_undeclared
         self._bytes = 0
+        self._undeclared = 0
 
-    def take(self, count: int) -> None:
+    def take(self, count: int, declared: bool) -> None:
         """Hold more.
 
         Raises:
@@ -47,11 +51,21 @@ class Held:
             raise Problem(
                 problems.SATURATED, "Too many uploads at once. Try again after Retry-After seconds."
             )
+        if not declared:
+            if self._undeclared + count > self._most_undeclared:
+                raise Problem(
+                    problems.SATURATED,
+                    "Too many uploads of unknown length at once. Send a Content-Length, or try "
+                    "again after Retry-After seconds.",
+                )
+            self._undeclared += count
         self._bytes += count
 
-    def give_back(self, count: int) -> None:
+    def give_back(self, count: int, declared: bool) -> None:
         """Hold less."""
         self._bytes -= count
+        if not declared:
+            self._undeclared -= count
 
 
 class Body:
@@ -67,6 +81,7 @@ class Body:
         self._request = request
         self._most = most
         self._held = held
+        self._declared = "content-length" in request.headers
         self._total = 0
         self._ended = False
 
@@ -87,13 +102,13 @@ class Body:
             chunk = await self._receive()
             if self._total + len(chunk) > self._most:
                 raise too_large
-            self._held.take(len(chunk))
+            self._held.take(len(chunk), self._declared)
             self._total += len(chunk)
             yield chunk
 
     def release(self) -> None:
         """The body is no longer in memory."""
-        self._held.give_back(self._total)
+        self._held.give_back(self._total, self._declared)
         self._total = 0
 
     async def drop_rest(self) -> None:
@@ -104,6 +119,7 @@ class Body:
         """
         if self._request.headers.get("expect", "").lower() == "100-continue":
             return
+        self.release()
         dropped = 0
         with suppress(TimeoutError, ClientDisconnect):
             async with asyncio.timeout(_LINGER_SECONDS):
@@ -164,9 +180,12 @@ async def _read(
             problems.UPLOAD_TOO_SLOW,
             f"The request has to arrive within {settings.upload_seconds:g} seconds.",
         ) from None
-    except Problem:
-        await body.drop_rest()
-        raise
+    except Problem as problem:
+        # Its frames hold what has been read; nothing of that is needed any more.
+        refused = problem.with_traceback(None)
+        refused.__context__ = None
+    await body.drop_rest()
+    raise refused
 
 
 async def _read_raw(body: Body) -> Upload:
@@ -180,4 +199,4 @@ async def _read_form(request: Request, body: Body, settings: Settings) -> list[U
     form = Form(request.headers["content-type"], settings.max_files)
     async for chunk in body.chunks():
         form.write(chunk)
-    return [Upload(file.filename, b"".join(file.pieces)) for file in form.end()]
+    return [Upload(file.filename, file.take()) for file in form.end()]

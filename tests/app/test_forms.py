@@ -1,3 +1,4 @@
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -17,7 +18,7 @@ def part(data: bytes, disposition: str = 'form-data; name="files"; filename="a.j
 def read(body: bytes, most: int = 10) -> list[tuple[str, bytes]]:
     form = Form(TYPE, most)
     form.write(body)
-    return [(file.filename, b"".join(file.pieces)) for file in form.end()]
+    return [(file.filename, file.take()) for file in form.end()]
 
 
 @given(
@@ -32,7 +33,16 @@ def test_files_come_back_as_they_were_however_the_body_is_cut(
     places = [0, *sorted(min(cut, len(body)) for cut in cuts), len(body)]
     for start, end in pairwise(places):
         form.write(body[start:end])
-    assert [b"".join(file.pieces) for file in form.end()] == files
+    assert [file.take() for file in form.end()] == files
+
+
+def test_an_upload_is_not_held_until_the_next_garbage_collection() -> None:
+    form = Form(TYPE, 1)
+    form.write(part(b"one") + b"--cut--\r\n")
+    held = weakref.ref(form.end()[0].pieces[0])
+    assert held() is not None
+    del form
+    assert held() is None
 
 
 def test_one_file_too_many_is_refused_before_its_bytes_come() -> None:

@@ -1,4 +1,7 @@
 import asyncio
+import gc
+import weakref
+from collections.abc import Iterable, Iterator
 
 import pytest
 from starlette.requests import ClientDisconnect, Request
@@ -11,7 +14,7 @@ from app.uploads import Held, Upload, open_uploads
 pytestmark = pytest.mark.anyio
 
 
-def request(messages: list[dict], **headers: str) -> Request:
+def request(messages: Iterable[dict], **headers: str) -> Request:
     """A request whose body comes as these ASGI messages, and then not at all."""
     coming = iter(messages)
 
@@ -34,7 +37,7 @@ async def is_open() -> None:
 
 
 async def read(request: Request, held: Held | None = None, **settings: object) -> list[Upload]:
-    opened = open_uploads(request, Settings(**settings), held or Held(10**9), is_open)
+    opened = open_uploads(request, Settings(**settings), held or Held(10**9, 10**9), is_open)
     async with opened as uploads:
         return uploads
 
@@ -45,7 +48,7 @@ async def test_a_busy_service_refuses_in_a_way_that_a_sender_can_read() -> None:
 
     refused = request([part(b"x"), part(b"x", more=False)], content_type="image/jpeg")
     with pytest.raises(Problem, match="busy"):
-        async with open_uploads(refused, Settings(), Held(0), is_busy):
+        async with open_uploads(refused, Settings(), Held(0, 0), is_busy):
             pass
     with pytest.raises(TimeoutError):  # what was sent has been read, and nothing of it held
         await asyncio.wait_for(refused.receive(), 0.05)
@@ -73,11 +76,11 @@ async def test_a_sender_that_waits_for_100_continue_is_answered_at_once() -> Non
 
 
 async def test_a_caller_who_goes_in_mid_upload() -> None:
-    held = Held(10)
+    held = Held(10, 10)
     gone = request([part(b"x"), {"type": "http.disconnect"}], content_type="image/jpeg")
     with pytest.raises(ClientDisconnect):
         await read(gone, held)
-    held.take(10)  # what was held has been given back
+    held.take(10, declared=True)  # what was held has been given back
 
 
 async def test_an_upload_has_to_arrive_in_time() -> None:
@@ -87,12 +90,27 @@ async def test_an_upload_has_to_arrive_in_time() -> None:
 
 
 async def test_all_uploads_together_are_bounded() -> None:
-    held = Held(10)
+    held = Held(10, 10)
     body = [part(b"123456", more=False)]
     async with open_uploads(request(body, content_type="image/jpeg"), Settings(), held, is_open):
         with pytest.raises(Problem) as caught:
             await read(request(body, content_type="image/jpeg"), held)
         assert caught.value.kind.name == "saturated"
+    assert await read(request(body, content_type="image/jpeg"), held) == [Upload(None, b"123456")]
+
+
+async def test_uploads_of_unknown_length_are_bounded_more_tightly() -> None:
+    held = Held(100, 10)
+    body = [part(b"123456", more=False)]
+    known = {"content_type": "image/jpeg", "content_length": "6"}
+    async with (
+        open_uploads(request(body, content_type="image/jpeg"), Settings(), held, is_open),
+        open_uploads(request(body, **known), Settings(), held, is_open),
+    ):
+        with pytest.raises(Problem, match="Send a Content-Length") as caught:
+            await read(request(body, content_type="image/jpeg"), held)
+        assert caught.value.kind.name == "saturated"
+        assert await read(request(body, **known), held) == [Upload(None, b"123456")]
     assert await read(request(body, content_type="image/jpeg"), held) == [Upload(None, b"123456")]
 
 
@@ -105,3 +123,35 @@ async def test_a_form_that_is_cut_short_is_refused() -> None:
         cut = request([part(whole[:end], more=False)], content_type=content_type)
         with pytest.raises(Problem, match="before its closing boundary"):
             await read(cut)
+
+
+@pytest.mark.parametrize("content_type", ["image/jpeg", "multipart/form-data; boundary=x"])
+async def test_what_has_been_read_is_not_held_while_a_refusal_waits_for_the_rest(
+    content_type: str,
+) -> None:
+    class Traced(bytearray):
+        """Bytes that can be watched."""
+
+    watched: list[weakref.ref[Traced]] = []
+
+    def coming() -> Iterator[dict]:
+        yield part(b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n')
+        large = Traced(900)
+        watched.append(weakref.ref(large))
+        yield {"type": "http.request", "body": large, "more_body": True}
+        del large
+        yield part(bytes(900))
+
+    held = Held(10_000, 10_000)
+    gc.disable()
+    try:
+        refused = request(coming(), content_type=content_type)
+        reading = asyncio.create_task(read(refused, held, max_bytes=1500))
+        async with asyncio.timeout(1):
+            while not watched or watched[0]() is not None:
+                await asyncio.sleep(0.001)
+        assert not reading.done()
+        held.take(10_000, declared=True)
+        reading.cancel()
+    finally:
+        gc.enable()
