@@ -280,6 +280,7 @@ class Batcher:
                 else:
                     self._run(jobs)
                 del self._busy[name]
+                del taken, jobs[:]  # an image need not be held until the next one comes
         except BaseException as error:  # whatever it was, no caller may hang on it
             log.error("worker died", error=type(error).__name__, reason=str(error))
             with self._changed:

@@ -1,13 +1,14 @@
 """The served network: loaded, succeeded by a reload, replaced when a worker dies or hangs."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import structlog
 
-from app.batcher import Batcher
+from app.batcher import Batcher, Draining
 from app.cores import available_cores
 from app.engines import EngineError, open_engine
 from app.memory import give_back
@@ -87,6 +88,25 @@ class Networks:
         self._stopped.set()
         self.current.batcher.close(self._settings.deadline_seconds)
 
+    @contextmanager
+    def reserve(self, count: int) -> Iterator[Network]:
+        """The served network, with places held for a request's images while the block runs.
+
+        Raises:
+            app.batcher.Refused: As `Batcher.reserve` does.
+        """
+        with ExitStack() as held:
+            while True:
+                network = self.current
+                try:
+                    held.enter_context(network.batcher.reserve(count))
+                    break
+                except Draining:
+                    if network is self.current:
+                        raise
+                    # It has retired just now, and its successor is there.
+            yield network
+
     def reload(self) -> Network:
         """Load the bundle again, beside the served one, and let it take over once it is warm.
 
@@ -129,10 +149,14 @@ class Networks:
             self._switching.release()
 
     def _watch(self) -> None:
+        broken_before = False
         while not self._stopped.wait(_WATCH_SECONDS):
-            if self.current.batcher.broken(self._settings.hang_seconds) and not self._replace():
+            broken = self.current.batcher.broken(self._settings.hang_seconds)
+            # Twice in a row: where the whole process was stopped for a while, all look hung.
+            if broken and broken_before and not self._replace():
                 self.on_failure()
                 return
+            broken_before = broken
 
     def _replace(self) -> bool:
         """Load the network anew in the place of a broken one; False where that does not help."""

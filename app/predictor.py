@@ -123,7 +123,7 @@ class Predictor:
             Problem: The network is not ready, or the service is shutting down.
         """
         try:
-            with self.networks.current.batcher.reserve(1):
+            with self.networks.reserve(1):
                 pass
         except batching.Refused as refusal:
             raise problem_of(type(refusal)) from None
@@ -144,12 +144,11 @@ class Predictor:
         trace.images = len(uploads)
         deadline = time.monotonic() + self._deadline_seconds
         refusal: type[batching.Refused]
-        network = self.networks.current
-        trace.model_version = network.facts.version
-        trace.model_sha256 = network.facts.sha256
         try:
-            # The group cancels the other images when the service cannot take one of them.
-            with network.batcher.reserve(len(uploads)):
+            with self.networks.reserve(len(uploads)) as network:
+                trace.model_version = network.facts.version
+                trace.model_sha256 = network.facts.sha256
+                # The group cancels the other images when the service cannot take one of them.
                 async with asyncio.timeout(self._deadline_seconds), asyncio.TaskGroup() as group:
                     tasks = [
                         group.create_task(self._result(network, upload, explain, deadline, trace))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from app.batcher import Batcher
 from app.engines.onnx import OnnxEngine
 from app.keys import create_key
 from app.settings import Settings
@@ -98,6 +99,25 @@ def test_no_request_fails_while_networks_change(client: TestClient, folder: Path
         assert all(abs(probability - expected) < 0.01 for *_, probability in found)
 
 
+def test_a_request_that_meets_a_network_just_retired_is_given_to_its_successor(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks = client.app.state.networks
+    old = networks.current
+    reserve = Batcher.reserve
+
+    def reload_first(batcher: Batcher, count: int):
+        if batcher is old.batcher and networks.current is old:
+            networks.reload()
+            while batcher.alive:
+                time.sleep(0.01)
+        return reserve(batcher, count)
+
+    monkeypatch.setattr(Batcher, "reserve", reload_first)
+    assert predict(client).status_code == 200
+    assert networks.current is not old
+
+
 def test_a_bundle_that_does_not_fit_is_refused_and_the_old_one_stays(
     client: TestClient, folder: Path
 ) -> None:
@@ -166,6 +186,21 @@ def test_a_network_that_hangs_is_replaced_and_no_caller_hangs(
     ready_again(client)
     assert predict(client).status_code == 200
     assert metric(client, "mmtl_network_replacements_total") == 1
+
+
+def test_a_process_that_was_stopped_for_a_while_is_not_taken_for_hung(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[bool] = []
+
+    def broken(_: Batcher, seconds: float) -> bool:
+        looks.append(len(looks) % 2 == 0)  # by the next look, what seemed to hang has gone on
+        return looks[-1]
+
+    monkeypatch.setattr(Batcher, "broken", broken)
+    while len(looks) < 4:
+        assert predict(client).status_code == 200
+    assert metric(client, "mmtl_network_replacements_total") == 0
 
 
 def test_a_network_that_goes_on_hanging_ends_the_process(
