@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,10 @@ IMAGES = 24
 APART = 0.01
 AGREEMENT = 1e-4
 HANG_SECONDS = 5
+# Events after which another network is served, which may hold memory of its own.
+CHANGES = ("clients", "reload", "hangs")
+# Seconds after such an event before memory is looked at.
+SETTLES = 20
 
 
 def offline(bundle: Bundle, images: list[bytes]) -> list[float]:
@@ -344,6 +349,27 @@ class Drill:
         return status
 
 
+def phases(
+    memory: list[tuple[float, float]], events: list[tuple[float, str]]
+) -> list[dict[str, float | str]]:
+    """Resident megabytes while one network is served: it is compared with itself alone."""
+    starts = [(at, name) for at, name in events if any(word in name for word in CHANGES)]
+    found: list[dict[str, float | str]] = []
+    for (start, name), (end, _) in pairwise(
+        [*starts, next(e for e in events if e[1] == "SIGTERM")]
+    ):
+        inside = np.array([(at, mb) for at, mb in memory if start + SETTLES <= at < end])
+        found.append(
+            {
+                "since": name,
+                "median": float(np.median(inside[:, 1])),
+                "most": float(inside[:, 1].max()),
+                "slope_a_minute": float(np.polyfit(*inside.T, 1)[0]) * 60,
+            }
+        )
+    return found
+
+
 def main() -> None:
     """Drill, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -354,9 +380,6 @@ def main() -> None:
     status = drill.run(arguments.minutes)
     tally = drill.tally
     left = {name: (drill.work / name).exists() for name in ("fail", "hang")}
-    working = [mb for at, mb in drill.memory if at > 0.1 * drill.memory[-1][0]]
-    times = np.array([at for at, _ in drill.memory if at > 0.1 * drill.memory[-1][0]])
-    slope = float(np.polyfit(times, working, 1)[0]) * 60
     result = {
         "minutes": arguments.minutes,
         "events": drill.events,
@@ -371,12 +394,7 @@ def main() -> None:
         "slowest_seconds": tally.worst,
         "faults_not_taken": [name for name, there in left.items() if there],
         "exit_status": status,
-        "megabytes": {
-            "first": working[0],
-            "median": float(np.median(working)),
-            "most": max(working),
-            "slope_a_minute": slope,
-        },
+        "megabytes": phases(drill.memory, drill.events),
         "megabytes_every_ten_seconds": [round(mb) for _, mb in drill.memory[::10]],
         "tracebacks": (drill.work / "log").read_text().count("Traceback"),
     }

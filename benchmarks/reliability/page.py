@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reliability.drill import SETTLES
 from models.bundle import load_bundle
 
 RUNS = Path("runs/reliability")
@@ -24,7 +25,11 @@ def load(name: str) -> Any:
 def drill(found: dict[str, Any]) -> str:
     """Load and faults together."""
     answered = sum(found["answered"].values())
-    memory = found["megabytes"]
+    memory = "\n".join(
+        f"| {phase['since']} | {phase['median']:.0f} | {phase['most']:.0f} | "
+        f"{phase['slope_a_minute']:+.2f} |"
+        for phase in found["megabytes"]
+    )
     by_version = ", ".join(f"{count:,} by {name}" for name, count in found["answered"].items())
     refused = ", ".join(f"{count:,} {name}" for name, count in found["refused_503"].items())
     garbage = ", ".join(f"{count:,} with {s}" for s, count in sorted(found["garbage"].items()))
@@ -47,11 +52,16 @@ apart in either bundle.
 | requests whose caller hung up | {found["left"]:,} |
 | garbage of thirty kinds | {garbage} |
 | slowest good answer or refusal | {found["slowest_seconds"]:.1f} s |
-| resident memory after the first tenth, median | {memory["median"]:.0f} MB |
-| the most | {memory["most"]:.0f} MB |
-| its slope | {memory["slope_a_minute"]:+.2f} MB a minute |
 | exit status after SIGTERM | {found["exit_status"]} |
 | tracebacks in the log | {found["tracebacks"]} |
+
+Resident memory, from {SETTLES} seconds after each event that changes the network, to the next.
+A run that hangs cannot be stopped: its thread, and the network that it holds, stay to the end, which
+is why a fourth such run ends the process.
+
+| since | median, MB | most, MB | slope, MB a minute |
+|---|---|---|---|
+{memory}
 """
 
 
