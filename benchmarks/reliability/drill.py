@@ -353,11 +353,10 @@ def phases(
     memory: list[tuple[float, float]], events: list[tuple[float, str]]
 ) -> list[dict[str, float | str]]:
     """Resident megabytes while one network is served: it is compared with itself alone."""
-    starts = [(at, name) for at, name in events if any(word in name for word in CHANGES)]
+    starts = [event for event in events if any(word in event[1] for word in CHANGES)]
+    last = next(event for event in events if event[1] == "SIGTERM")
     found: list[dict[str, float | str]] = []
-    for (start, name), (end, _) in pairwise(
-        [*starts, next(e for e in events if e[1] == "SIGTERM")]
-    ):
+    for (start, name), (end, _) in pairwise([*starts, last]):
         inside = np.array([(at, mb) for at, mb in memory if start + SETTLES <= at < end])
         found.append(
             {

@@ -56,8 +56,8 @@ apart in either bundle.
 | tracebacks in the log | {found["tracebacks"]} |
 
 Resident memory, from {SETTLES} seconds after each event that changes the network, to the next.
-A run that hangs cannot be stopped: its thread, and the network that it holds, stay to the end, which
-is why a fourth such run ends the process.
+A run that hangs cannot be stopped: its thread, and the network that it holds, stay to the end,
+which is why a fourth such run ends the process.
 
 | since | median, MB | most, MB | slope, MB a minute |
 |---|---|---|---|
