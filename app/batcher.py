@@ -154,8 +154,9 @@ class Batcher:
 
     @property
     def ready(self) -> bool:
-        """Whether images are taken: warmed up, alive and not closing."""
-        return self._warm.is_set() and self.alive and not self._draining and not self._closed
+        """Whether images are taken: warmed up, not failed and not closing."""
+        busy = self._failed or self._draining or self._closed
+        return self._warm.is_set() and not busy
 
     @property
     def alive(self) -> bool:
@@ -258,7 +259,7 @@ class Batcher:
         """
         job = _Job(decode, deadline, future)
         with self._changed:
-            if self.alive and not self._closed:
+            if not self._failed and not self._closed:
                 self._encoded.append(job)
                 self._changed.notify()
                 return

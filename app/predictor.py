@@ -3,10 +3,11 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,8 @@ from app.trace import Trace
 from app.uploads import Upload
 from models.bundle import melanoma_probability
 from models.images import DecodedImage, ImageError, decode
+
+T = TypeVar("T")
 
 # Of what stands in an answer; decisions are made on the full numbers.
 DIGITS = 6
@@ -148,13 +151,11 @@ class Predictor:
             with self.networks.reserve(len(uploads)) as network:
                 trace.model_version = network.facts.version
                 trace.model_sha256 = network.facts.sha256
-                # The group cancels the other images when the service cannot take one of them.
-                async with asyncio.timeout(self._deadline_seconds), asyncio.TaskGroup() as group:
-                    tasks = [
-                        group.create_task(self._result(network, upload, explain, deadline, trace))
-                        for upload in uploads
-                    ]
-                return network.facts, [task.result() for task in tasks]
+                work = [
+                    self._result(network, upload, explain, deadline, trace) for upload in uploads
+                ]
+                async with asyncio.timeout(self._deadline_seconds):
+                    return network.facts, await _all(work)
         except* batching.Refused as refused:
             refusal = type(_first(refused))
         except* TimeoutError:
@@ -240,7 +241,7 @@ class Predictor:
 
     def _spent(self, trace: Trace, stage: str, seconds: float) -> None:
         trace.spent(stage, seconds)
-        self._metrics.stages.labels(stage).observe(seconds)
+        self._metrics.stage(stage).observe(seconds)
 
     def _interpret(
         self, network: Network, picture: "_Picture", outputs: Mapping[str, NDArray[np.float32]]
@@ -258,11 +259,11 @@ class Predictor:
             if task.kind == "binary":
                 continue
             probabilities = {
-                label: round(min(max(float(value), 0.0), 1.0), DIGITS)
-                for label, value in zip(task.labels, outputs[task.name], strict=True)
+                label: round(min(max(value, 0.0), 1.0), DIGITS)
+                for label, value in zip(task.labels, outputs[task.name].tolist(), strict=True)
             }
             label = max(probabilities, key=probabilities.__getitem__)
-            metrics.predicted.labels(task.name, label).inc()
+            metrics.predicted_as(task.name, label).inc()
             if task.name == "age":
                 years = round(float(outputs["age_years"]), 1)
                 categories["age"] = Age(label=label, years=years, probabilities=probabilities)
@@ -274,12 +275,21 @@ class Predictor:
         if not inside:
             warnings.append(QualityWarning.OUT_OF_DISTRIBUTION)
             metrics.out_of_distribution.inc()
-        metrics.predicted.labels("melanoma", melanoma.decision).inc()
+        metrics.predicted_as("melanoma", melanoma.decision).inc()
         metrics.melanoma_probability.observe(probability)
         return (
             Prediction.model_validate({"melanoma": melanoma, **categories}),
             Quality(ood_score=round(score, DIGITS), in_distribution=inside, warnings=warnings),
         )
+
+
+async def _all(work: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """What each returns; where one fails, the others are cancelled."""
+    if len(work) == 1:  # needs no task of its own
+        return [await work[0]]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one) for one in work]
+    return [task.result() for task in tasks]
 
 
 def _first(group: BaseExceptionGroup[batching.Refused]) -> batching.Refused:

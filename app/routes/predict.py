@@ -2,11 +2,12 @@
 
 import asyncio
 import hashlib
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
 
 import structlog
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.routing import APIRoute
 
 from app import problems
 from app.access import asks, authorize, bearer
@@ -19,8 +20,26 @@ from app.trace import Trace, trace_of
 from app.uploads import Upload, open_uploads
 from models.images import MEDIA_TYPES
 
-router = APIRouter(dependencies=[bearer])
 T = TypeVar("T")
+
+
+class _Route(APIRoute):
+    """A route that FastAPI describes, and reads parameters for only where there are any."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """How a request is answered."""
+        read_parameters = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            if request.scope["query_string"]:
+                return await read_parameters(request)
+            answer: Response = await self.endpoint(request)
+            return answer
+
+        return handle
+
+
+router = APIRouter(dependencies=[bearer], route_class=_Route)
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _FORM = {
@@ -137,14 +156,20 @@ async def _audit(log: AuditLog | None, trace: Trace, outcomes: list[tuple[str, s
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
     """Await `work`; when the caller goes first, cancel it and return None."""
 
-    async def gone() -> None:
+    async def end_when_gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        connected.reschedule(0)  # which is over
 
-    working, going = asyncio.create_task(work), asyncio.create_task(gone())
+    connected = asyncio.timeout(None)
     try:
-        await asyncio.wait((working, going), return_when=asyncio.FIRST_COMPLETED)
-        return await working if working.done() else None
-    finally:
-        going.cancel()
-        working.cancel()
+        async with connected:
+            watching = asyncio.create_task(end_when_gone())
+            try:
+                return await work
+            finally:
+                watching.cancel()
+    except TimeoutError:
+        if connected.expired():
+            return None
+        raise

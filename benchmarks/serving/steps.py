@@ -32,6 +32,8 @@ UNDONE = {
     "spare workers": "no more workers than cores",
     "fewer scans": "every scan of a progressive JPEG",
     "read at once": "JPEGs read in Pillow's blocks of 64 KB",
+    "nothing to inject": "parameters read by FastAPI where there are none, too",
+    "no memory patterns": "a plan of memory for each size of batch (which costs memory)",
 }
 TRIED = {
     "garbage frozen": "garbage collector frozen after start, and rarer",
@@ -49,6 +51,7 @@ def serve(variant: str) -> None:
     import app.batcher
     import app.cli
     import app.engines.onnx
+    import app.routes.predict
     import models.images
 
     if variant == "int8":
@@ -78,6 +81,12 @@ def serve(variant: str) -> None:
         models.images.for_an_eighth = lambda data: data
     elif variant == "read at once":
         models.images._READ_AT_ONCE = 65536
+    elif variant == "nothing to inject":
+        route: Any = app.routes.predict._Route
+        del route.get_route_handler
+    elif variant == "no memory patterns":
+        options: Any = app.engines.onnx.onnxruntime.SessionOptions
+        options.enable_mem_pattern = property(lambda _: True, lambda _, wanted: None)
     elif variant == "garbage frozen":
         gc.collect()
         gc.freeze()
