@@ -155,8 +155,8 @@ class Batcher:
     @property
     def ready(self) -> bool:
         """Whether images are taken: warmed up, not failed and not closing."""
-        busy = self._failed or self._draining or self._closed
-        return self._warm.is_set() and not busy
+        stopped = self._failed or self._draining or self._closed
+        return self._warm.is_set() and not stopped
 
     @property
     def alive(self) -> bool:

@@ -235,6 +235,41 @@ class Bundle:
         """Where an artifact's file is."""
         return self.folder / artifact.file
 
+    def read(self, artifact: Artifact) -> bytes:
+        """An artifact's bytes, which are verified: its file may have changed since the bundle was.
+
+        Raises:
+            BundleError: They cannot be read, or are not what the manifest says.
+        """
+        try:
+            content = self.path(artifact).read_bytes()
+        except OSError as error:
+            raise self._unreadable(artifact, error) from None
+        self._check(artifact, hashlib.sha256(content).hexdigest())
+        return content
+
+    def verify(self, artifact: Artifact) -> None:
+        """Compare an artifact's file with its manifest.
+
+        Raises:
+            BundleError: As `read` does.
+        """
+        try:
+            found = sha256_of(self.path(artifact))
+        except OSError as error:
+            raise self._unreadable(artifact, error) from None
+        self._check(artifact, found)
+
+    def _unreadable(self, artifact: Artifact, error: OSError) -> BundleError:
+        return BundleError(f"{self.path(artifact)} cannot be read: {error.strerror}.")
+
+    def _check(self, artifact: Artifact, found: str) -> None:
+        if found != artifact.sha256:
+            raise BundleError(
+                f"{self.path(artifact)} is not the file that the manifest describes (SHA-256 "
+                f"{found[:12]}…, expected {artifact.sha256[:12]}…): fetch or export it again."
+            )
+
 
 def load_bundle(folder: Path, signed_by: Path | None = None) -> Bundle:
     """Read a bundle and verify every artifact that is there.
@@ -266,17 +301,7 @@ def load_bundle(folder: Path, signed_by: Path | None = None) -> Bundle:
     if not present:
         raise BundleError(f"{folder} holds none of the artifacts that {MANIFEST} lists.")
     for artifact in present:
-        try:
-            found = sha256_of(bundle.path(artifact))
-        except OSError as error:
-            raise BundleError(
-                f"{bundle.path(artifact)} cannot be read: {error.strerror}."
-            ) from None
-        if found != artifact.sha256:
-            raise BundleError(
-                f"{bundle.path(artifact)} is not the file that the manifest describes (SHA-256 "
-                f"{found[:12]}…, expected {artifact.sha256[:12]}…): fetch or export it again."
-            )
+        bundle.verify(artifact)
     return bundle
 
 

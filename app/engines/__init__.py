@@ -86,7 +86,7 @@ def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engin
     if artifact.format == "onnx":
         from app.engines.onnx import OnnxEngine
 
-        engine: Engine = OnnxEngine(bundle.path(artifact), settings.device, threads)
+        engine: Engine = OnnxEngine(artifact.file, bundle.read(artifact), settings.device, threads)
     else:
         if not settings.trust_torch:
             raise EngineError(
@@ -100,7 +100,8 @@ def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engin
                 f"{artifact.file} needs torch: install requirements/training.txt, "
                 "or serve the ONNX artifact."
             ) from None
-        engine = PytorchEngine(bundle.path(artifact), artifact.format, settings.device, threads)
+        content = bundle.read(artifact)
+        engine = PytorchEngine(artifact.file, content, artifact.format, settings.device, threads)
     images = golden_batch(bundle.manifest)
     try:
         outputs = engine.run(images)

@@ -1,7 +1,6 @@
 """ONNX Runtime."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -22,7 +21,8 @@ class OnnxEngine:
     """A session of ONNX Runtime.
 
     Args:
-        path: Of the artifact.
+        file: Name of the artifact's file, for messages.
+        content: Of that file, verified.
         device: `auto`, `cpu` or `cuda:N`.
         threads: On the CPU: each runs batches of its own. One run on several cores waits at every
             node for the slowest of them (benchmarks/serving/steps.py).
@@ -34,7 +34,7 @@ class OnnxEngine:
 
     name = "onnx"
 
-    def __init__(self, path: Path, device: str, threads: int):
+    def __init__(self, file: str, content: bytes, device: str, threads: int):
         if device.startswith("cuda") and not uses_gpu(device):
             raise EngineError(
                 f"MMTL_DEVICE={device}: this ONNX Runtime has no CUDA. "
@@ -51,10 +51,10 @@ class OnnxEngine:
             number = int(device.removeprefix("cuda:")) if device != "auto" else 0
             providers.insert(0, (_CUDA, {"device_id": number}))
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+            self._session = onnxruntime.InferenceSession(content, options, providers=providers)
         except Exception as error:  # ONNX Runtime raises types of its own, some of them private
             reason = re.sub(r"\s+", " ", str(error))[:200]
-            raise BundleError(f"ONNX Runtime cannot load {path.name}: {reason}") from None
+            raise BundleError(f"ONNX Runtime cannot load {file}: {reason}") from None
         on_gpu = self._session.get_providers()[0] == _CUDA
         if device.startswith("cuda") and not on_gpu:
             raise EngineError(f"MMTL_DEVICE={device}: ONNX Runtime could not use that GPU.")
@@ -62,7 +62,7 @@ class OnnxEngine:
         self.runs_at_once = 2 if on_gpu else threads
         inputs = self._session.get_inputs()
         if [(i.name, i.type) for i in inputs] != [("images", "tensor(uint8)")]:
-            raise BundleError(f"{path.name} must take one input, `images` of uint8.")
+            raise BundleError(f"{file} must take one input, `images` of uint8.")
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:

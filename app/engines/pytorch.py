@@ -1,6 +1,6 @@
 """PyTorch: TorchScript and torch.export artifacts, for those who trust them."""
 
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ class PytorchEngine:
     """A TorchScript or torch.export program.
 
     Args:
-        path: Of the artifact.
+        file: Name of the artifact's file, for messages.
+        content: Of that file, verified.
         artifact_format: Which of the two.
         device: `auto`, `cpu` or `cuda:N`.
         threads: Within one run, on the CPU.
@@ -26,7 +27,8 @@ class PytorchEngine:
 
     def __init__(
         self,
-        path: Path,
+        file: str,
+        content: bytes,
         artifact_format: ArtifactFormat,
         device: str,
         threads: int,
@@ -40,11 +42,11 @@ class PytorchEngine:
         torch.set_num_threads(threads)
         try:
             if artifact_format == "torchscript":
-                self._program = torch.jit.load(path, map_location=self.device)  # type: ignore[no-untyped-call]  # torch's own gap
+                self._program = torch.jit.load(BytesIO(content), map_location=self.device)  # type: ignore[no-untyped-call]  # torch's own gap
             else:
-                self._program = torch.export.load(path).module().to(self.device)
+                self._program = torch.export.load(BytesIO(content)).module().to(self.device)
         except Exception as error:  # either loader raises whatever its unpickler does
-            raise BundleError(f"torch cannot load {path.name}: {error}") from None
+            raise BundleError(f"torch cannot load {file}: {error}") from None
 
     @torch.inference_mode()
     def run(self, images: NDArray[np.uint8]) -> Outputs:

@@ -34,11 +34,23 @@ def test_a_gpu_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
         load(make_bundle(tmp_path / "bundle"), device="cuda:0")
 
 
-def test_a_file_that_is_no_network_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    path.write_bytes(b"not a network")
+def test_a_file_that_is_no_network_is_refused() -> None:
     with pytest.raises(BundleError, match=r"cannot load model\.onnx"):
-        OnnxEngine(path, "cpu", 1)
+        OnnxEngine("model.onnx", b"not a network", "cpu", 1)
+
+
+def test_a_file_that_was_changed_after_its_bundle_was_verified_is_not_run(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    bundle = load_bundle(made.folder)
+    (artifact,) = (a for a in bundle.manifest.artifacts if a.format == "onnx")
+    content = bundle.path(artifact).read_bytes()
+    bundle.path(artifact).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(BundleError, match="is not the file that the manifest describes"):
+        load(bundle)
+    bundle.path(artifact).unlink()
+    bundle.path(artifact).mkdir()
+    with pytest.raises(BundleError, match="cannot be read"):
+        bundle.read(artifact)
 
 
 def test_a_network_that_does_not_fit_its_manifest_is_refused(tmp_path: Path) -> None:
@@ -118,16 +130,14 @@ def test_torch_artifacts_run_only_where_trusted(tmp_path: Path, artifact_format:
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("artifact_format", ["torchscript", "torch_export"])
-def test_a_file_that_is_no_program_is_refused(tmp_path: Path, artifact_format: str) -> None:
-    path = tmp_path / "model.pt"
-    path.write_bytes(b"not a program")
+def test_a_file_that_is_no_program_is_refused(artifact_format: str) -> None:
     with pytest.raises(BundleError, match=r"torch cannot load model\.pt"):
-        PytorchEngine(path, artifact_format, "cpu", 1)
+        PytorchEngine("model.pt", b"not a program", artifact_format, "cpu", 1)
 
 
-def test_torch_names_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+def test_torch_names_a_gpu_that_is_not_there() -> None:
     with pytest.raises(EngineError, match="MMTL_DEVICE=cuda:99"):
-        PytorchEngine(tmp_path / "model.pt2", "torch_export", "cuda:99", 1)
+        PytorchEngine("model.pt2", b"", "torch_export", "cuda:99", 1)
 
 
 def test_the_shipped_bundle_loads_and_answers_its_golden_predictions() -> None:
