@@ -53,6 +53,7 @@ def mmtl_epochs(folder: Path, keep_memory: bool) -> list[float]:
     from training.memory import keep_freed_memory
     from training.state import State
     from training.tasks import encode_targets
+    from training.team import Team
 
     if keep_memory:
         keep_freed_memory()
@@ -81,7 +82,8 @@ def mmtl_epochs(folder: Path, keep_memory: bool) -> list[float]:
         began = time.perf_counter()
         pixels = build_cache(folder / "cache.npy", records, SIZE, SIZE)
         order = draw(list(range(len(records))), targets, config, epoch)
-        train_one_epoch(state, AugmentedImages(pixels, order, config, epoch), targets, WORKERS)
+        images = AugmentedImages(pixels, order, config, epoch)
+        train_one_epoch(state, images, targets, WORKERS, Team())
         times.append(time.perf_counter() - began)
     return times
 

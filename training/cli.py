@@ -1,5 +1,6 @@
 """`mmtl-train data | zoo | benchmark | prepare | fit | export | evaluate`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,10 +85,15 @@ def fit(
     run: Folder = DEFAULT_RUN,
     workers: Annotated[int, typer.Option(min=0, help="Processes that augment images.")] = 2,
 ) -> None:
-    """Fit the network; an interrupted run goes on after its last whole epoch."""
+    """Fit the network; an interrupted run goes on after its last whole epoch.
+
+    Several processes share the work: `torchrun --nproc-per-node 2 --no-python mmtl-train fit`.
+    """
     from training.fit import fit
 
-    print(f"best validation AUROC {fit(Run(run), workers):.4f}")
+    best = fit(Run(run), workers)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first
+        print(f"best validation AUROC {best:.4f}")
 
 
 @cli.command()

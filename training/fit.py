@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm import tqdm
 
 from models.files import write_atomically
@@ -24,7 +24,7 @@ from training.data.manifest import DataError
 from training.data.vocabulary import Split
 from training.distillation import open_teachers, soft_targets
 from training.feature_maps import build_feature_map
-from training.losses import MultiTaskLoss
+from training.losses import MultiTaskLoss, Part
 from training.memory import keep_freed_memory
 from training.network import MultiTaskNetwork, melanoma_log_odds
 from training.plots import curves
@@ -32,6 +32,7 @@ from training.run import Run, rows
 from training.runners import batches
 from training.state import State, identity_of, load_tensors
 from training.tasks import MISSING, Targets, encode_targets
+from training.team import Team, gather
 from training.zoo import choose
 
 
@@ -81,22 +82,54 @@ def build_network(config: Config, pretrained: bool = True) -> MultiTaskNetwork:
     return MultiTaskNetwork(backbone, channels, config.trunk_channels, mean, std)
 
 
+class Step(nn.Module):
+    """What is differentiated: the network and its loss.
+
+    Args:
+        network: To be trained.
+        loss: Of it; may have parameters of its own.
+    """
+
+    def __init__(self, network: MultiTaskNetwork, loss: MultiTaskLoss):
+        super().__init__()
+        self.network = network
+        self.loss = loss
+
+    def forward(
+        self, images: Tensor, targets: Targets, part: Part | None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """As `MultiTaskLoss` gives it."""
+        logits = self.network(images)
+        loss, parts = self.loss(logits, targets, part)
+        if not loss.requires_grad:  # no label in this process's part of the batch
+            loss = loss + 0 * logits["melanoma"].sum()
+        return loss, parts
+
+
 def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
     """Fit the run's network, from its checkpoint where there is one.
 
+    Several processes (`torchrun --no-python mmtl-train fit`) share each batch, and fit what one
+    would; the run's folder must be seen by all. Batch norm has to be frozen then.
+
     Args:
         run: Prepared. Its log, checkpoint and best weights are written.
-        workers: Processes that augment images.
+        workers: Processes that augment images, for each that trains.
         pretrained: Start from ImageNet weights.
 
     Returns:
         The best validation AUROC for melanoma.
 
     Raises:
-        DataError: The run is not prepared, has no image to train on, a teacher does not fit, or the
-            loss is not finite.
+        DataError: The run is not prepared, has no image to train on, a teacher does not fit, the
+            loss is not finite, or it cannot be shared among processes.
         models.bundle.BundleError: A teacher is no whole bundle.
     """
+    with gather() as team:
+        return _fit(run, workers, pretrained, team)
+
+
+def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
     config = run.load_config()
     records, pixels = run.load_data()
     targets = encode_targets(records)
@@ -110,13 +143,14 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
     keep_freed_memory()
     teachers = open_teachers(config.teachers, config.size)
     if teachers:
-        targets = replace(targets, soft=soft_targets(run, teachers, records, pixels, train))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with team.leader_first():
+            targets = replace(targets, soft=soft_targets(run, teachers, records, pixels, train))
     loss = MultiTaskLoss(config, targets.take(torch.tensor(train)))
     network = build_network(config, pretrained)
     if config.start_from:
         start(network, Run(Path(config.start_from)))
-    state = State(network, loss, config, len(train), device)
+    check_shareable(network, config, len(train), team)
+    state = State(network, loss, config, len(train), team.device)
     identity = identity_of(config, records, teachers)
     state.resume(run, identity)
     while not state.finished:
@@ -124,10 +158,14 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
         images = AugmentedImages(
             pixels, draw(train, targets, config, state.epoch), config, state.epoch
         )
-        losses = train_one_epoch(state, images, targets, workers)
-        scores = validate(state.average.module, state.loss, pixels, targets, validation)
+        losses = train_one_epoch(state, images, targets, workers, team)
+        scores: dict[str, float] = team.told(
+            validate(state.average.module, state.loss, pixels, targets, validation)
+            if team.leads
+            else None
+        )
         improved = scores["validation_auroc"] > state.best
-        if improved:
+        if improved and team.leads:
             with write_atomically(run.best) as temporary:
                 torch.save(state.average.module.state_dict(), temporary)
         state.advance(scores["validation_auroc"])
@@ -139,12 +177,34 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
             "seconds": time.monotonic() - started,
         }
         state.history.append({name: f"{value:.6g}" for name, value in row.items()})
+        if not team.leads:
+            continue
         state.save(run, identity)
         _write_log(run, state.history)
         with write_atomically(run.curves) as temporary:
             temporary.write_text(curves(state.history))
         tqdm.write("  ".join(f"{name} {value}" for name, value in state.history[-1].items()))
     return state.best
+
+
+def check_shareable(network: MultiTaskNetwork, config: Config, images: int, team: Team) -> None:
+    """Refuse what several processes would fit otherwise than one.
+
+    Raises:
+        DataError: Batch norm would see a part of each batch, or a process no image at all.
+    """
+    if team.size == 1:
+        return
+    norms = (isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+    if not config.freeze_batch_norm and any(norms):
+        raise DataError(
+            f"{team.size} processes would each normalise a part of the batch: set "
+            "freeze_batch_norm, or fit with one process."
+        )
+    if min(config.batch_size, images) < team.size:
+        raise DataError(
+            f"{team.size} processes cannot share batches of {min(config.batch_size, images)}."
+        )
 
 
 def start(network: MultiTaskNetwork, run: Run) -> None:
@@ -164,37 +224,50 @@ def start(network: MultiTaskNetwork, run: Run) -> None:
 
 
 def train_one_epoch(
-    state: State, images: AugmentedImages, targets: Targets, workers: int
+    state: State, images: AugmentedImages, targets: Targets, workers: int, team: Team
 ) -> dict[str, float]:
     """One pass over the training images; the mean of each task's loss.
+
+    Each process of the team takes its share of every batch, and all make the same steps.
 
     Raises:
         DataError: The loss is not finite, or a worker died.
     """
     config, network = state.config, state.network
     drop_last = len(images) >= config.batch_size
-    loader = DataLoader(images, config.batch_size, drop_last=drop_last, num_workers=workers)
+    whole = list(BatchSampler(range(len(images)), config.batch_size, drop_last))
+    loader = DataLoader(
+        images, batch_sampler=[list(team.share(one)) for one in whole], num_workers=workers
+    )
     state.loss.train()
     set_mode(network, config, images.epoch)
     torch.manual_seed(config.seed * 1_000_003 + images.epoch)
-    sums: dict[str, float] = {}
-    bar = tqdm(loader, f"epoch {images.epoch + 1}", unit="batch")
+    step = team.join(Step(network, state.loss))
+    sums = dict.fromkeys(targets.classes, 0.0)
+    seen: set[str] = set()
+    bar = tqdm(loader, f"epoch {images.epoch + 1}", unit="batch", disable=not team.leads)
     try:
         for number, (batch, positions) in enumerate(bar, start=1):
             group = (number - 1) // config.accumulate
-            logits = network(batch.to(state.device).contiguous(memory_format=torch.channels_last))
-            loss, parts = state.loss(logits, targets.take(positions).to(state.device))
-            if not math.isfinite(loss.item()):
-                raise DataError(
-                    f"The loss of epoch {images.epoch + 1} is not finite; the last whole epoch is "
-                    "kept. Prepare another run with a lower --learning-rate."
-                )
+            batch = batch.to(state.device).contiguous(memory_format=torch.channels_last)
+            chosen = targets.take(positions)
+            part = team.part(chosen)
             # The last step of an epoch may have fewer batches.
             batches_of_step = min(config.accumulate, len(loader) - group * config.accumulate)
-            (loss / batches_of_step).backward()
+            completes = number % config.accumulate == 0 or number == len(loader)
+            with team.gradients(step, completes), team.draws(len(whole[number - 1])):
+                loss, parts = step(batch, chosen.to(state.device), part)
+                if not math.isfinite(team.sum(loss.detach()).item()):
+                    raise DataError(
+                        f"The loss of epoch {images.epoch + 1} is not finite; the last whole epoch "
+                        "is kept. Prepare another run with a lower --learning-rate."
+                    )
+                # The team's gradient is the mean over processes; the batch's is their sum.
+                (loss * team.size / batches_of_step).backward()
             for task, value in parts.items():
-                sums[task] = sums.get(task, 0.0) + value / len(loader)
-            if number % config.accumulate == 0 or number == len(loader):
+                sums[task] += value / len(loader)
+            seen |= parts.keys()
+            if completes:
                 state.optimizer.step()
                 state.optimizer.zero_grad()
                 state.scheduler.step()
@@ -206,7 +279,10 @@ def train_one_epoch(
             f"A process that augments images died in epoch {images.epoch + 1} (out of memory, most "
             "often); the last whole epoch is kept. Fit again, with fewer --workers."
         ) from None
-    return {f"train_{task}": value for task, value in sums.items()}
+    summed = team.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+    return {
+        f"train_{task}": value for task, value in zip(sums, summed, strict=True) if task in seen
+    }
 
 
 def draw(

@@ -1,5 +1,7 @@
 """One masked loss a task, each the mean over the images that have its label; and their balance."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,6 +12,26 @@ from training.tasks import MISSING, TASKS, Targets, Task
 FOCUS = 2.0
 # What rare classes are made up for in: what the network is for, and its finer form.
 _ADJUSTED = ("melanoma", "diagnosis")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """How much of a batch is here, where several processes share one.
+
+    Attributes:
+        labels: Of the batch's labels, by task; a task that has none is left out.
+        images: Of its images.
+        processes: Of the processes.
+    """
+
+    labels: dict[str, float]
+    images: float = 1.0
+    processes: float = 1.0
+
+
+def labels_of(targets: Targets) -> dict[str, int]:
+    """How many images have a label, by task."""
+    return {task: int((classes != MISSING).sum()) for task, classes in targets.classes.items()}
 
 
 class MultiTaskLoss(nn.Module):
@@ -39,7 +61,7 @@ class MultiTaskLoss(nn.Module):
         )
 
     def forward(
-        self, logits: dict[str, Tensor], targets: Targets
+        self, logits: dict[str, Tensor], targets: Targets, part: Part | None = None
     ) -> tuple[Tensor, dict[str, float]]:
         """What to minimise, and each task's own loss for the log.
 
@@ -50,25 +72,32 @@ class MultiTaskLoss(nn.Module):
         Args:
             logits: By task, as `MultiTaskNetwork` gives them.
             targets: Of the same images.
+            part: Of the batch that they are; None where they are all. The sum over all parts is
+                what the whole batch gives.
         """
+        if part is None:
+            part = Part({task: 1.0 for task, count in labels_of(targets).items() if count})
         total = torch.zeros((), device=logits["melanoma"].device)
         parts = {}
         for task in TASKS:
             classes = targets.classes[task.name]
             known = classes != MISSING
             soft = targets.soft.get(task.name) if self.training else None
-            if soft is None and not known.any():
+            if soft is None and task.name not in part.labels:
                 continue
             loss = total.new_zeros(())
             if known.any():
                 loss = self._loss(task, logits[task.name][known], classes[known])
+                loss = part.labels[task.name] * loss
+            if task.name in part.labels:
                 parts[task.name] = float(loss.detach())
             if soft is not None:
                 taught = functional.cross_entropy(_class_logits(task, logits[task.name]), soft)
+                taught = part.images * taught
                 loss = (1 - self.distillation) * loss + self.distillation * taught
             if self.balance is not None:
                 variance = self.balance[task.name]
-                loss = torch.exp(-variance) * loss + variance / 2
+                loss = torch.exp(-variance) * loss + part.processes * variance / 2
             total = total + task.weight * loss
         return total, parts
 
