@@ -64,7 +64,7 @@ class Team:
         """Over all processes."""
         if self.size == 1:
             return values
-        values = values.to(self.device)
+        values = values.to(self.device, copy=True)
         distributed.all_reduce(values)
         return values.cpu()
 
