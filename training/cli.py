@@ -87,7 +87,7 @@ def fit(
 ) -> None:
     """Fit the network; an interrupted run goes on after its last whole epoch.
 
-    Several processes share the work: `torchrun --nproc-per-node 2 --no-python mmtl-train fit`.
+    Several processes share the work: `torchrun --nproc-per-node 2 --no-python -- mmtl-train fit`.
     """
     from training.fit import fit
 

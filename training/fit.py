@@ -109,7 +109,7 @@ class Step(nn.Module):
 def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
     """Fit the run's network, from its checkpoint where there is one.
 
-    Several processes (`torchrun --no-python mmtl-train fit`) share each batch, and fit what one
+    Several processes (`torchrun --no-python -- mmtl-train fit`) share each batch, and fit what one
     would; the run's folder must be seen by all. Batch norm has to be frozen then.
 
     Args:
