@@ -3,11 +3,14 @@
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from training.data.manifest import DataError
+
+Augmentation = Literal["plain", "clinic", "occluded"]
+Mixing = Literal["none", "mixup", "cutmix"]
 
 
 class Config(BaseModel):
@@ -21,13 +24,23 @@ class Config(BaseModel):
             zoo's; empty for weights.toml in that folder.
         start_from: A fitted run whose best weights are the first of this one: to go on at another
             size, or with other data. Empty for the backbone's.
+        augmentation: `plain` is flips, crops and colour; `clinic` adds rotation, wider framing,
+            blur, resolution and JPEG; `occluded` hairs and rulers to that.
+        mixing: Two images as one with their labels in proportion: laid over each other, or a
+            rectangle of one put into the other.
+        mixing_concentration: Of the Beta distribution that the proportion is drawn from.
         seed: Of initialisation, order and augmentation.
         size: Side of the network's input, in pixels.
+        sizes: Of the images it learns from, over equal parts of the epochs; none larger than
+            `size`, which an empty list means throughout (Tan & Le 2021, arXiv:2104.00298). Small
+            images take less time.
         epochs: At most.
         batch_size: Images a step.
         accumulate: Batches that one step of the optimiser is averaged over.
         learning_rate: Peak, after the warm-up.
         backbone_rate: The backbone's learning rate as a share of that.
+        first_layer_rate: Its first layer's as a share of its last one's; in geometric steps between
+            them (Howard & Ruder 2018, arXiv:1801.06146).
         weight_decay: AdamW's.
         warmup_epochs: Of linear warm-up; cosine to zero after it.
         frozen_epochs: At the beginning, in which the backbone is not trained.
@@ -41,10 +54,13 @@ class Config(BaseModel):
             logits moved by the log-odds of the prevalence in training (Menon et al. 2021,
             arXiv:2007.07314), or focal loss (Lin et al. 2017, arXiv:1708.02002).
         task_balancing: Fixed weights, or learned ones (Kendall, Gal & Cipolla 2018,
-            arXiv:1705.07115) that multiply them.
+            arXiv:1705.07115; FAMO, Liu et al. 2023, arXiv:2306.03792, which takes a forward pass
+            more) that multiply them.
         teachers: Folders of bundles, fitted before, whose mean answers are learned from beside the
             labels.
         distillation: The share of a taught task's loss that follows the teachers.
+        precision: Of the network's arithmetic in training; what is kept is float32.
+        compile: With torch.compile, which takes minutes once and wants a C++ compiler on a CPU.
         validate_on: The dataset that stops training and calibrates, by the beginning of its name;
             empty for all.
     """
@@ -56,13 +72,18 @@ class Config(BaseModel):
     weights_dir: str = ""
     weights_notes: str = ""
     start_from: str = ""
+    augmentation: Augmentation = "clinic"
+    mixing: Mixing = "none"
+    mixing_concentration: float = Field(0.2, gt=0)
     seed: int = Field(0, ge=0, lt=2**32)
     size: int = Field(160, ge=32, le=1024)
+    sizes: tuple[Annotated[int, Field(ge=32)], ...] = ()
     epochs: int = Field(14, ge=1)
     batch_size: int = Field(32, ge=2)
     accumulate: int = Field(1, ge=1)
     learning_rate: float = Field(6e-4, gt=0)
     backbone_rate: float = Field(1.0, gt=0)
+    first_layer_rate: float = Field(1.0, gt=0, le=1)
     weight_decay: float = Field(0.02, ge=0)
     warmup_epochs: float = Field(1.0, ge=0)
     frozen_epochs: int = Field(0, ge=0)
@@ -72,10 +93,24 @@ class Config(BaseModel):
     trunk_channels: int = Field(256, ge=1)
     drop_path: float = Field(0.1, ge=0, lt=1)
     imbalance: Literal["none", "balanced_sampling", "logit_adjustment", "focal"] = "none"
-    task_balancing: Literal["fixed", "uncertainty"] = "fixed"
+    task_balancing: Literal["fixed", "uncertainty", "famo"] = "fixed"
     teachers: tuple[str, ...] = ()
     distillation: float = Field(0.5, ge=0, le=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
     validate_on: str = "HAM10000"
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.sizes and max(self.sizes) > self.size:
+            raise ValueError(f"sizes: {max(self.sizes)} is larger than size ({self.size})")
+        return self
+
+    def training_size(self, epoch: int) -> int:
+        """The side of the images that an epoch (from 0) learns from, in pixels."""
+        if not self.sizes:
+            return self.size
+        return self.sizes[min(epoch * len(self.sizes) // self.epochs, len(self.sizes) - 1)]
 
 
 def configure(path: Path | None = None, **flags: Any) -> Config:
@@ -112,6 +147,8 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # of several fields together
+            raise DataError(f"{where}: {first['msg'].removeprefix('Value error, ')}.") from None
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             near = get_close_matches(name, Config.model_fields, 1)

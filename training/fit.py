@@ -5,6 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm import tqdm
 
 from models.files import write_atomically
-from training.augment import seeded, training_transform
+from training.augment import drawn_from, mix, training_transform
 from training.backbones import find_source
 from training.config import Config
 from training.data.cache import Pixels
@@ -33,11 +34,15 @@ from training.runners import batches
 from training.state import State, identity_of, load_tensors
 from training.tasks import MISSING, Targets, encode_targets
 from training.team import Team, gather
+from training.tensorboard import open_scalars
 from training.zoo import choose
 
 
-class AugmentedImages(Dataset[tuple[Tensor, int]]):
-    """Training images of one epoch; image and position, each drawn from (seed, epoch, sample).
+class AugmentedImages(Dataset[tuple[Tensor, int, int, float]]):
+    """Training images of one epoch, each drawn from (seed, epoch, sample).
+
+    An item is an image, its position, that of the image mixed into it (its own where none is), and
+    its share of the mixture.
 
     Args:
         pixels: Of all images.
@@ -51,19 +56,33 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
     ):
         self.pixels = pixels
         self.draws = draws
-        self.seed = config.seed
+        self.config = config
         self.epoch = epoch
-        self.transform = training_transform(config.size)
+        self.transform = training_transform(
+            config.size, config.training_size(epoch), config.augmentation
+        )
 
     def __len__(self) -> int:
         return len(self.draws)
 
-    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+    def __getitem__(self, item: int) -> tuple[Tensor, int, int, float]:
         position, before = self.draws[item]
-        image = torch.from_numpy(np.array(self.pixels[position])).permute(2, 0, 1)
         # Drawn again, it looks otherwise.
         sample = position + before * len(self.pixels)
-        return seeded(self.transform, image, self.seed, self.epoch, sample), position
+        with drawn_from(self.config.seed, self.epoch, sample):
+            image = self._look(position)
+            if self.config.mixing == "none":
+                return image, position, position, 1.0
+            partner, _ = self.draws[int(torch.randint(len(self), ()))]
+            concentration = self.config.mixing_concentration
+            image, share = mix(image, self._look(partner), self.config.mixing, concentration)
+            return image, position, partner, share
+
+    def _look(self, position: int) -> Tensor:
+        image: Tensor = self.transform(
+            torch.from_numpy(np.array(self.pixels[position])).permute(2, 0, 1)
+        )
+        return image
 
 
 def build_network(config: Config, pretrained: bool = True) -> MultiTaskNetwork:
@@ -88,22 +107,38 @@ class Step(nn.Module):
     Args:
         network: To be trained.
         loss: Of it; may have parameters of its own.
+        precision: As the configuration has it.
     """
 
-    def __init__(self, network: MultiTaskNetwork, loss: MultiTaskLoss):
+    def __init__(self, network: MultiTaskNetwork, loss: MultiTaskLoss, precision: str = "float32"):
         super().__init__()
         self.network = network
         self.loss = loss
+        self.mixed_precision = precision == "bfloat16"
 
     def forward(
         self, images: Tensor, targets: Targets, part: Part | None
     ) -> tuple[Tensor, dict[str, float]]:
-        """As `MultiTaskLoss` gives it."""
-        logits = self.network(images)
+        """As `MultiTaskLoss` gives it; targets of mixtures are twice as many as images."""
+        logits = self.logits(images, targets)
         loss, parts = self.loss(logits, targets, part)
         if not loss.requires_grad:  # no label in this process's part of the batch
             loss = loss + 0 * logits["melanoma"].sum()
         return loss, parts
+
+    @torch.no_grad()
+    def follow(self, images: Tensor, targets: Targets, part: Part | None) -> None:
+        """Let the loss see where a step on these images has led."""
+        self.loss.follow(self.logits(images, targets), targets, part)
+
+    def logits(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """One row a target."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.mixed_precision):
+            logits: dict[str, Tensor] = self.network(images)
+        logits = {task: values.float() for task, values in logits.items()}
+        if targets.weights is None:
+            return logits
+        return {task: torch.cat([values, values]) for task, values in logits.items()}
 
 
 def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
@@ -151,39 +186,43 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
         start(network, Run(Path(config.start_from)))
     check_shareable(network, config, len(train), team)
     state = State(network, loss, config, len(train), team.device)
+    if config.compile:
+        state.network.compile()
     identity = identity_of(config, records, teachers)
     state.resume(run, identity)
-    while not state.finished:
-        started = time.monotonic()
-        images = AugmentedImages(
-            pixels, draw(train, targets, config, state.epoch), config, state.epoch
-        )
-        losses = train_one_epoch(state, images, targets, workers, team)
-        scores: dict[str, float] = team.told(
-            validate(state.average.module, state.loss, pixels, targets, validation)
-            if team.leads
-            else None
-        )
-        improved = scores["validation_auroc"] > state.best
-        if improved and team.leads:
-            with write_atomically(run.best) as temporary:
-                torch.save(state.average.module.state_dict(), temporary)
-        state.advance(scores["validation_auroc"])
-        row = {
-            "epoch": state.epoch,
-            "learning_rate": state.scheduler.get_last_lr()[0],
-            **losses,
-            **scores,
-            "seconds": time.monotonic() - started,
-        }
-        state.history.append({name: f"{value:.6g}" for name, value in row.items()})
-        if not team.leads:
-            continue
-        state.save(run, identity)
-        _write_log(run, state.history)
-        with write_atomically(run.curves) as temporary:
-            temporary.write_text(curves(state.history))
-        tqdm.write("  ".join(f"{name} {value}" for name, value in state.history[-1].items()))
+    with open_scalars(run, state.epoch) if team.leads else nullcontext() as scalars:
+        while not state.finished:
+            started = time.monotonic()
+            images = AugmentedImages(
+                pixels, draw(train, targets, config, state.epoch), config, state.epoch
+            )
+            losses = train_one_epoch(state, images, targets, workers, team)
+            scores: dict[str, float] = team.told(
+                validate(state.average.module, state.loss, pixels, targets, validation)
+                if team.leads
+                else None
+            )
+            improved = scores["validation_auroc"] > state.best
+            if improved and team.leads:
+                with write_atomically(run.best) as temporary:
+                    torch.save(state.average.module.state_dict(), temporary)
+            state.advance(scores["validation_auroc"])
+            row = {
+                "epoch": state.epoch,
+                "learning_rate": float(state.scheduler.get_last_lr()[0]),
+                **losses,
+                **scores,
+                "seconds": time.monotonic() - started,
+            }
+            state.history.append({name: f"{value:.6g}" for name, value in row.items()})
+            if scalars is None:  # not the leader
+                continue
+            state.save(run, identity)
+            _write_log(run, state.history)
+            with write_atomically(run.curves) as temporary:
+                temporary.write_text(curves(state.history))
+            scalars.add(row)
+            tqdm.write("  ".join(f"{name} {value}" for name, value in state.history[-1].items()))
     return state.best
 
 
@@ -242,21 +281,24 @@ def train_one_epoch(
     state.loss.train()
     set_mode(network, config, images.epoch)
     torch.manual_seed(config.seed * 1_000_003 + images.epoch)
-    step = team.join(Step(network, state.loss))
+    step = Step(network, state.loss, config.precision)
+    shared = team.join(step)
     sums = dict.fromkeys(targets.classes, 0.0)
     seen: set[str] = set()
     bar = tqdm(loader, f"epoch {images.epoch + 1}", unit="batch", disable=not team.leads)
     try:
-        for number, (batch, positions) in enumerate(bar, start=1):
+        for number, (batch, positions, partners, shares) in enumerate(bar, start=1):
             group = (number - 1) // config.accumulate
             batch = batch.to(state.device).contiguous(memory_format=torch.channels_last)
-            chosen = targets.take(positions)
+            chosen = _targets_of(targets, config, positions, partners, shares)
             part = team.part(chosen)
+            chosen = chosen.to(state.device)
             # The last step of an epoch may have fewer batches.
             batches_of_step = min(config.accumulate, len(loader) - group * config.accumulate)
             completes = number % config.accumulate == 0 or number == len(loader)
-            with team.gradients(step, completes), team.draws(len(whole[number - 1])):
-                loss, parts = step(batch, chosen.to(state.device), part)
+            drawn = len(whole[number - 1])
+            with team.gradients(shared, completes), team.draws(drawn):
+                loss, parts = shared(batch, chosen, part)
                 if not math.isfinite(team.sum(loss.detach()).item()):
                     raise DataError(
                         f"The loss of epoch {images.epoch + 1} is not finite; the last whole epoch "
@@ -272,6 +314,9 @@ def train_one_epoch(
                 state.optimizer.zero_grad()
                 state.scheduler.step()
                 state.average.update_parameters(network)
+                if state.loss.famo is not None:
+                    with team.draws(drawn):
+                        step.follow(batch, chosen, part)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -283,6 +328,16 @@ def train_one_epoch(
     return {
         f"train_{task}": value for task, value in zip(sums, summed, strict=True) if task in seen
     }
+
+
+def _targets_of(
+    targets: Targets, config: Config, positions: Tensor, partners: Tensor, shares: Tensor
+) -> Targets:
+    """Of a batch; of mixtures, those of the first images, then those of the second."""
+    if config.mixing == "none":
+        return targets.take(positions)
+    both = targets.take(torch.cat([positions, partners]))
+    return replace(both, weights=torch.cat([shares, 1 - shares]).float())
 
 
 def draw(

@@ -1,5 +1,6 @@
 """One masked loss a task, each the mean over the images that have its label; and their balance."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.config import Config
+from training.famo import Famo
 from training.tasks import MISSING, TASKS, Targets, Task
 
 FOCUS = 2.0
@@ -22,16 +24,21 @@ class Part:
         labels: Of the batch's labels, by task; a task that has none is left out.
         images: Of its images.
         processes: Of the processes.
+        sum: Of a value that each process has a part of.
     """
 
     labels: dict[str, float]
     images: float = 1.0
     processes: float = 1.0
+    sum: Callable[[Tensor], Tensor] = lambda values: values
 
 
-def labels_of(targets: Targets) -> dict[str, int]:
-    """How many images have a label, by task."""
-    return {task: int((classes != MISSING).sum()) for task, classes in targets.classes.items()}
+def labels_of(targets: Targets) -> dict[str, float]:
+    """How many images have a label, by task; each as much as it counts."""
+    known = {task: classes != MISSING for task, classes in targets.classes.items()}
+    if targets.weights is None:
+        return {task: int(found.sum()) for task, found in known.items()}
+    return {task: float(targets.weights[found].sum()) for task, found in known.items()}
 
 
 class MultiTaskLoss(nn.Module):
@@ -59,6 +66,7 @@ class MultiTaskLoss(nn.Module):
             if config.task_balancing == "uncertainty"
             else None
         )
+        self.famo = Famo([task.name for task in TASKS]) if config.task_balancing == "famo" else None
 
     def forward(
         self, logits: dict[str, Tensor], targets: Targets, part: Part | None = None
@@ -75,45 +83,88 @@ class MultiTaskLoss(nn.Module):
             part: Of the batch that they are; None where they are all. The sum over all parts is
                 what the whole batch gives.
         """
-        if part is None:
-            part = Part({task: 1.0 for task, count in labels_of(targets).items() if count})
+        losses, parts = self._losses(logits, targets, part := part or _whole(targets))
+        factors = self.famo.factors(_everywhere(losses, part)) if self.famo is not None else {}
         total = torch.zeros((), device=logits["melanoma"].device)
-        parts = {}
+        for task in TASKS:
+            if (loss := losses.get(task.name)) is None:
+                continue
+            if self.balance is not None:
+                variance = self.balance[task.name]
+                loss = torch.exp(-variance) * loss + part.processes * variance / 2
+            total = total + task.weight * factors.get(task.name, 1.0) * loss
+        return total, parts
+
+    @torch.no_grad()
+    def follow(self, logits: dict[str, Tensor], targets: Targets, part: Part | None = None) -> None:
+        """Let FAMO see how far a step has moved each task's loss, on the images of that step.
+
+        Args:
+            logits: After the step.
+            targets: Of the same images.
+            part: Of the batch that they are.
+        """
+        if self.famo is not None:
+            losses, _ = self._losses(logits, targets, part := part or _whole(targets))
+            self.famo.follow(_everywhere(losses, part))
+
+    def _losses(
+        self, logits: dict[str, Tensor], targets: Targets, part: Part
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Each task's loss with its teachers, and that of its labels alone."""
+        losses, parts = {}, {}
         for task in TASKS:
             classes = targets.classes[task.name]
             known = classes != MISSING
             soft = targets.soft.get(task.name) if self.training else None
             if soft is None and task.name not in part.labels:
                 continue
-            loss = total.new_zeros(())
+            loss = logits[task.name].new_zeros(())
             if known.any():
-                loss = self._loss(task, logits[task.name][known], classes[known])
-                loss = part.labels[task.name] * loss
+                each = self._each(task, logits[task.name][known], classes[known])
+                loss = part.labels[task.name] * _mean(each, targets.weights, known)
             if task.name in part.labels:
                 parts[task.name] = float(loss.detach())
             if soft is not None:
-                taught = functional.cross_entropy(_class_logits(task, logits[task.name]), soft)
-                taught = part.images * taught
+                each = _cross_entropy(_class_logits(task, logits[task.name]), soft)
+                taught = part.images * _mean(each, targets.weights)
                 loss = (1 - self.distillation) * loss + self.distillation * taught
-            if self.balance is not None:
-                variance = self.balance[task.name]
-                loss = torch.exp(-variance) * loss + part.processes * variance / 2
-            total = total + task.weight * loss
-        return total, parts
+            losses[task.name] = loss
+        return losses, parts
 
-    def _loss(self, task: Task, logits: Tensor, classes: Tensor) -> Tensor:
+    def _each(self, task: Task, logits: Tensor, classes: Tensor) -> Tensor:
         if task.kind == "ordinal":
-            return ordinal_loss(logits, classes)
+            return ordinal_losses(logits, classes)
         logits = _class_logits(task, logits)
         if task.name not in _ADJUSTED or not self.training:
-            return functional.cross_entropy(logits, classes)
+            return _cross_entropy(logits, classes)
         if self.imbalance == "logit_adjustment":
             prior: Tensor = self.get_buffer(f"prior_{task.name}")
             logits = logits + prior
-        each = functional.cross_entropy(logits, classes, reduction="none")
-        if self.imbalance == "focal":
-            each = (1 - torch.exp(-each)) ** FOCUS * each
+        each = _cross_entropy(logits, classes)
+        return (1 - torch.exp(-each)) ** FOCUS * each if self.imbalance == "focal" else each
+
+
+def _whole(targets: Targets) -> Part:
+    return Part({task: 1.0 for task, count in labels_of(targets).items() if count})
+
+
+def _everywhere(losses: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
+    """The losses of the whole batch."""
+    if not losses:
+        return losses
+    summed = part.sum(torch.stack([loss.detach() for loss in losses.values()]))
+    return dict(zip(losses, summed.unbind(), strict=True))
+
+
+def _mean(each: Tensor, weights: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor:
+    if weights is None:
         return each.mean()
+    return (each * weights[rows]).sum() / weights[rows].sum()
+
+
+def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, classes, reduction="none")
 
 
 def _class_logits(task: Task, logits: Tensor) -> Tensor:
@@ -123,8 +174,8 @@ def _class_logits(task: Task, logits: Tensor) -> Tensor:
     return logits
 
 
-def ordinal_loss(logits: Tensor, classes: Tensor) -> Tensor:
-    """The exact negative log-likelihood of the continuation-ratio model.
+def ordinal_losses(logits: Tensor, classes: Tensor) -> Tensor:
+    """The exact negative log-likelihoods of the continuation-ratio model, [N].
 
     Args:
         logits: As `age_distribution` takes them, [N, G - 1].
@@ -134,4 +185,4 @@ def ordinal_loss(logits: Tensor, classes: Tensor) -> Tensor:
     reached = steps[None, :] <= classes[:, None]
     goes_on = (steps[None, :] < classes[:, None]).float()
     each = functional.binary_cross_entropy_with_logits(logits, goes_on, reduction="none")
-    return (each * reached).sum(dim=1).mean()
+    return (each * reached).sum(dim=1)

@@ -100,7 +100,7 @@ def prepare_manifest(
 
 
 def check_network(config: Config) -> None:
-    """Whether the backbone takes images of this size, and the teachers are there and fit.
+    """Whether the backbone takes images of these sizes, and the teachers are there and fit.
 
     Raises:
         DataError: They do not; before anything is decoded.
@@ -108,7 +108,8 @@ def check_network(config: Config) -> None:
     """
     open_teachers(config.teachers, config.size)
     (backbone,) = choose([config.backbone])
-    build_feature_map(backbone, None, size=config.size)
+    for size in {config.size, *config.sizes}:
+        build_feature_map(backbone, None, size=size)
 
 
 def _count(records: Sequence[Record]) -> Counter[tuple[str, str]]:

@@ -53,6 +53,11 @@ class Run:
         return self.folder / "teachers"
 
     @property
+    def tensorboard(self) -> Path:
+        """The log for TensorBoard."""
+        return self.folder / "tensorboard"
+
+    @property
     def log(self) -> Path:
         """One row an epoch."""
         return self.folder / "log.csv"

@@ -1,7 +1,7 @@
 """What a checkpoint holds: network, its average, loss, optimiser, schedule and progress."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -46,10 +46,10 @@ class State:
         self.loss = loss.to(device)
         self.optimizer = torch.optim.AdamW(
             [
-                *_groups(network.backbone, config.learning_rate * config.backbone_rate, config),
-                *_groups(network.trunk, config.learning_rate, config),
-                *_groups(network.heads, config.learning_rate, config),
-                *_groups(loss, config.learning_rate, config),
+                *_backbone_groups(network.backbone, config),
+                *_groups(network.trunk.parameters(), config.learning_rate, config),
+                *_groups(network.heads.parameters(), config.learning_rate, config),
+                *_groups(loss.parameters(), config.learning_rate, config),
             ]
         )
         batches = max(images // config.batch_size, 1)
@@ -147,9 +147,26 @@ def warmup_cosine(epoch: float, warmup: float, epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((epoch - warmup) / max(epochs - warmup, 1e-9), 1)))
 
 
-def _groups(module: torch.nn.Module, rate: float, config: Config) -> list[dict[str, Any]]:
+def _backbone_groups(backbone: torch.nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Slower than the heads, and its first layers slower than its last ones."""
+    rate = config.learning_rate * config.backbone_rate
+    if config.first_layer_rate == 1:
+        return _groups(backbone.parameters(), rate, config)
+    # Layers stand in the order in which they are made, which is that in which they are used.
+    layers = [own for m in backbone.modules() if (own := list(m.parameters(recurse=False)))]
+    last = max(len(layers) - 1, 1)
+    return [
+        group
+        for number, layer in enumerate(layers)
+        for group in _groups(layer, rate * config.first_layer_rate ** (1 - number / last), config)
+    ]
+
+
+def _groups(
+    parameters: Iterable[torch.nn.Parameter], rate: float, config: Config
+) -> list[dict[str, Any]]:
     """Weights decay; biases, norms and the loss's own parameters do not."""
-    parameters = list(module.parameters())
+    parameters = list(parameters)
     decay = [p for p in parameters if p.ndim > 1]
     plain = [p for p in parameters if p.ndim <= 1]
     return [

@@ -65,10 +65,12 @@ class Targets:
     Attributes:
         classes: Class numbers by task, int64 [N]; MISSING where the label is not known.
         soft: What teachers say by task, float32 [N, classes]; empty without any.
+        weights: How much each counts, float32 [N]; None for 1 each.
     """
 
     classes: dict[str, Tensor]
     soft: dict[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
 
     def take(self, indices: Tensor) -> "Targets":
         """The targets of some of the images."""
@@ -82,6 +84,7 @@ class Targets:
         return Targets(
             {task: change(values) for task, values in self.classes.items()},
             {task: change(values) for task, values in self.soft.items()},
+            None if self.weights is None else change(self.weights),
         )
 
 

@@ -51,13 +51,15 @@ class Team:
         if self.size == 1:
             return None
         here = labels_of(targets)
-        images = len(targets.classes["melanoma"])
+        weights = targets.weights
+        images = len(targets.classes["melanoma"]) if weights is None else float(weights.sum())
         counts = self.sum(torch.tensor([*here.values(), images], dtype=torch.float64))
         everywhere = dict(zip(here, counts.tolist(), strict=False))
         return Part(
             {task: count / everywhere[task] for task, count in here.items() if everywhere[task]},
             images / float(counts[-1]),
             1 / self.size,
+            self.sum,
         )
 
     def sum(self, values: Tensor) -> Tensor:

@@ -71,6 +71,39 @@ def test_an_image_that_is_drawn_again_looks_otherwise() -> None:
     assert first[1] == second[1] == 0
 
 
+def test_a_mixture_names_both_images_and_their_share() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    config = Config(size=32, mixing="mixup", mixing_concentration=1.0)
+    images = AugmentedImages(pixels, [(position, 0) for position in range(20)], config, epoch=0)
+    items = [images[number] for number in range(20)]
+    assert [position for _, position, _, _ in items] == list(range(20))
+    assert len({partner for _, _, partner, _ in items}) > 5
+    assert all(0 < share < 1 for *_, share in items)
+    assert torch.equal(images[3][0], items[3][0])
+
+
+def test_small_images_first_and_the_largest_last() -> None:
+    config = Config(size=64, sizes=(32, 48, 64), epochs=7)
+    sizes = [config.training_size(epoch) for epoch in range(7)]
+    assert sizes == [32, 32, 32, 48, 48, 64, 64]
+    pixels = np.zeros((2, 64, 64, 3), dtype=np.uint8)
+    assert AugmentedImages(pixels, [(0, 0)], config, epoch=4)[0][0].shape == (3, 48, 48)
+
+
+def test_the_first_layer_may_learn_slowest() -> None:
+    config = Config(learning_rate=1e-3, first_layer_rate=0.01)
+    net = network()
+    state = State(net, MultiTaskLoss(config, targets([0, 1])), config, 64, torch.device("cpu"))
+    rates = {
+        id(parameter): group["initial_lr"]
+        for group in state.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert len(rates) == len(list(net.parameters()))
+    for layer, rate in ((net.backbone[0], 1e-5), (net.backbone[1], 1e-3)):
+        assert [rates[id(p)] for p in layer.parameters()] == pytest.approx([rate, rate])
+
+
 def test_a_frozen_backbone_neither_learns_nor_counts() -> None:
     net, config = network(), Config(frozen_epochs=2)
     set_mode(net, config, epoch=1)

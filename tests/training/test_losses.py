@@ -1,5 +1,7 @@
 """Masked losses, rare classes, and the balance of tasks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -109,3 +111,16 @@ def test_learned_weights_fall_where_the_loss_is_large() -> None:
 
 def test_fixed_weights_have_no_parameters() -> None:
     assert list(loss_of().parameters()) == []
+
+
+def test_images_count_by_their_weight() -> None:
+    logits = zero_logits(2) | {"melanoma": torch.tensor([[2.0], [-1.0]])}
+    one, other = (
+        loss_of()({n: v[i : i + 1] for n, v in logits.items()}, targets(melanoma=[i]))[1][
+            "melanoma"
+        ]
+        for i in (0, 1)
+    )
+    weighed = replace(targets(melanoma=[0, 1]), weights=torch.tensor([0.3, 0.1]))
+    found = loss_of()(logits, weighed)[1]["melanoma"]
+    assert found == pytest.approx((0.3 * one + 0.1 * other) / 0.4, rel=1e-5)

@@ -28,13 +28,13 @@ from training.card import save_figures
 from training.cli import cli
 from training.cli import main as run_command_line
 from training.config import Config
-from training.data.manifest import DataError, save_manifest
+from training.data.manifest import DataError, load_manifest, save_manifest
 from training.data.vocabulary import Split
 from training.export import export
 from training.fit import fit
 from training.losses import MultiTaskLoss
 from training.predictions import predict
-from training.prepare import prepare
+from training.prepare import prepare, prepare_manifest
 from training.quantize import TRUNK_WEIGHT
 from training.release import evaluate_model, held_out
 from training.run import Run, rows
@@ -172,6 +172,44 @@ def test_every_option_of_a_recipe_is_learned_with(
     assert "<svg" in run.curves.read_text()
     bundle, _ = export(run, tmp_path / "bundle")
     assert bundle.manifest.operating_point.dataset == "validation split"
+
+
+def test_a_recipe_of_mixtures_goes_on_where_it_was_stopped(
+    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {
+        "epochs": 2,
+        "sizes": (48, 64),
+        "augmentation": "occluded",
+        "mixing": "mixup",
+        "first_layer_rate": 0.1,
+        "task_balancing": "famo",
+        "precision": "bfloat16",
+    }
+    undisturbed, stopped = Run(tmp_path / "undisturbed"), Run(tmp_path / "stopped")
+    some = load_manifest(fitted.manifest)[::2]
+    prepare_manifest(some, undisturbed, CONFIG.model_copy(update=recipe))
+    shutil.copytree(undisturbed.folder, stopped.folder)
+    fit(undisturbed, workers=0)
+    one_epoch = fitting.train_one_epoch
+
+    def stopped_in_the_second(state, *arguments):
+        if state.epoch == 1:
+            raise KeyboardInterrupt
+        return one_epoch(state, *arguments)
+
+    monkeypatch.setattr(fitting, "train_one_epoch", stopped_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopped, workers=0)
+    monkeypatch.undo()
+    fit(stopped, workers=0)
+    with undisturbed.log.open() as one, stopped.log.open() as other:
+        ours, theirs = list(csv.DictReader(one)), list(csv.DictReader(other))
+    for row in (*ours, *theirs):
+        del row["seconds"]
+    assert ours == theirs
+    assert float(ours[1]["train_age"]) < float(ours[0]["train_age"])
+    assert len(list(stopped.tensorboard.iterdir())) == 2  # a file for each start
 
 
 def test_a_manifest_brings_its_own_splits(

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from training import fit as fitting
 from training.config import Config
 from training.data.manifest import DataError
 from training.fit import check_shareable, fit
-from training.losses import MultiTaskLoss
+from training.losses import MultiTaskLoss, _whole, labels_of
 from training.prepare import prepare
 from training.run import Run
 from training.tasks import MISSING, TASKS, Targets
@@ -34,6 +35,8 @@ CONFIG = Config(
     freeze_batch_norm=True,
     imbalance="logit_adjustment",
     task_balancing="uncertainty",
+    mixing="mixup",
+    sizes=(32,),
 )
 
 
@@ -86,26 +89,37 @@ def targets(images: int) -> Targets:
     return Targets(classes)
 
 
-def test_the_parts_of_a_batch_sum_to_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = targets(7)
+@pytest.mark.parametrize("weights", [None, torch.linspace(0.1, 0.9, 7)], ids=["plain", "mixed"])
+@pytest.mark.parametrize("balancing", ["uncertainty", "famo"])
+def test_the_parts_of_a_batch_sum_to_its_loss(
+    monkeypatch: pytest.MonkeyPatch, balancing: str, weights: torch.Tensor | None
+) -> None:
+    whole = replace(targets(7), weights=weights)
     logits = {task.name: torch.randn(7, task.outputs) for task in TASKS}
-    loss = MultiTaskLoss(CONFIG, whole)
+    loss = MultiTaskLoss(CONFIG.model_copy(update={"task_balancing": balancing}), whole)
     expected, parts_expected = loss(logits, whole)
     teams = [Team(rank, 2) for rank in range(2)]
     own = [torch.arange(7)[rank::2] for rank in range(2)]
     # What all processes have, as an all-reduce would give it.
     counts = [
-        torch.tensor([*(int((c != MISSING).sum()) for c in whole.take(o).classes.values()), len(o)])
-        for o in own
+        torch.tensor([*labels_of(mine).values(), count_of(mine)])
+        for mine in (whole.take(rows) for rows in own)
     ]
     monkeypatch.setattr(Team, "sum", lambda _, values: sum(counts).double())
+    parts = [team.part(whole.take(rows)) for team, rows in zip(teams, own, strict=True)]
+    everywhere = torch.stack(list(loss._losses(logits, whole, _whole(whole))[0].values()))
     found = []
-    for team, rows in zip(teams, own, strict=True):
+    for part, rows in zip(parts, own, strict=True):
         mine = {name: values[rows] for name, values in logits.items()}
-        found.append(loss(mine, whole.take(rows), team.part(whole.take(rows))))
+        part = replace(part, sum=lambda values: everywhere.detach())
+        found.append(loss(mine, whole.take(rows), part))
     assert sum(total for total, _ in found).item() == pytest.approx(expected.item(), abs=1e-5)
     for task, value in parts_expected.items():
         assert sum(parts[task] for _, parts in found) == pytest.approx(value, abs=1e-5)
+
+
+def count_of(mine: Targets) -> float:
+    return len(mine.classes["melanoma"]) if mine.weights is None else float(mine.weights.sum())
 
 
 def test_what_is_dropped_does_not_depend_on_who_holds_the_image() -> None:

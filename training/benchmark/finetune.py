@@ -130,7 +130,7 @@ def _tune(
             num_workers=workers,
             generator=order,
         )
-        for batch, positions in loader:
+        for batch, positions, *_ in loader:
             logits = model(batch.to(device).permute(0, 2, 3, 1))
             target = truth[positions].to(device)
             loss = functional.binary_cross_entropy_with_logits(logits, target)
