@@ -1,7 +1,9 @@
-"""`mmtl-train data | zoo | benchmark | prepare | fit | export | evaluate`."""
+"""`mmtl-train data | zoo | benchmark | prepare | fit | sweep | export | quantize | evaluate`."""
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +11,7 @@ import typer
 
 from models.bundle import BundleError, load_bundle
 from training.benchmark.cli import benchmark, zoo_cli
-from training.config import configure
+from training.config import Config, configure
 from training.data.cli import cli as data_cli
 from training.data.manifest import DataError
 from training.data.vocabulary import Split
@@ -63,19 +65,11 @@ def prepare(
     ] = None,
 ) -> None:
     """Read the data, split it, cache its pixels and freeze the run's configuration."""
-    from training.data.manifest import load_manifest
-    from training.prepare import prepare, prepare_manifest
-
     flags = {"backbone": backbone, "epochs": epochs, "size": size, "seed": seed}
     frozen = configure(config, **flags, learning_rate=learning_rate, train_on=train_on)
-    if (data is None) == (manifest is None):
-        raise DataError("Give a folder of datasets, or --manifest.")
     if manifest is not None and train_on:
         raise DataError("--train-on is for a folder: a manifest says itself what is learned from.")
-    if data is not None:
-        counts = prepare(data, Run(run), frozen)
-    else:
-        counts = prepare_manifest(load_manifest(manifest or Path()), Run(run), frozen)
+    counts = _preparation(data, manifest)(Run(run), frozen)
     for (dataset, split), images in sorted(counts.items()):
         print(f"{dataset:24} {split:12} {images:7,}")
 
@@ -94,6 +88,45 @@ def fit(
     best = fit(Run(run), workers)
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first
         print(f"best validation AUROC {best:.4f}")
+
+
+@cli.command()
+def sweep(
+    recipes: Annotated[Path, typer.Argument(help="TOML with [all] and [recipes.NAME].")],
+    data: Annotated[
+        Path | None, typer.Argument(help="A folder with HAM10000 and whatever else is there.")
+    ] = None,
+    run: Annotated[Path, typer.Option("--run", help="The sweep's folder.")] = Path("runs/sweep"),
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="Instead: a manifest with its own splits.", show_default=False),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that augment images.")] = 2,
+) -> None:
+    """Fit several recipes and compare them on validation; goes on where it was stopped."""
+    from training.sweep import load_recipes
+    from training.sweep import sweep as try_all
+
+    try_all(load_recipes(recipes), run, _preparation(data, manifest), workers)
+    print((run / "sweep.md").read_text(encoding="utf-8"), end="")
+
+
+def _preparation(
+    data: Path | None, manifest: Path | None
+) -> Callable[[Run, Config], Counter[tuple[str, str]]]:
+    """What prepares a run of a folder of datasets, or of a manifest.
+
+    Raises:
+        DataError: Neither is given, or both.
+    """
+    from training.data.manifest import load_manifest
+    from training.prepare import prepare, prepare_manifest
+
+    if data is not None and manifest is None:
+        return lambda run, config: prepare(data, run, config)
+    if manifest is not None and data is None:
+        return lambda run, config: prepare_manifest(load_manifest(manifest), run, config)
+    raise DataError("Give a folder of datasets, or --manifest.")
 
 
 @cli.command()

@@ -1,0 +1,104 @@
+"""Recipes tried on the same data, and compared."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.training import team_member
+from tests.training.folders import draw_ham10000
+from training import fit as fitting
+from training import sweep as sweeping
+from training.cli import cli
+from training.data.manifest import DataError
+from training.run import Run
+from training.sweep import load_recipes
+
+SWEEP = """
+[all]
+size = 32
+epochs = 2
+batch_size = 16
+learning_rate = 5e-3
+warmup_epochs = 0.5
+ema_decay = 0.5
+
+[recipes.plain]
+
+[recipes.mixup]
+mixing = "mixup"
+epochs = 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[all]", "needs at least two recipes"),
+        ("[recipes.one]", "needs at least two recipes"),
+        ("[recipe.one]", "there is no recipe in a sweep"),
+        ("recipes = 3", "needs at least two recipes"),
+        ("[recipes.a]\n[recipes.b]", "the recipes a and b are the same"),
+        ("[recipes.a]\n[recipes.'../b']\nseed = 1", "'../b' cannot be a recipe"),
+        ("[recipes.a]\n[recipes.b]\nepocs = 1", "recipe b: there is no setting epocs"),
+        ("[recipes.a]\n[recipes.b]\nvalidate_on = ''", "b validates on other images than a"),
+        ("[recipes", "is not TOML"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_text(text)
+    with pytest.raises(DataError) as refused:
+        load_recipes(path)
+    assert said in str(refused.value)
+    assert "sweep.toml" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_all_recipes_share_is_changed_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_text(SWEEP)
+    recipes = load_recipes(path)
+    assert list(recipes) == ["plain", "mixup"]
+    assert [config.size for config in recipes.values()] == [32, 32]
+    assert [config.epochs for config in recipes.values()] == [2, 1]
+
+
+def test_a_stopped_sweep_goes_on_and_compares_with_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_ham10000(tmp_path / "data" / "ham10000", 320)
+    recipes, folder = tmp_path / "sweep.toml", tmp_path / "sweep"
+    recipes.write_text(SWEEP)
+    told = ["sweep", str(recipes), str(tmp_path / "data"), "--run", str(folder), "--workers", "0"]
+    monkeypatch.setattr(fitting, "build_feature_map", team_member.build)
+    fitted: list[str] = []
+
+    def fit(run: Run, workers: int) -> float:
+        fitted.append(run.folder.name)
+        if fitted == ["plain", "mixup"]:
+            raise RuntimeError("stopped")
+        return fitting.fit(run, workers)
+
+    monkeypatch.setattr(sweeping, "fit", fit)
+    with pytest.raises(RuntimeError, match="stopped"):
+        cli(told, standalone_mode=False)
+    assert "1 of 2 recipes are done" in (folder / "sweep.md").read_text()
+    best = Run(folder / "plain").best.stat().st_mtime_ns
+    cli(told, standalone_mode=False)
+    assert fitted == ["plain", "mixup", "plain", "mixup"]
+    assert Run(folder / "plain").best.stat().st_mtime_ns == best  # not fitted again
+    page = (folder / "sweep.md").read_text()
+    assert "2 of 2 recipes are done" in page
+    assert "| mixup | mixing none -> mixup, epochs 2 -> 1 | 1 |" in page
+    assert page in capsys.readouterr().out
+    plain, mixup = json.loads((folder / "sweep.json").read_text())["recipes"]
+    assert plain["difference"] is None
+    difference = mixup["auroc"]["value"] - plain["auroc"]["value"]
+    assert mixup["difference"]["value"] == pytest.approx(difference, abs=1e-5)
+    assert mixup["difference"]["low"] <= mixup["difference"]["value"] <= mixup["difference"]["high"]
+    # One cache on the disk for both.
+    assert Run(folder / "mixup").cache.samefile(Run(folder / "plain").cache)
+    recipes.write_text(SWEEP + "seed = 1\n")
+    with pytest.raises(DataError, match=r"another configuration \(seed 0 -> 1\)"):
+        cli(told, standalone_mode=False)

@@ -1,0 +1,247 @@
+"""Recipes tried on the same data, one after the other, and compared on the validation split."""
+
+import os
+import re
+import shutil
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+from models.files import write_atomically
+from training.config import Config, changed_fields, parse_config
+from training.data.manifest import DataError, fingerprint
+from training.data.vocabulary import Split
+from training.export import load_fitted
+from training.fit import fit, predict_logits
+from training.network import melanoma_log_odds
+from training.report import interval, number, to_json
+from training.run import Run, rows
+from training.state import load_tensors
+from training.statistics import Clusters, Difference, Estimate, Statistic
+
+Prepare = Callable[[Run, Config], object]
+FIGURE = "AUROC"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one recipe.
+
+    Attributes:
+        recipe: By name.
+        changes: What it changes of the first one, as a sentence names it.
+        epochs: That it took, with those that did not help.
+        minutes: Of them.
+        auroc: For melanoma, on validation.
+        difference: Of the first recipe's; None for that one.
+    """
+
+    recipe: str
+    changes: str
+    epochs: int
+    minutes: float
+    auroc: Estimate
+    difference: Difference | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a fitted network says of its validation images.
+
+    Attributes:
+        images: By dataset and id.
+        truth: Melanoma or not, [N].
+        scores: Log-odds of melanoma, [N].
+        components: What is resampled together, [N].
+        data: Fingerprint of the manifest.
+    """
+
+    images: list[tuple[str, str]]
+    truth: NDArray[np.bool_]
+    scores: NDArray[np.float32]
+    components: list[str]
+    data: str
+
+
+def load_recipes(path: Path) -> dict[str, Config]:
+    """The recipes of a sweep: `[all]`, and what each of `[recipes.NAME]` changes of it.
+
+    Args:
+        path: A TOML file.
+
+    Returns:
+        By name, in the file's order; all are compared with the first.
+
+    Raises:
+        DataError: The file or a recipe in it is none, or two are the same.
+    """
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not TOML: {error}.") from None
+    if unknown := sorted(set(given) - {"all", "recipes"}):
+        raise DataError(f"{path}: there is no {unknown[0]} in a sweep; [all] and [recipes.NAME].")
+    tables, common = given.get("recipes", {}), given.get("all", {})
+    if not isinstance(common, dict) or not isinstance(tables, dict) or len(tables) < 2:
+        raise DataError(f"{path}: a sweep needs at least two recipes, [recipes.NAME] each.")
+    recipes: dict[str, Config] = {}
+    for name, changes in tables.items():
+        if not _NAME.fullmatch(name) or not isinstance(changes, dict):
+            raise DataError(
+                f"{path}: {name!r} cannot be a recipe; a table [recipes.NAME], with a name of "
+                "small letters, digits, - and _."
+            )
+        config = parse_config(common | changes, f"{path}, recipe {name}")
+        for other, before in recipes.items():
+            if before == config:
+                raise DataError(f"{path}: the recipes {other} and {name} are the same.")
+            if before.validate_on != config.validate_on:
+                raise DataError(f"{path}: {name} validates on other images than {other}.")
+        recipes[name] = config
+    return recipes
+
+
+def sweep(
+    recipes: Mapping[str, Config], folder: Path, prepare: Prepare, workers: int = 2
+) -> list[Outcome]:
+    """Fit every recipe and compare it with the first.
+
+    A sweep that was stopped goes on where it was. The table is written anew after each recipe, as
+    `sweep.md` and `sweep.json`.
+
+    Args:
+        recipes: By name.
+        folder: Of the sweep; each recipe's run is a folder in it.
+        prepare: Prepares a run.
+        workers: Processes that augment images.
+
+    Raises:
+        DataError: A recipe cannot be fitted, or was fitted with other settings before, or two do
+            not validate on the same images.
+    """
+    outcomes: list[Outcome] = []
+    runs: list[Run] = []
+    first: tuple[Config, Answers] | None = None
+    for count, (name, config) in enumerate(recipes.items(), start=1):
+        tqdm.write(f"{name} ({count} of {len(recipes)})")
+        run = Run(folder / name)
+        run.save_config(config)
+        if not run.manifest.is_file():
+            _share_pixels(runs, run)
+            prepare(run, config)
+        try:
+            fit(run, workers)
+        except DataError as error:
+            raise DataError(f"Recipe {name}: {error}") from None
+        runs.append(run)
+        answers = ask(run)
+        if first is None:
+            first = config, answers
+        elif answers.images != first[1].images or answers.truth.tolist() != first[1].truth.tolist():
+            raise DataError(f"{run.folder} validates on other images than the first recipe.")
+        changes = ", ".join(changed_fields(first[0], config))
+        outcomes.append(_outcome(name, changes, run, answers, first[1]))
+        _write(folder, outcomes, answers, len(recipes))
+    return outcomes
+
+
+def ask(run: Run) -> Answers:
+    """What a run's best network says of its validation images.
+
+    Raises:
+        DataError: It is not fitted.
+    """
+    records, pixels = run.load_data()
+    validation = [
+        row
+        for row in rows(records, Split.VALIDATION, run.load_config().validate_on)
+        if records[row].melanoma is not None
+    ]
+    logits = predict_logits(load_fitted(run, records), pixels, validation)
+    return Answers(
+        [(records[row].dataset, records[row].image) for row in validation],
+        np.array([bool(records[row].melanoma) for row in validation]),
+        melanoma_log_odds(logits["melanoma"], logits["diagnosis"]).numpy(),
+        [records[row].component for row in validation],
+        fingerprint(records),
+    )
+
+
+def table(outcomes: Sequence[Outcome], answers: Answers, recipes: int) -> str:
+    """The comparison, as Markdown."""
+    melanomas = int(answers.truth.sum())
+    lines = [
+        "# Recipes compared",
+        "",
+        "Generated by `mmtl-train sweep`. AUROC for melanoma on the validation split: "
+        f"{len(answers.truth):,} images, {melanomas:,} melanomas, data `{answers.data[:16]}`. "
+        f"{len(outcomes)} of {recipes} recipes are done. Intervals are 95 %, over components, "
+        "differences paired; they do not hold what another seed would change, and the best of "
+        "many is better here than it will be on other images.",
+        "",
+        "| recipe | what it changes | epochs | minutes | AUROC | less the first |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in outcomes:
+        less = interval(asdict(one.difference), 4) if one.difference else ""
+        lines.append(
+            f"| {one.recipe} | {one.changes} | {one.epochs} | {number(one.minutes, 1)} "
+            f"| {interval(asdict(one.auroc), 4)} | {less} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _outcome(name: str, changes: str, run: Run, answers: Answers, first: Answers) -> Outcome:
+    clusters = Clusters(answers.components)
+    own, other = ({FIGURE: _auroc(found)} for found in (answers, first))
+    history = load_tensors(run.checkpoint)["history"]
+    return Outcome(
+        name,
+        changes,
+        len(history),
+        sum(float(row["seconds"]) for row in history) / 60,
+        clusters.bootstrap(own)[FIGURE],
+        None if answers is first else clusters.compare(own, other)[FIGURE],
+    )
+
+
+def _auroc(answers: Answers) -> Statistic:
+    def statistic(chosen: NDArray[np.intp]) -> float:
+        truth = answers.truth[chosen]
+        if truth.all() or not truth.any():
+            return float("nan")
+        return float(roc_auc_score(truth, answers.scores[chosen]))
+
+    return statistic
+
+
+def _share_pixels(runs: Sequence[Run], run: Run) -> None:
+    """Give a run the pixels of another one of the same size; its cache checks whether they fit."""
+    config = run.load_config()
+    for other in runs:
+        before = other.load_config()
+        if (before.size, before.train_on) == (config.size, config.train_on):
+            for source in (other.cache, other.cache.with_suffix(".json")):
+                target = run.folder / source.name
+                target.unlink(missing_ok=True)
+                try:
+                    os.link(source, target)
+                except OSError:  # of another file system
+                    shutil.copyfile(source, target)
+            return
+
+
+def _write(folder: Path, outcomes: Sequence[Outcome], answers: Answers, recipes: int) -> None:
+    found: dict[str, Any] = {"data": answers.data, "recipes": [asdict(one) for one in outcomes]}
+    with write_atomically(folder / "sweep.json") as temporary:
+        temporary.write_text(to_json(found))
+    with write_atomically(folder / "sweep.md") as temporary:
+        temporary.write_text(table(outcomes, answers, recipes), encoding="utf-8")
