@@ -133,11 +133,16 @@ def _preparation(
 def export(
     run: Folder = DEFAULT_RUN,
     bundle: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("runs/bundle"),
+    views: Annotated[
+        int, typer.Option(help="Of an image, answered together: 1, 4 or 8 (dihedral).")
+    ] = 1,
 ) -> None:
     """Calibrate the best network and write it as ONNX, torch.export and TorchScript."""
     from training.export import export
 
-    _, differences = export(Run(run), bundle)
+    if views not in (1, 4, 8):
+        raise DataError(f"--views is 1, 4 (mirrorings) or 8 (and their transposes), not {views}.")
+    _, differences = export(Run(run), bundle, views)
     for name, difference in differences.items():
         print(f"{name:24} differs from eager torch by at most {difference:.1e}")
 

@@ -74,12 +74,13 @@ WEIGHTS_LICENCE = (
 )
 
 
-def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
+def export(run: Run, folder: Path, views: int = 1) -> tuple[Bundle, dict[str, float]]:
     """Calibrate the run's best network on its validation split and write it as a bundle.
 
     Args:
         run: Fitted.
         folder: Of the bundle; one that is there is replaced as a whole.
+        views: Of each image that are answered together, as `ServedNetwork` has them.
 
     Returns:
         The bundle, and by artifact the largest difference from eager torch.
@@ -96,7 +97,7 @@ def export(run: Run, folder: Path) -> tuple[Bundle, dict[str, float]]:
     ]
     network = load_fitted(run, records)
     seen = pooled_features(network, pixels, rows(records, Split.TRAIN))
-    served = ServedNetwork(network, AGE_EDGES, fit_feature_distance(seen)).eval()
+    served = ServedNetwork(network, AGE_EDGES, fit_feature_distance(seen), views).eval()
     melanoma = np.array([bool(records[row].melanoma) for row in validation])
     with TemporaryDirectory() as temporary:
         files = write_artifacts(served, Path(temporary), pixels[:1])

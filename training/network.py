@@ -16,6 +16,10 @@ from training.data.vocabulary import Diagnosis
 from training.ood import FeatureDistance
 from training.tasks import DIAGNOSES, TASKS
 
+# Of the dihedral group: whether rows and columns are exchanged, and which are mirrored then.
+VIEWS = tuple(
+    (transposed, flipped) for transposed in (False, True) for flipped in ((), (0,), (1,), (0, 1))
+)
 MELANOMA = DIAGNOSES.index(Diagnosis.MEL)
 
 
@@ -109,6 +113,21 @@ def melanoma_log_odds(melanoma: Tensor, diagnosis: Tensor) -> Tensor:
     return (melanoma[:, 0] + against) / 2
 
 
+def _turn(values: Tensor, rows: int, view: tuple[bool, tuple[int, ...]]) -> Tensor:
+    """A view of squares whose rows are this dimension, and whose columns the next one."""
+    transposed, flipped = view
+    if transposed:
+        values = values.transpose(rows, rows + 1)
+    return values.flip([rows + side for side in flipped]) if flipped else values
+
+
+def _turn_back(values: Tensor, rows: int, view: tuple[bool, tuple[int, ...]]) -> Tensor:
+    transposed, flipped = view
+    if flipped:
+        values = values.flip([rows + side for side in flipped])
+    return values.transpose(rows, rows + 1) if transposed else values
+
+
 def _without_melanoma(values: Tensor) -> Tensor:
     return torch.cat([values[:, :MELANOMA], values[:, MELANOMA + 1 :]], dim=1)
 
@@ -120,6 +139,8 @@ class ServedNetwork(nn.Module):
         network: Fitted.
         age_edges: The first age, in years, of every age bin but the first.
         distance: Fitted to the backbone's pooled features of the training images.
+        views: Of each image that are answered together, and take as many times the work: 1, 4 (its
+            mirrorings) or 8 (the dihedral group: those and their transposes; the input is square).
     """
 
     OUTPUTS = (
@@ -142,9 +163,11 @@ class ServedNetwork(nn.Module):
         network: MultiTaskNetwork,
         age_edges: Sequence[float],
         distance: FeatureDistance,
+        views: int = 1,
     ):
         super().__init__()
         self.network = network
+        self.views = VIEWS[:views]
         self.distance = distance
         grid = torch.tensor(AGE_GRID, dtype=torch.float32)
         bins = torch.bucketize(grid, torch.tensor(age_edges), right=True)
@@ -158,6 +181,19 @@ class ServedNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 [N, H, W, 3] -> the outputs by name, in the order of `OUTPUTS`."""
+        if len(self.views) == 1:
+            return self._answer(images)
+        seen = torch.cat([_turn(images, 1, view) for view in self.views])
+        each = {
+            name: values.reshape(len(self.views), images.shape[0], *values.shape[1:])
+            for name, values in self._answer(seen).items()
+        }
+        # Each view's map is turned back before they are averaged.
+        maps = zip(each["melanoma_map"].unbind(), self.views, strict=True)
+        each["melanoma_map"] = torch.stack([_turn_back(one, 1, view) for one, view in maps])
+        return {name: values.mean(dim=0) for name, values in each.items()}
+
+    def _answer(self, images: Tensor) -> dict[str, Tensor]:
         heads = self.network.heads
         seen = self.network.backbone_features(images.permute(0, 3, 1, 2))
         features = self.network.trunk(seen)

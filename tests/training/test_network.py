@@ -54,6 +54,25 @@ def test_the_outputs_are_those_of_the_contract(served, images: torch.Tensor) -> 
         torch.testing.assert_close(outputs[name].sum(dim=1), torch.ones(3))
 
 
+@pytest.mark.parametrize("views", [4, 8])
+@torch.inference_mode()
+def test_an_image_and_its_turned_copy_are_answered_alike(served, views: int) -> None:
+    together = ServedNetwork(served.network, EDGES, served.distance, views).eval()
+    image = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    outputs = together(image)
+    turned = image.flip([1]) if views == 4 else image.transpose(1, 2).flip([1])
+    again = together(turned)
+    for name in ServedNetwork.OUTPUTS:
+        if name != "melanoma_map":
+            torch.testing.assert_close(again[name], outputs[name])
+    heat = outputs["melanoma_map"]
+    expected = heat.flip([1]) if views == 4 else heat.transpose(1, 2).flip([1])
+    torch.testing.assert_close(again["melanoma_map"], expected)
+    logit = heat.mean(dim=(1, 2)) + together.melanoma_bias
+    torch.testing.assert_close(logit, outputs["melanoma_logit"])
+    assert not torch.allclose(outputs["melanoma_logit"], served(image)["melanoma_logit"])
+
+
 @torch.inference_mode()
 def test_the_heat_map_is_the_logit_taken_apart(served, images: torch.Tensor) -> None:
     outputs = served(images)

@@ -170,7 +170,7 @@ def test_every_option_of_a_recipe_is_learned_with(
         first, second = csv.DictReader(file)
     assert float(second["train_age"]) < float(first["train_age"])
     assert "<svg" in run.curves.read_text()
-    bundle, _ = export(run, tmp_path / "bundle")
+    bundle, _ = export(run, tmp_path / "bundle", views=4)
     assert bundle.manifest.operating_point.dataset == "validation split"
 
 
@@ -327,6 +327,11 @@ def test_every_artifact_is_written_and_verified(bundle_folder: Path) -> None:
         "model.pt2",
         "model.torchscript.pt",
     ]
+
+
+def test_as_many_views_as_there_are() -> None:
+    with pytest.raises(DataError, match="--views is 1, 4"):
+        cli(["export", "--views", "3"], standalone_mode=False)
 
 
 def test_an_artifact_that_disagrees_is_not_written(
