@@ -83,7 +83,8 @@ class MultiTaskLoss(nn.Module):
             part: Of the batch that they are; None where they are all. The sum over all parts is
                 what the whole batch gives.
         """
-        losses, parts = self._losses(logits, targets, part := part or _whole(targets))
+        part = part or _whole(targets)
+        losses, parts = self._losses(logits, targets, part)
         factors = self.famo.factors(_everywhere(losses, part)) if self.famo is not None else {}
         total = torch.zeros((), device=logits["melanoma"].device)
         for task in TASKS:
@@ -105,7 +106,8 @@ class MultiTaskLoss(nn.Module):
             part: Of the batch that they are.
         """
         if self.famo is not None:
-            losses, _ = self._losses(logits, targets, part := part or _whole(targets))
+            part = part or _whole(targets)
+            losses, _ = self._losses(logits, targets, part)
             self.famo.follow(_everywhere(losses, part))
 
     def _losses(
