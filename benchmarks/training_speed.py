@@ -48,7 +48,8 @@ def mmtl_epochs(folder: Path, keep_memory: bool) -> list[float]:
     from training.data.cache import build_cache
     from training.data.manifest import Record
     from training.data.vocabulary import Diagnosis, Sex, Site, Split
-    from training.fit import AugmentedImages, build_network, draw, train_one_epoch
+    from training.draws import AugmentedImages, draw
+    from training.fit import build_network, train_one_epoch
     from training.losses import MultiTaskLoss
     from training.memory import keep_freed_memory
     from training.state import State

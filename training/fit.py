@@ -3,27 +3,24 @@
 import csv
 import math
 import time
-from collections import Counter
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
 from models.files import write_atomically
-from training.augment import drawn_from, mix, training_transform
 from training.backbones import find_source
 from training.config import Config
 from training.data.cache import Pixels
 from training.data.manifest import DataError
 from training.data.vocabulary import Split
 from training.distillation import open_teachers, soft_targets
+from training.draws import AugmentedImages, draw, targets_of
 from training.feature_maps import build_feature_map
 from training.losses import MultiTaskLoss, Part
 from training.memory import keep_freed_memory
@@ -32,57 +29,10 @@ from training.plots import curves
 from training.run import Run, rows
 from training.runners import batches
 from training.state import State, identity_of, load_tensors
-from training.tasks import MISSING, Targets, encode_targets
+from training.tasks import Targets, encode_targets
 from training.team import Team, gather
 from training.tensorboard import open_scalars
 from training.zoo import choose
-
-
-class AugmentedImages(Dataset[tuple[Tensor, int, int, float]]):
-    """Training images of one epoch, each drawn from (seed, epoch, sample).
-
-    An item is an image, its position, that of the image mixed into it (its own where none is), and
-    its share of the mixture.
-
-    Args:
-        pixels: Of all images.
-        draws: Of this epoch, in order: position, and how often it was drawn before.
-        config: Of the run.
-        epoch: From 0.
-    """
-
-    def __init__(
-        self, pixels: Pixels, draws: Sequence[tuple[int, int]], config: Config, epoch: int
-    ):
-        self.pixels = pixels
-        self.draws = draws
-        self.config = config
-        self.epoch = epoch
-        self.transform = training_transform(
-            config.size, config.training_size(epoch), config.augmentation
-        )
-
-    def __len__(self) -> int:
-        return len(self.draws)
-
-    def __getitem__(self, item: int) -> tuple[Tensor, int, int, float]:
-        position, before = self.draws[item]
-        # Drawn again, it looks otherwise.
-        sample = position + before * len(self.pixels)
-        with drawn_from(self.config.seed, self.epoch, sample):
-            image = self._look(position)
-            if self.config.mixing == "none":
-                return image, position, position, 1.0
-            partner, _ = self.draws[int(torch.randint(len(self), ()))]
-            concentration = self.config.mixing_concentration
-            image, share = mix(image, self._look(partner), self.config.mixing, concentration)
-            return image, position, partner, share
-
-    def _look(self, position: int) -> Tensor:
-        image: Tensor = self.transform(
-            torch.from_numpy(np.array(self.pixels[position])).permute(2, 0, 1)
-        )
-        return image
 
 
 def build_network(config: Config, pretrained: bool = True) -> MultiTaskNetwork:
@@ -290,7 +240,7 @@ def train_one_epoch(
         for number, (batch, positions, partners, shares) in enumerate(bar, start=1):
             group = (number - 1) // config.accumulate
             batch = batch.to(state.device).contiguous(memory_format=torch.channels_last)
-            chosen = _targets_of(targets, config, positions, partners, shares)
+            chosen = targets_of(targets, config, positions, partners, shares)
             part = team.part(chosen)
             chosen = chosen.to(state.device)
             # The last step of an epoch may have fewer batches.
@@ -328,42 +278,6 @@ def train_one_epoch(
     return {
         f"train_{task}": value for task, value in zip(sums, summed, strict=True) if task in seen
     }
-
-
-def _targets_of(
-    targets: Targets, config: Config, positions: Tensor, partners: Tensor, shares: Tensor
-) -> Targets:
-    """Of a batch; of mixtures, those of the first images, then those of the second."""
-    if config.mixing == "none":
-        return targets.take(positions)
-    both = targets.take(torch.cat([positions, partners]))
-    return replace(both, weights=torch.cat([shares, 1 - shares]).float())
-
-
-def draw(
-    positions: list[int], targets: Targets, config: Config, epoch: int
-) -> list[tuple[int, int]]:
-    """The images of one epoch, in order: position, and how often it was drawn before.
-
-    Balanced, both classes are drawn alike often, with replacement; an image without a label as
-    often as the average one.
-    """
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    if config.imbalance != "balanced_sampling":
-        order = torch.randperm(len(positions), generator=generator).tolist()
-        return [(positions[i], 0) for i in order]
-    melanoma = targets.classes["melanoma"][positions]
-    known = melanoma != MISSING
-    counts = torch.bincount(melanoma[known], minlength=2).clamp(min=1)
-    weights = torch.ones(len(positions), dtype=torch.float64)
-    weights[known] = known.sum() / (2 * counts[melanoma[known]]).double()
-    chosen = torch.multinomial(weights, len(positions), replacement=True, generator=generator)
-    before: Counter[int] = Counter()
-    drawn = []
-    for position in (positions[i] for i in chosen.tolist()):
-        drawn.append((position, before[position]))
-        before[position] += 1
-    return drawn
 
 
 def set_mode(network: MultiTaskNetwork, config: Config, epoch: int) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 
 from training.config import Config
 from training.data.manifest import DataError
-from training.fit import AugmentedImages, draw, set_mode, start
+from training.draws import AugmentedImages, draw
+from training.fit import set_mode, start
 from training.losses import MultiTaskLoss
 from training.network import MultiTaskNetwork
 from training.run import Run

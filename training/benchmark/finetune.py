@@ -18,7 +18,8 @@ from training.benchmark.probes import FOLDS, Study
 from training.config import Config
 from training.data.cache import build_cache
 from training.data.manifest import DataError, Record
-from training.fit import AugmentedImages, freeze_batch_norm
+from training.draws import AugmentedImages
+from training.fit import freeze_batch_norm
 from training.zoo import Backbone
 
 BACKBONE_RATE = 2e-4
