@@ -1,5 +1,6 @@
 """The loop's parts: what is drawn, what is frozen, what a step is."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 from training.config import Config
 from training.data.manifest import DataError
 from training.draws import AugmentedImages, draw
-from training.fit import set_mode, start
+from training.fit import Step, set_mode, start
 from training.losses import MultiTaskLoss
 from training.network import MultiTaskNetwork
 from training.run import Run
@@ -158,3 +159,26 @@ def test_a_run_starts_from_anothers_best_weights(tmp_path: Path) -> None:
     torch.save({"one": torch.zeros(1)}, other.best)
     with pytest.raises(DataError, match="another backbone or other heads"):
         start(net, other)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
+def test_a_compiled_network_learns_the_same() -> None:
+    known = targets([0, 1, 1, 0])
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    learned = []
+    for compiled in (False, True):
+        net, loss = network(), MultiTaskLoss(Config(), known)
+        net.dropout.p = 0.0
+        state = State(net, loss, Config(warmup_epochs=0), 64, torch.device("cpu"))
+        if compiled:
+            state.network.compile()
+        for _ in range(3):
+            total, _ = Step(net, loss)(images, known, None)
+            total.backward()
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            state.average.update_parameters(net)
+        learned.append((float(total.detach()), list(state.average.module.state_dict())))
+    (loss_plain, names_plain), (loss_compiled, names_compiled) = learned
+    assert loss_compiled == pytest.approx(loss_plain, rel=1e-4)
+    assert names_compiled == names_plain
