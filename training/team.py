@@ -2,12 +2,16 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -16,6 +20,8 @@ from training.losses import Part, labels_of
 from training.tasks import Targets
 
 T = TypeVar("T")
+
+ANSWER_WITHIN = timedelta(seconds=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +129,37 @@ def gather() -> Iterator[Team]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=meet(store, rank, size),
+        rank=rank,
+        world_size=size,
+    )
     yield Team(distributed.get_rank(), distributed.get_world_size())
     # Not where it failed: the others may wait for this one, which torchrun ends with its process.
     distributed.destroy_process_group()
+
+
+def meet(store: Store, rank: int, size: int) -> Store:
+    """A part of a store that these processes alone know.
+
+    torchrun gives the processes it starts again the store of those before them (pytorch issue
+    135712), where one may take a dead process's address for its successor's. So the leader names
+    itself anew, and answers those who greet it by that name: a dead one's name gets no answer.
+    """
+    me = uuid4().hex
+    if rank == 0:
+        store.set("leader", me)
+        for other in range(1, size):
+            store.set(f"{me}/{store.get(f'{me}/{other}').decode()}", "welcome")
+        return PrefixStore(me, store)
+    while True:
+        leader = store.get("leader").decode()
+        store.set(f"{leader}/{rank}", me)
+        with suppress(distributed.DistStoreError):
+            store.wait([f"{leader}/{me}"], ANSWER_WITHIN)
+            return PrefixStore(leader, store)
 
 
 class WholeBatchDraws(TorchFunctionMode):

@@ -5,17 +5,21 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional
 
 from tests.training import team_member
 from tests.training.folders import draw_ham10000
 from training import fit as fitting
+from training import team as team_module
 from training.config import Config
 from training.data.manifest import DataError
 from training.fit import check_shareable, fit
@@ -23,7 +27,7 @@ from training.losses import MultiTaskLoss, _whole, labels_of
 from training.prepare import prepare
 from training.run import Run
 from training.tasks import MISSING, TASKS, Targets
-from training.team import Team, WholeBatchDraws
+from training.team import Team, WholeBatchDraws, meet
 
 CONFIG = Config(
     size=32,
@@ -61,8 +65,7 @@ def test_two_processes_of_which_one_dies_fit_what_one_would(
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            # More than the one death: on a busy machine gloo may fail to connect at first.
-            *("--max-restarts", "3", "--rdzv-backend", "c10d"),
+            *("--max-restarts", "1", "--rdzv-backend", "c10d"),
             *("--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
             *("-m", "tests.training.team_member", str(together.folder)),
         ],
@@ -77,6 +80,20 @@ def test_two_processes_of_which_one_dies_fit_what_one_would(
     assert len(figures(alone)) == 3
     for one, two in zip(figures(alone), figures(together), strict=True):
         assert two == pytest.approx(one, abs=1e-4)
+
+
+def test_processes_that_start_again_meet_each_other_and_not_those_who_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(team_module, "ANSWER_WITHIN", timedelta(seconds=0.1))
+    store = distributed.HashStore()
+    with ThreadPoolExecutor() as threads:
+        for generation in (b"first", b"second"):
+            member = threads.submit(meet, store, 1, 2)
+            time.sleep(0.3)  # the second finds what the first's leader left
+            leader = meet(store, 0, 2)
+            leader.set("generation", generation)
+            assert member.result(10).get("generation") == generation
 
 
 def targets(images: int) -> Targets:
