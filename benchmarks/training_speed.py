@@ -8,7 +8,8 @@ is_training=True)` with its defaults, `torchvision` an `ImageFolder` with the tr
 documented training recipe (RandomResizedCrop, horizontal flip, TrivialAugmentWide, normalisation).
 Both train one head, the library's own; mmtl trains five. mmtl's first epoch decodes into its cache,
 the others' every epoch decodes from the files. "Memory given back" is mmtl without
-training/memory.py.
+training/memory.py. The input alone is the same epochs without a network: what two cores can feed
+to a GPU.
 """
 
 import argparse
@@ -19,20 +20,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import islice
+from collections import deque
+from itertools import islice, product
 from pathlib import Path
 
 VARIANTS = ("mmtl", "mmtl, memory given back", "timm", "torchvision")
 SIZE, BATCH, WORKERS = 160, 32, 2
-SMALL, LARGE = 384, 63
+# Whole batches, as the last one is dropped.
+IMAGES = {"small": 384, "large": 160}
 REPEATS = 2
 
 
 def lay_out(data: Path, folder: Path) -> None:
     """Both sets as folders of classes, as the libraries want them."""
-    small = sorted((data / "ham10000" / "HAM10000_images").glob("*.jpg"))[:SMALL]
+    small = sorted((data / "ham10000" / "HAM10000_images").glob("*.jpg"))[: IMAGES["small"]]
     originals = sorted((data / "originals").glob("*.jpg"))
-    large = [originals[number % len(originals)] for number in range(LARGE)]
+    large = [originals[number % len(originals)] for number in range(IMAGES["large"])]
     for name, paths in (("small", small), ("large", large)):
         for number, path in enumerate(paths):
             target = folder / name / str(number % 2) / f"{number}.jpg"
@@ -40,9 +43,10 @@ def lay_out(data: Path, folder: Path) -> None:
             shutil.copyfile(path, target)
 
 
-def mmtl_epochs(folder: Path, keep_memory: bool) -> list[float]:
+def mmtl_epochs(folder: Path, keep_memory: bool, train: bool) -> list[float]:
     """Seconds of the first epoch, cache included, and of the second."""
     import torch
+    from torch.utils.data import DataLoader
 
     from training.config import Config
     from training.data.cache import build_cache
@@ -84,12 +88,15 @@ def mmtl_epochs(folder: Path, keep_memory: bool) -> list[float]:
         pixels = build_cache(folder / "cache.npy", records, SIZE, SIZE)
         order = draw(list(range(len(records))), targets, config, epoch)
         images = AugmentedImages(pixels, order, config, epoch)
-        train_one_epoch(state, images, targets, WORKERS, Team())
+        if train:
+            train_one_epoch(state, images, targets, WORKERS, Team())
+        else:
+            deque(DataLoader(images, BATCH, num_workers=WORKERS, drop_last=True), 0)
         times.append(time.perf_counter() - began)
     return times
 
 
-def library_epochs(folder: Path, library: str) -> list[float]:
+def library_epochs(folder: Path, library: str, train: bool) -> list[float]:
     """Seconds of the first epoch and of the second."""
     import timm
     import torch
@@ -135,7 +142,9 @@ def library_epochs(folder: Path, library: str) -> list[float]:
     times = []
     for _ in range(2):
         began = time.perf_counter()
-        for images, classes in loader:
+        if not train:
+            deque(loader, 0)
+        for images, classes in loader if train else ():
             optimizer.zero_grad()
             loss(network(images), classes).backward()
             optimizer.step()
@@ -143,12 +152,13 @@ def library_epochs(folder: Path, library: str) -> list[float]:
     return times
 
 
-def measure(variant: str, folder: Path) -> list[float]:
+def measure(variant: str, folder: Path, train: bool) -> list[float]:
     """In a process of its own."""
-    (folder / "cache.npy").unlink(missing_ok=True)
-    for note in folder.glob("cache*"):
-        note.unlink()
+    for file in folder.glob("cache*"):
+        file.unlink()
     told = [sys.executable, __file__, "--one", variant, str(folder)]
+    if not train:
+        told.append("--input-alone")
     done = subprocess.run(told, capture_output=True, text=True, check=True)
     found: list[float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -159,69 +169,69 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--one", help="Of the variants: measure it here, and print its seconds.")
+    parser.add_argument("--input-alone", action="store_true", help="Without a network.")
     arguments = parser.parse_args()
     if arguments.one:
         ours = arguments.one.startswith("mmtl")
+        train = not arguments.input_alone
         times = (
-            mmtl_epochs(arguments.data, arguments.one == "mmtl")
+            mmtl_epochs(arguments.data, arguments.one == "mmtl", train)
             if ours
-            else library_epochs(arguments.data, arguments.one)
+            else library_epochs(arguments.data, arguments.one, train)
         )
         print(json.dumps(times))
         return
-    found: dict[tuple[str, str], list[list[float]]] = {}
+    seconds: dict[tuple[bool, str, str], list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         lay_out(arguments.data, Path(temporary))
         for repeat in range(REPEATS):
             for number in range(len(VARIANTS)):
                 variant = VARIANTS[(number + repeat) % len(VARIANTS)]
-                for size in ("small", "large"):
-                    times = measure(variant, Path(temporary) / size)
-                    found.setdefault((variant, size), []).append(times)
-                    print(variant, size, [round(t, 1) for t in times], file=sys.stderr)
-    batches = {"small": SMALL // BATCH * BATCH, "large": LARGE // BATCH * BATCH}
-    medians = {
-        key: [statistics.median(times[epoch] for times in runs) for epoch in (0, 1)]
-        for key, runs in found.items()
-    }
-    rows = []
-    for variant in VARIANTS:
-        cells = [
-            f"{batches[size] / medians[variant, size][epoch]:.1f}"
-            for size in ("small", "large")
-            for epoch in (0, 1)
-        ]
-        rows.append(f"| {variant} | {' | '.join(cells)} |")
-    peers = [
-        f"| mmtl / {peer} | "
-        + " | ".join(
-            f"{medians[peer, size][epoch] / medians['mmtl', size][epoch]:.2f}"
-            for size in ("small", "large")
-            for epoch in (0, 1)
-        )
-        + " |"
-        for peer in VARIANTS[1:]
-    ]
-    head = "| | small, first epoch | small, second | full size, first epoch | full size, second |"
+                for train, size in product((True, False), IMAGES):
+                    times = measure(variant, Path(temporary) / size, train)
+                    seconds.setdefault((train, variant, size), []).append(times)
+                    print(train, variant, size, [round(t, 1) for t in times], file=sys.stderr)
     print(f"""# Training speed
 
 <!-- Generated by benchmarks/training_speed.py; do not edit. -->
 
 {" ".join(islice((__doc__ or "").split(chr(10) + chr(10)), 2, 3)).strip()}
 
-Images a second on two cores ({SMALL:,} images of 200 px, {LARGE} of 1,024 to 6,000 px), medians of
-{REPEATS}:
+Images a second on two cores ({IMAGES["small"]:,} images of 200 px, {IMAGES["large"]} of 1,024 to
+6,000 px), medians of {REPEATS}, and how many times as fast mmtl is:
 
-{head}
-|---|---|---|---|---|
-{chr(10).join(rows)}
+{table(seconds, True)}
 
-How many times as fast:
+The input alone:
 
-{head}
-|---|---|---|---|---|
-{chr(10).join(peers)}
+{table(seconds, False)}
 """)
+
+
+def table(seconds: dict[tuple[bool, str, str], list[list[float]]], train: bool) -> str:
+    """Images a second of each variant, and mmtl's ratio to it."""
+    rates = {
+        variant: [
+            IMAGES[size]
+            / statistics.median(times[epoch] for times in seconds[train, variant, size])
+            for size in IMAGES
+            for epoch in (0, 1)
+        ]
+        for variant in VARIANTS
+    }
+    rows = [
+        " | ".join(
+            [f"| {variant}"]
+            + [
+                f"{rate:.1f} ({mmtl / rate:.2f})"
+                for rate, mmtl in zip(own, rates["mmtl"], strict=True)
+            ]
+        )
+        + " |"
+        for variant, own in rates.items()
+    ]
+    head = "| | small, first epoch | small, second | full size, first epoch | full size, second |"
+    return "\n".join([head, "|---|---|---|---|---|", *rows])
 
 
 if __name__ == "__main__":
