@@ -1,5 +1,6 @@
 """What a training image may look like: framing, orientation, colour, blur, what lies on it."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -8,9 +9,84 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor, nn
+from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 from torchvision.transforms import v2
 
 from training.config import Augmentation, Mixing
+
+_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+_FROM_YIQ = torch.linalg.inv(_TO_YIQ)
+
+
+class Framing(nn.Module):
+    """Mirror, turn, move and stretch the picture, in one resampling.
+
+    What lies beyond the picture's edge is its mirror image, so that a rotation shows skin.
+
+    Args:
+        out: Of what is returned, in pixels.
+        reach: How far from the picture's middle the view may go, in half pictures.
+        shares: Smallest and largest view, as shares of the area within reach.
+        ratio: Widest view, as width over height; the tallest is its inverse.
+    """
+
+    def __init__(self, out: int, reach: float, shares: tuple[float, float], ratio: float):
+        super().__init__()
+        self.out, self.reach, self.shares, self.ratio = out, reach, shares, ratio
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 [3, H, H] -> uint8 [3, out, out]."""
+        mirrored, angle, share, stretch, *position = torch.rand(6).tolist()
+        side = self.reach * (self.shares[0] + (self.shares[1] - self.shares[0]) * share) ** 0.5
+        stretched = self.ratio ** (stretch - 0.5)
+        half = [min(side * stretched, self.reach), min(side / stretched, self.reach)]
+        middle = [
+            (self.reach - extent) * (2 * p - 1) for extent, p in zip(half, position, strict=True)
+        ]
+        turn = math.tau * angle
+        rotation = torch.tensor(
+            [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
+        )
+        view = torch.tensor([[half[0], 0, middle[0]], [0, half[1], middle[1]]])
+        if mirrored < 0.5:
+            view[:, 0] *= -1
+        # Points close enough that no pixel of the picture is skipped, then their means.
+        finer = max(round(max(half) * image.shape[-1] / self.out), 1)
+        grid = affine_grid(
+            (rotation @ view)[None], [1, 3, self.out * finer, self.out * finer], align_corners=False
+        )
+        seen = grid_sample(
+            image[None].float(), grid, padding_mode="reflection", align_corners=False
+        )
+        return avg_pool2d(seen, finer)[0].round().byte() if finer > 1 else seen[0].round().byte()
+
+
+class Colour(nn.Module):
+    """Brightness, contrast, saturation and hue, as one linear map of the colours.
+
+    The hue turns in the plane of I and Q of YIQ (SMPTE 170M), which the saturation shrinks.
+
+    Args:
+        most: How far brightness, contrast and saturation go from 1.
+        turn: How far the hue turns, as a share of the circle.
+    """
+
+    def __init__(self, most: float, turn: float):
+        super().__init__()
+        self.most, self.turn = most, turn
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 [3, H, W] -> uint8 [3, H, W]."""
+        drawn = 2 * torch.rand(4) - 1
+        brightness, contrast, saturation = (1 + self.most * drawn[:3]).tolist()
+        angle = math.tau * self.turn * float(drawn[3])
+        cosine, sine = saturation * math.cos(angle), saturation * math.sin(angle)
+        chroma = torch.tensor([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
+        colours = brightness * _FROM_YIQ @ chroma @ _TO_YIQ
+        pixels = image.reshape(3, -1).float()
+        grey = brightness * float(_TO_YIQ[0] @ pixels.mean(dim=1))
+        mapped = torch.addmm(torch.tensor((1 - contrast) * grey), contrast * colours, pixels)
+        return mapped.round_().clamp_(0, 255).byte().reshape(image.shape)
 
 
 class Resolution(nn.Module):
@@ -99,30 +175,22 @@ def _paint(image: Tensor, mask: Image.Image, colour: Tensor) -> Tensor:
     return (image + share * (colour[:, None, None] - image)).round().clamp(0, 255).byte()
 
 
-def training_transform(size: int, out: int, augmentation: Augmentation = "clinic") -> v2.Transform:
-    """uint8 [3, size, size] -> uint8 [3, out, out], drawn from torch's random state.
-
-    The mirrored margin lets a rotation or a wider framing show skin; where it ends, black corners
-    remain, of a fortieth of the picture at most, as a dermatoscope's rim leaves them.
+def training_transform(out: int, augmentation: Augmentation = "clinic") -> v2.Transform:
+    """uint8 [3, H, H] -> uint8 [3, out, out], drawn from torch's random state.
 
     Args:
-        size: Of the images, in pixels.
-        out: Of what is learned from.
+        out: Of what is learned from, in pixels.
         augmentation: `plain` is what classifiers usually get; `clinic` adds what differs between
             a collection and a clinic's images, `occluded` hairs and rulers to that.
     """
-    flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
-    colour = v2.ColorJitter(brightness=0.15, contrast=0.15, saturation=0.15, hue=0.02)
+    colour = Colour(0.15, 0.02)
     if augmentation == "plain":
+        flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
         return v2.Compose([*flips, v2.RandomResizedCrop(out, scale=(0.5, 1.0)), colour])
     occlusion = [v2.RandomApply([Hairs(24)], p=0.3), v2.RandomApply([Ruler()], p=0.1)]
     return v2.Compose(
         [
-            *flips,
-            v2.Pad(size // 4, padding_mode="reflect"),
-            v2.RandomRotation(180, interpolation=v2.InterpolationMode.BILINEAR),
-            v2.CenterCrop(round(1.25 * size)),
-            v2.RandomResizedCrop(out, scale=(0.4, 0.9), ratio=(3 / 4, 4 / 3)),
+            Framing(out, reach=1.25, shares=(0.4, 0.9), ratio=4 / 3),
             *(occlusion if augmentation == "occluded" else []),
             colour,
             v2.RandomApply([Resolution(0.4)], p=0.3),
@@ -160,6 +228,10 @@ def mix(one: Tensor, other: Tensor, mixing: Mixing, concentration: float) -> tup
 @contextmanager
 def drawn_from(seed: int, epoch: int, sample: int) -> Iterator[None]:
     """A block whose random state depends on these three numbers alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(((seed * 1_000_003 + epoch) * 1_000_003 + sample) % 2**63)
+    before = torch.get_rng_state()
+    # torch.manual_seed would note a traceback for the GPUs, which takes as long as a crop.
+    torch.default_generator.manual_seed(((seed * 1_000_003 + epoch) * 1_000_003 + sample) % 2**63)
+    try:
         yield
+    finally:
+        torch.set_rng_state(before)

@@ -61,9 +61,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int, int, float]]):
         self.draws = draws
         self.config = config
         self.epoch = epoch
-        self.transform = training_transform(
-            config.size, config.training_size(epoch), config.augmentation
-        )
+        self.transform = training_transform(config.training_size(epoch), config.augmentation)
 
     def __len__(self) -> int:
         return len(self.draws)

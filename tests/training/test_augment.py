@@ -5,6 +5,8 @@ import torch
 
 from tests.lesions import draw_lesion
 from training.augment import (
+    Colour,
+    Framing,
     Hairs,
     Jpeg,
     Resolution,
@@ -22,7 +24,7 @@ def image() -> torch.Tensor:
 
 @pytest.mark.parametrize("augmentation", get_args(Augmentation))
 def test_a_sample_of_an_epoch_is_always_drawn_alike(augmentation: Augmentation) -> None:
-    transform = training_transform(64, 48, augmentation)
+    transform = training_transform(48, augmentation)
 
     def look(*place: int) -> torch.Tensor:
         with drawn_from(*place):
@@ -41,8 +43,53 @@ def test_the_caller_s_random_state_is_left_alone() -> None:
     expected = torch.rand(3)
     torch.manual_seed(5)
     with drawn_from(0, 0, 0):
-        training_transform(64, 64)(image())
+        training_transform(64)(image())
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_framing_of_all_that_is_there_is_the_picture_mirrored_or_turned() -> None:
+    # A disc looks alike however it is turned, its centre stays where it is.
+    axis = torch.linspace(-1, 1, 64)
+    disc = (100 + 100 * (axis[:, None] ** 2 + axis**2 < 0.25)).byte().expand(3, -1, -1)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        framed = Framing(64, reach=1, shares=(1, 1), ratio=1)(disc)
+        assert (framed.int() - disc.int()).abs().float().mean() < 2
+
+
+@pytest.mark.parametrize("out", [16, 48, 64])
+def test_a_framing_shows_a_share_of_what_is_within_reach(out: int) -> None:
+    # Brightness is the place: a plane sampled anywhere keeps its slope, by the view's extent.
+    plane = torch.linspace(0, 255, 64).byte().expand(3, 64, 64)
+    spans = []
+    for seed in range(50):
+        torch.manual_seed(seed)
+        framed = Framing(out, reach=0.6, shares=(0.25, 1), ratio=4 / 3)(plane).float()
+        across = framed[0].diff(dim=1).mean() * out / 255
+        down = framed[0].diff(dim=0).mean() * out / 255
+        spans.append(float((across**2 + down**2) ** 0.5))
+    assert 0.2 < min(spans) < 0.4
+    assert 0.5 < max(spans) < 0.62
+
+
+def test_a_small_framing_averages_rather_than_skips() -> None:
+    checkered = ((torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255).byte().expand(3, 64, 64)
+    torch.manual_seed(0)
+    framed = Framing(16, reach=1, shares=(1, 1), ratio=1)(checkered).float()
+    assert framed.std() < 40
+
+
+def test_colours_change_without_moving_anything() -> None:
+    torch.manual_seed(0)
+    assert (Colour(0, 0)(image()).int() - image().int()).abs().max() <= 1
+    grey = torch.full((3, 8, 8), 120, dtype=torch.uint8)
+    for _ in range(20):
+        changed = Colour(0.15, 0.02)(grey).int()
+        # A grey stays one whatever the saturation and the hue; of one colour, it has no contrast.
+        assert (changed[0] - changed[1]).abs().max() <= 1
+        assert 120 * 0.85 - 1 <= changed.min() <= changed.max() <= 120 * 1.15 + 1
+    looks = torch.stack([Colour(0.15, 0.02)(image()).float().mean(dim=(1, 2)) for _ in range(50)])
+    assert (looks.std(dim=0) > 3).all()
 
 
 def test_resolution_and_jpeg_lose_detail_and_keep_the_picture() -> None:
