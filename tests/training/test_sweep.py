@@ -14,6 +14,7 @@ from training.data.manifest import DataError
 from training.run import Run
 from training.sweep import load_recipes
 
+SWEEPS = Path(__file__).parents[2] / "configs" / "sweeps"
 SWEEP = """
 [all]
 size = 32
@@ -29,6 +30,12 @@ ema_decay = 0.5
 mixing = "mixup"
 epochs = 1
 """
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_ready_sweeps_are_sound(path: Path) -> None:
+    recipes = load_recipes(path)
+    assert len(recipes) >= 2
 
 
 @pytest.mark.parametrize(
