@@ -34,6 +34,8 @@ class Config(BaseModel):
         sizes: Of the images it learns from, over equal parts of the epochs; none larger than
             `size`, which an empty list means throughout (Tan & Le 2021, arXiv:2104.00298). Small
             images take less time.
+        folds: Networks that answer together, each fitted with another part of the training images
+            held out; 1 is a single network that learns from all of them.
         epochs: At most.
         batch_size: Images a step.
         accumulate: Batches that one step of the optimiser is averaged over.
@@ -78,6 +80,7 @@ class Config(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32)
     size: int = Field(160, ge=32, le=1024)
     sizes: tuple[Annotated[int, Field(ge=32)], ...] = ()
+    folds: int = Field(1, ge=1, le=100)
     epochs: int = Field(14, ge=1)
     batch_size: int = Field(32, ge=2)
     accumulate: int = Field(1, ge=1)

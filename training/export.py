@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from models.bundle import (
     Artifact,
@@ -39,7 +40,8 @@ from training.data.manifest import DataError, Record, fingerprint
 from training.data.origins import origin_of
 from training.data.vocabulary import Sex, Site, Split
 from training.fit import build_network
-from training.network import MultiTaskNetwork, ServedNetwork
+from training.folds import members
+from training.network import MultiTaskNetwork, ServedEnsemble, ServedNetwork
 from training.ood import choose_ood_threshold, fit_feature_distance
 from training.run import Run, rows
 from training.runners import batches, eager, onnx_runner, open_runner, run_batches, torchscript
@@ -95,9 +97,16 @@ def export(run: Run, folder: Path, views: int = 1) -> tuple[Bundle, dict[str, fl
         for row in rows(records, Split.VALIDATION, config.validate_on)
         if records[row].melanoma is not None
     ]
-    network = load_fitted(run, records)
-    seen = pooled_features(network, pixels, rows(records, Split.TRAIN))
-    served = ServedNetwork(network, AGE_EDGES, fit_feature_distance(seen), views).eval()
+    train = rows(records, Split.TRAIN)
+    networks = load_networks(run, records)
+    each = [
+        ServedNetwork(
+            network, AGE_EDGES, fit_feature_distance(pooled_features(network, pixels, train)), views
+        )
+        for network in networks
+    ]
+    served = (each[0] if len(each) == 1 else ServedEnsemble(each)).eval()
+    of_several = f", {len(each)} networks together" if len(each) > 1 else ""
     melanoma = np.array([bool(records[row].melanoma) for row in validation])
     with TemporaryDirectory() as temporary:
         files = write_artifacts(served, Path(temporary), pixels[:1])
@@ -115,8 +124,8 @@ def export(run: Run, folder: Path, views: int = 1) -> tuple[Bundle, dict[str, fl
             name=f"mmtl-{config.backbone.removeprefix('tf_efficientnet_')}",
             version=VERSION,
             description=(
-                f"M-MTL on {config.backbone}: melanoma, age, site, sex and diagnosis from "
-                "dermoscopic images. Research software, not a medical device."
+                f"M-MTL on {config.backbone}{of_several}: melanoma, age, site, sex and diagnosis "
+                "from dermoscopic images. Research software, not a medical device."
             ),
             input=InputSpec(height=pixels.shape[1], width=pixels.shape[2]),
             tasks=TASKS,
@@ -160,6 +169,11 @@ def golden_outputs(outputs: Outputs, row: int) -> dict[str, tuple[float, ...]]:
         for name, values in outputs.items()
         if name != "melanoma_map"
     }
+
+
+def load_networks(run: Run, records: list[Record]) -> list[MultiTaskNetwork]:
+    """The best network of a run, or of each of its ensemble, as `load_fitted` has them."""
+    return [load_fitted(member, own) for member, own in members(run, records)]
 
 
 def load_fitted(run: Run, records: list[Record]) -> MultiTaskNetwork:
@@ -208,9 +222,7 @@ def pooled_features(
     return np.concatenate(parts)
 
 
-def write_artifacts(
-    served: ServedNetwork, folder: Path, example: Pixels
-) -> dict[ArtifactFormat, Path]:
+def write_artifacts(served: nn.Module, folder: Path, example: Pixels) -> dict[ArtifactFormat, Path]:
     """Write the network in every format."""
     images = torch.from_numpy(np.repeat(np.asarray(example), 2, axis=0))
     paths = {artifact_format: folder / name for artifact_format, name in FILES.items()}
@@ -235,7 +247,7 @@ def write_artifacts(
 
 
 def compare_artifacts(
-    served: ServedNetwork,
+    served: nn.Module,
     files: Mapping[ArtifactFormat, Path],
     pixels: Pixels,
     positions: list[int],

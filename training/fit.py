@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -17,11 +18,12 @@ from models.files import write_atomically
 from training.backbones import find_source
 from training.config import Config
 from training.data.cache import Pixels
-from training.data.manifest import DataError
+from training.data.manifest import DataError, load_manifest
 from training.data.vocabulary import Split
 from training.distillation import open_teachers, soft_targets
 from training.draws import AugmentedImages, draw, targets_of
 from training.feature_maps import build_feature_map
+from training.folds import members, prepare_members
 from training.losses import MultiTaskLoss, Part
 from training.memory import keep_freed_memory
 from training.network import MultiTaskNetwork, melanoma_log_odds
@@ -92,7 +94,7 @@ class Step(nn.Module):
 
 
 def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
-    """Fit the run's network, from its checkpoint where there is one.
+    """Fit the run's network, or each of its ensemble, from its checkpoint where there is one.
 
     Several processes (`torchrun --no-python -- mmtl-train fit`) share each batch, and fit what one
     would; the run's folder must be seen by all. Batch norm has to be frozen then.
@@ -103,7 +105,8 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
         pretrained: Start from ImageNet weights.
 
     Returns:
-        The best validation AUROC for melanoma.
+        The best validation AUROC for melanoma; of an ensemble, the mean over its networks, each on
+        the images held out from it.
 
     Raises:
         DataError: The run is not prepared, has no image to train on, a teacher does not fit, the
@@ -111,7 +114,16 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
         models.bundle.BundleError: A teacher is no whole bundle.
     """
     with gather() as team:
-        return _fit(run, workers, pretrained, team)
+        with team.leader_first():
+            if team.leads:
+                prepare_members(run)
+        runs = [member for member, _ in members(run, load_manifest(run.manifest))]
+        best = []
+        for number, member in enumerate(runs, start=1):
+            if len(runs) > 1 and team.leads:
+                tqdm.write(f"Network {number} of {len(runs)}: {member.folder}")
+            best.append(_fit(member, workers, pretrained, team))
+        return float(np.mean(best))
 
 
 def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:

@@ -226,3 +226,23 @@ class ServedNetwork(nn.Module):
         places = (features * direction[:, :, None, None]).sum(dim=1)
         rest = logit - self.melanoma_bias - places.mean(dim=(1, 2))
         return places + rest[:, None, None]
+
+
+class ServedEnsemble(nn.Module):
+    """Several networks as every artifact holds them: each output is the mean over them.
+
+    Args:
+        members: Of the same input and outputs.
+    """
+
+    def __init__(self, members: Sequence[ServedNetwork]):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """As `ServedNetwork`."""
+        each = [member(images) for member in self.members]
+        return {
+            name: torch.stack([one[name] for one in each]).mean(dim=0)
+            for name in ServedNetwork.OUTPUTS
+        }

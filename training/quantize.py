@@ -107,11 +107,16 @@ def quantize(run: Run, folder: Path) -> tuple[Bundle, list[Cost]]:
 
     Raises:
         DataError: No choice of the float part keeps validation as it was, the network is not one of
-            convolutions, or the bundle was calibrated on other images.
+            convolutions or an ensemble, or the bundle was calibrated on other images.
         models.bundle.BundleError: There is no such bundle.
     """
     bundle = load_bundle(folder)
     precise = bundle.artifact("onnx", "fp32")
+    if run.load_config().folds > 1:
+        raise DataError(
+            f"{run.folder} is an ensemble, which is not put in integers: fit one network that has "
+            "its bundle as a teacher, and quantize that."
+        )
     records, pixels = run.load_data()
     validate_on = run.load_config().validate_on
     validation = [

@@ -1,6 +1,8 @@
 """A run: the folder that preparing, fitting and evaluating share."""
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,11 @@ class Run:
     def cache(self) -> Path:
         """The pixels, row for row with the manifest."""
         return self.folder / "pixels.npy"
+
+    @property
+    def cache_note(self) -> Path:
+        """What the pixels are of."""
+        return self.cache.with_suffix(".json")
 
     @property
     def checkpoint(self) -> Path:
@@ -91,6 +98,16 @@ class Run:
             ) from None
         except ValueError as error:
             raise DataError(f"{self.config} is damaged: {error}.") from None
+
+    def take_pixels(self, other: "Run") -> None:
+        """Have another run's pixels, on the disk once where the file system can."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for source, target in ((other.cache, self.cache), (other.cache_note, self.cache_note)):
+            target.unlink(missing_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:  # of another file system
+                shutil.copyfile(source, target)
 
     def load_data(self) -> tuple[list[Record], Pixels]:
         """The manifest and its pixels.

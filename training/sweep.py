@@ -1,8 +1,6 @@
 """Recipes tried on the same data, one after the other, and compared on the validation split."""
 
-import os
 import re
-import shutil
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from models.files import write_atomically
 from training.config import Config, changed_fields, parse_config
-from training.data.manifest import DataError, fingerprint
+from training.data.manifest import DataError, fingerprint, load_manifest
 from training.data.vocabulary import Split
-from training.export import load_fitted
+from training.export import load_networks
 from training.fit import fit, predict_logits
+from training.folds import members
 from training.network import melanoma_log_odds
 from training.report import interval, number, to_json
 from training.run import Run, rows
@@ -38,7 +38,7 @@ class Outcome:
     Attributes:
         recipe: By name.
         changes: What it changes of the first one, as a sentence names it.
-        epochs: That it took, with those that did not help.
+        epochs: That it took, with those that did not help; of all networks, where it has several.
         minutes: Of them.
         auroc: For melanoma, on validation.
         difference: Of the first recipe's; None for that one.
@@ -165,11 +165,12 @@ def ask(run: Run) -> Answers:
         for row in rows(records, Split.VALIDATION, run.load_config().validate_on)
         if records[row].melanoma is not None
     ]
-    logits = predict_logits(load_fitted(run, records), pixels, validation)
+    logits = [predict_logits(one, pixels, validation) for one in load_networks(run, records)]
+    scores = [melanoma_log_odds(one["melanoma"], one["diagnosis"]) for one in logits]
     return Answers(
         [(records[row].dataset, records[row].image) for row in validation],
         np.array([bool(records[row].melanoma) for row in validation]),
-        melanoma_log_odds(logits["melanoma"], logits["diagnosis"]).numpy(),
+        torch.stack(scores).mean(dim=0).numpy(),
         [records[row].component for row in validation],
         fingerprint(records),
     )
@@ -202,7 +203,8 @@ def table(outcomes: Sequence[Outcome], answers: Answers, recipes: int) -> str:
 def _outcome(name: str, changes: str, run: Run, answers: Answers, first: Answers) -> Outcome:
     clusters = Clusters(answers.components)
     own, other = ({FIGURE: _auroc(found)} for found in (answers, first))
-    history = load_tensors(run.checkpoint)["history"]
+    fitted = [member for member, _ in members(run, load_manifest(run.manifest))]
+    history = [row for one in fitted for row in load_tensors(one.checkpoint)["history"]]
     return Outcome(
         name,
         changes,
@@ -229,13 +231,7 @@ def _share_pixels(runs: Sequence[Run], run: Run) -> None:
     for other in runs:
         before = other.load_config()
         if (before.size, before.train_on) == (config.size, config.train_on):
-            for source in (other.cache, other.cache.with_suffix(".json")):
-                target = run.folder / source.name
-                target.unlink(missing_ok=True)
-                try:
-                    os.link(source, target)
-                except OSError:  # of another file system
-                    shutil.copyfile(source, target)
+            run.take_pixels(other)
             return
 
 

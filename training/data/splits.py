@@ -149,6 +149,36 @@ def fold(
     ]
 
 
+def hold_out(records: Sequence[Record], folds: int, seed: int = 0) -> list[list[Record]]:
+    """K manifests of one that has splits: in each, another k-th of what it trains on validates.
+
+    What validates in it is excluded from all of them, so that it has chosen none of k networks.
+
+    Args:
+        records: With splits and components.
+        folds: K.
+        seed: Of the division.
+
+    Raises:
+        DataError: There are fewer components to train on than folds.
+    """
+    train = [i for i, record in enumerate(records) if record.split is Split.TRAIN]
+    chosen = [records[i] for i in train]
+    numbers = _numbers(chosen, [record.component for record in chosen], folds, seed)
+    number = dict(zip(train, numbers.tolist(), strict=True))
+
+    def split(position: int, held: int) -> Split | None:
+        before = records[position].split
+        if before is Split.VALIDATION:
+            return Split.EXCLUDED
+        return Split.VALIDATION if number.get(position) == held else before
+
+    return [
+        [replace(record, split=split(i, held)) for i, record in enumerate(records)]
+        for held in range(folds)
+    ]
+
+
 def _part(
     records: list[Record], free: list[int], shares: dict[Split, float], seed: int
 ) -> list[Record]:
