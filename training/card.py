@@ -105,7 +105,7 @@ shipped bundle's is docs/evaluation/report.html.
 {_beside(first)}
 
 {_tasks(first)}
-{_paper(report)}{_originals(report)}{_out_of_distribution(report)}
+{_not_learned_from(report)}{_paper(report)}{_originals(report)}{_out_of_distribution(report)}
 ## Limits
 
 - Its seven diagnoses are all it knows: an invasive squamous cell carcinoma, for one, has no class.
@@ -235,6 +235,27 @@ def _paper(report: Report) -> str:
   and tuning here. The threshold is the frozen one.
 
 {body}
+"""
+
+
+def _not_learned_from(report: Report) -> str:
+    rows = "\n".join(
+        f"| {name} | {report['sets'][name]['images']:,} | {report['sets'][name]['melanomas']:,} "
+        f"| {interval(report['sets'][name]['melanoma']['AUROC'])} "
+        f"| {interval(found['AUROC difference'])} |"
+        for name, found in report["not learned from"].items()
+    )
+    if not rows:
+        return ""
+    learned = next(iter(report["not learned from"].values()))["learned from"]
+    return f"""
+## Sources that it never learned from
+
+| source | images | melanomas | AUROC | less that on {", ".join(learned)} |
+|---|---|---|---|---|
+{rows}
+
+What a source took in differs, too: a difference is not of the network alone.
 """
 
 

@@ -241,3 +241,7 @@ def print_figures(report: dict[str, Any]) -> None:
             print(f"  {task + ' accuracy':23} {interval(values['accuracy'])}")
         for figure, value in figures.get("compared", {}).get("differences", {}).items():
             print(f"  {figure} less {figures['compared']['with']}: {interval(value)}")
+    for name, found in report["not learned from"].items():
+        learned = ", ".join(found["learned from"])
+        print(f"AUROC on {name}, not learned from, less that on {learned}:")
+        print(f"  {interval(found['AUROC difference'])}")

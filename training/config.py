@@ -18,6 +18,8 @@ class Config(BaseModel):
 
     Attributes:
         train_on: Datasets of a data folder to learn from, by name; a manifest has its own splits.
+        test_on: Datasets of a data folder to test on as a whole, beside the fixed test split:
+            neither they nor images of the same lesions are learned from or tuned on.
         backbone: Of the zoo, by name.
         weights_dir: Of files NAME.pth with its weights; empty for its package or download.
         weights_notes: TOML with `mean` and `std` by NAME, for files that want others than the
@@ -70,6 +72,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     train_on: tuple[str, ...] = ("HAM10000",)
+    test_on: tuple[str, ...] = ()
     backbone: str = "tf_efficientnet_lite0"
     weights_dir: str = ""
     weights_notes: str = ""
@@ -107,6 +110,12 @@ class Config(BaseModel):
     def _sizes_fit(self) -> Self:
         if self.sizes and max(self.sizes) > self.size:
             raise ValueError(f"sizes: {max(self.sizes)} is larger than size ({self.size})")
+        return self
+
+    @model_validator(mode="after")
+    def _sources_differ(self) -> Self:
+        if both := sorted(set(self.train_on) & set(self.test_on)):
+            raise ValueError(f"test_on: {both[0]} is in train_on, too")
         return self
 
     def training_size(self, epoch: int) -> int:

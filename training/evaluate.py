@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import sklearn
 from numpy.typing import NDArray
-from sklearn.metrics import roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 from tqdm import tqdm
 
 from training import metrics
@@ -59,6 +59,7 @@ def evaluate(
     by_dataset: dict[str, list[int]] = {}
     for row, record in enumerate(predictions.records):
         by_dataset.setdefault(record.dataset.split(" (")[0], []).append(row)
+    sources = set(by_dataset)
     by_dataset |= {name: list(rows) for name, rows in (subsets or {}).items()}
     judged = {name: rows for name, rows in by_dataset.items() if found.can_be_judged(rows)}
     if not judged:
@@ -72,6 +73,7 @@ def evaluate(
         sets = {
             name: found.report(rows) for name, rows in tqdm(judged.items(), "measure", unit="set")
         }
+        unseen = found.unseen({name: rows for name, rows in judged.items() if name in sources})
     return {
         "model": predictions.model,
         "artifact_sha256": predictions.sha256,
@@ -85,6 +87,7 @@ def evaluate(
         "threshold": predictions.threshold,
         "not evaluated": sorted(set(by_dataset) - set(judged)),
         "sets": sets,
+        "not learned from": unseen,
     }
 
 
@@ -167,6 +170,32 @@ class _Evaluation:
         if self.against is not None:
             report["compared"] = self._compare(known, truth, clusters)
         return report
+
+    def unseen(self, sources: Mapping[str, Sequence[int]]) -> Report:
+        """AUROC on each source that was not learned from, less that on those that were.
+
+        Both are of held-out images. Which images a source took in differs, so that a difference is
+        not of the network alone.
+        """
+        learned = {name.split(" (")[0] for name in self.predictions.trained_on} & set(sources)
+        if not learned:
+            return {}
+
+        def known(rows: Sequence[int]) -> list[int]:
+            return [row for row in rows if self.melanoma[row] != MISSING]
+
+        own = known([row for name in sorted(learned) for row in sources[name]])
+        found: Report = {}
+        for name in sorted(set(sources) - learned):
+            rows = [*own, *known(sources[name])]
+            less = _auroc_difference(
+                self.melanoma[rows],
+                self.predictions.probability[rows],
+                np.arange(len(rows)) >= len(own),
+            )
+            estimate = self._clusters(rows).bootstrap({"AUROC": less}, SEED, REPLICATES)["AUROC"]
+            found[name] = {"learned from": sorted(learned), "AUROC difference": asdict(estimate)}
+        return found
 
     def _task(self, task: str, rows: Sequence[int]) -> Report:
         known = [row for row in rows if self.truths[task][row] != MISSING]
@@ -310,6 +339,17 @@ def _statistics(
         return statistic
 
     return {name: on(name) for name in measures}
+
+
+def _auroc_difference(truth: Classes, probability: Floats, there: NDArray[np.bool_]) -> Statistic:
+    """AUROC on the rows that are `there`, less that on the others; NaN where a class is absent."""
+
+    def auroc(rows: NDArray[np.intp]) -> float:
+        if len(set(truth[rows].tolist())) < 2:
+            return float("nan")
+        return float(roc_auc_score(truth[rows], probability[rows]))
+
+    return lambda chosen: auroc(chosen[there[chosen]]) - auroc(chosen[~there[chosen]])
 
 
 def _roc(truth: Classes, probability: Floats) -> list[list[float]]:

@@ -26,8 +26,8 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     Args:
         data: The folder that holds HAM10000 and, where they are there, other datasets.
         run: Where the manifest and the cache go.
-        config: Frozen into the run; it says what is learned from. The balanced set's `val` is
-            tested on.
+        config: Frozen into the run; it says what is learned from, and what is tested on beside
+            the fixed test split and the balanced set's `val`.
 
     Returns:
         Number of images by (dataset, split).
@@ -41,13 +41,14 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     used = [
         position
         for position, record in enumerate(records)
-        if record.path and (record.dataset in config.train_on or is_published_test(record))
+        if record.path
+        and (record.dataset in {*config.train_on, *config.test_on} or is_published_test(record))
     ]
     if not any(records[i].dataset == ham10000.TITLE for i in used):
         raise DataError(
             f"{data} holds no images of HAM10000, which the network is validated and tested on."
         )
-    if absent := set(config.train_on) - {records[i].dataset for i in used}:
+    if absent := {*config.train_on, *config.test_on} - {records[i].dataset for i in used}:
         raise DataError(
             f"{data} holds no images of {min(absent)}; found are "
             f"{', '.join(sorted({record.dataset for record in records if record.path}))}."
@@ -60,7 +61,7 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     # Ids alone miss copies that a dataset holds under another name, so pictures are compared, too.
     found = find_duplicates(thumbnails(lambda row: pixels[row], len(pixels)))
     pairs = [(used[pair.one], used[pair.other]) for pair in found]
-    divided = assign_fixed(records, components(records, pairs, listed))
+    divided = assign_fixed(records, components(records, pairs, listed), config.test_on)
     manifest = [divided[i] for i in used]
     save_manifest(run.manifest, manifest)
     return _count(manifest)

@@ -38,6 +38,7 @@ def render(report: Report) -> str:
         "paper": None,
         "originals": None,
         "out of distribution": None,
+        "not learned from": {},
         "cautions": (),
     } | report
     shown["sets"] = {name: {"compared": None} | found for name, found in report["sets"].items()}

@@ -22,11 +22,12 @@ def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path: Pat
     ("text", "said"),
     [
         ("epocs = 3", "there is no setting epocs; did you mean epochs?"),
-        ("zzz = 3", "there is no setting zzz; known are train_on, backbone"),
+        ("zzz = 3", "there is no setting zzz; known are train_on, test_on"),
         ("epochs = 0", "epochs: Input should be greater than or equal to 1 (found 0)"),
         ('size = "large"', "size: Input should be a valid integer"),
         ('imbalance = "some"', "imbalance: Input should be 'none', 'balanced_sampling'"),
         ("size = 64\nsizes = [32, 96]", "sizes: 96 is larger than size (64)."),
+        ('train_on = ["a"]\ntest_on = ["b", "a"]', "test_on: a is in train_on, too."),
         ("epochs = ", "is not TOML"),
     ],
 )

@@ -125,6 +125,25 @@ def test_two_models_are_compared_on_the_same_images(report: dict) -> None:
         evaluate(predictions(tested), [], predictions(tested[:-1]))
 
 
+def test_a_source_that_was_not_learned_from_stands_beside_those_that_were() -> None:
+    own, other = records(240, "A (part)", Split.TEST), records(240, "B", Split.TEST)
+    better, worse = predictions(own, skill=4), predictions(other, skill=0.5)
+    both = replace(
+        predictions([*own, *other]),
+        probability=np.concatenate([better.probability, worse.probability]),
+        trained_on=("A (part)", "A (more)"),
+    )
+    found = evaluate(both, [])
+    (name, unseen), *rest = found["not learned from"].items()
+    assert (name, unseen["learned from"], rest) == ("B", ["A"], [])
+    auroc = {name: figures["melanoma"]["AUROC"]["value"] for name, figures in found["sets"].items()}
+    difference = unseen["AUROC difference"]
+    assert difference["value"] == pytest.approx(auroc["B"] - auroc["A"])
+    assert difference["low"] < difference["value"] < difference["high"] < 0
+    assert "Sources that it never learned from" in render(found)
+    assert evaluate(replace(both, trained_on=()), [])["not learned from"] == {}
+
+
 def test_without_training_rows_there_is_no_metadata_baseline() -> None:
     found = evaluate(predictions(records(100, "A", Split.TEST)), [])["sets"]["A"]
     assert found["class"]["metadata_only"] is None

@@ -111,6 +111,14 @@ def test_prepare_leaves_the_held_out_lesions_out(fitted: Run) -> None:
     assert len(rows(records, Split.TEST, "balanced")) == 40
 
 
+def test_a_dataset_can_be_held_out_as_a_whole(data: Path, tmp_path: Path) -> None:
+    held = {"train_on": ["HAM10000"], "test_on": ["isic2017"]}
+    counts = prepare(data, Run(tmp_path), Config(size=32, **held))
+    assert {split for dataset, split in counts if dataset == "isic2017"} == {"test"}
+    with pytest.raises(DataError, match="holds no images of isic2016"):
+        prepare(data, Run(tmp_path / "other"), Config(size=32, test_on=("isic2016",)))
+
+
 def test_fit_writes_a_log_and_the_best_weights(fitted: Run) -> None:
     with fitted.log.open() as file:
         log = list(csv.DictReader(file))
@@ -446,6 +454,7 @@ def test_the_figures_the_card_and_the_page_say_what_was_measured(
     assert f"{auroc['value']:.3f}" in card
     assert f"{auroc['value']:.3f}" in (fitted.folder / "report" / "report.html").read_text()
     assert "CC BY-NC" in card
+    assert f"| balanced | 40 | {metrics['sets']['balanced']['melanomas']} |" in card
 
 
 def test_a_table_of_predictions_is_evaluated_and_compared(

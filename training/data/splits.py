@@ -1,7 +1,7 @@
 """Who may learn from what: splits of a manifest over its components."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,22 +24,25 @@ def in_test_split(lesion: str) -> bool:
     return _hash(lesion) % TEST_MODULUS == 0
 
 
-def assign_fixed(records: Sequence[Record], labels: NDArray[np.int32]) -> list[Record]:
+def assign_fixed(
+    records: Sequence[Record], labels: NDArray[np.int32], test_on: Collection[str] = ()
+) -> list[Record]:
     """The split that the shipped bundle is made on.
 
-    Test is the fixed fifth of HAM10000's lesions, and the balanced set's `val`. Of what is left,
-    everything that shares a component with these is excluded; a seventh of HAM10000's remaining
-    components validates, with whatever of other datasets is joined to them.
+    Test is the fixed fifth of HAM10000's lesions, the balanced set's `val` and whole datasets. Of
+    what is left, everything that shares a component with these is excluded; a seventh of HAM10000's
+    remaining components validates, with whatever of other datasets is joined to them.
 
     Args:
         records: All images of all datasets at hand.
         labels: Their components.
+        test_on: Datasets, by name.
 
     Returns:
         The records, in order, with `split` and `component` filled in.
     """
     names = names_of(records, labels)
-    tested = [_is_tested(record) for record in records]
+    tested = [_is_tested(record) or record.dataset in test_on for record in records]
     # A component with one tested image is tested or left out as a whole: never trained on.
     touched = {name for name, test in zip(names, tested, strict=True) if test}
     divided = {

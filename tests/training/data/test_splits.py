@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from training.data.components import components
 from training.data.layouts import gather, read_datasets
 from training.data.manifest import DataError, Record
-from training.data.splits import assign_fixed, assign_published, divide, fold, in_test_split
+from training.data.splits import (
+    assign_fixed,
+    assign_published,
+    divide,
+    fold,
+    hold_out,
+    in_test_split,
+)
 from training.data.vocabulary import Split
 
 LEARNED = (Split.TRAIN, Split.VALIDATION)
@@ -39,6 +46,33 @@ def test_the_fixed_split_keeps_components_apart(ours: list, theirs: list) -> Non
     assert all(record.split is Split.TEST for record in done[len(ours) :])
     assert not of(done, *LEARNED) & of(done, Split.TEST)
     assert not of(done, Split.TRAIN) & of(done, Split.VALIDATION)
+
+
+@given(rows, rows)
+def test_a_dataset_that_is_tested_on_is_not_learned_from(ours: list, theirs: list) -> None:
+    records = [Record(f"ISIC_{i:07d}", "", "HAM10000", f"HAM_{lesion}") for lesion, i in ours]
+    records += [Record(f"ISIC_{i:07d}", "", "isic2017", f"IL_{lesion}") for lesion, i in theirs]
+    done = assign_fixed(records, components(records), {"isic2017"})
+    assert all(record.split is Split.TEST for record in done[len(ours) :])
+    tested = of(done[len(ours) :], Split.TEST)
+    assert not any(r.component in tested and r.split in LEARNED for r in done)
+
+
+@pytest.mark.parametrize("folds", [2, 3])
+def test_every_training_image_is_held_out_once(folds: int) -> None:
+    records = patients(120)
+    before = divide(records, components(records), 0.2, 0.2)
+    parted = hold_out(before, folds)
+    for position, record in enumerate(before):
+        after = Counter(own[position].split for own in parted)
+        if record.split is Split.TRAIN:
+            assert after == {Split.TRAIN: folds - 1, Split.VALIDATION: 1}
+        elif record.split is Split.VALIDATION:
+            assert after == {Split.EXCLUDED: folds}
+        else:
+            assert after == {record.split: folds}
+    for own in parted:
+        assert not of(own, Split.TRAIN) & of(own, Split.VALIDATION)
 
 
 def patients(count: int) -> list[Record]:
