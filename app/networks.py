@@ -149,14 +149,16 @@ class Networks:
             self._switching.release()
 
     def _watch(self) -> None:
-        broken_before = False
+        suspect: Batcher | None = None
         while not self._stopped.wait(_WATCH_SECONDS):
-            broken = self.current.batcher.broken(self._settings.hang_seconds)
-            # Twice in a row: where the whole process was stopped for a while, all look hung.
-            if broken and broken_before and not self._replace():
+            looked_at = self.current.batcher
+            broken = looked_at.broken(self._settings.hang_seconds)
+            # The same one twice in a row: where the whole process was stopped for a while, all look
+            # hung, and one that was succeeded meanwhile has ended.
+            if broken and looked_at is suspect and not self._replace():
                 self.on_failure()
                 return
-            broken_before = broken
+            suspect = looked_at if broken else None
 
     def _replace(self) -> bool:
         """Load the network anew in the place of a broken one; False where that does not help."""

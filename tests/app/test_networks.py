@@ -99,6 +99,26 @@ def test_no_request_fails_while_networks_change(client: TestClient, folder: Path
         assert all(abs(probability - expected) < 0.01 for *_, probability in found)
 
 
+def test_networks_that_each_look_broken_once_are_not_replaced(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks = client.app.state.networks
+    looked_at: list[Batcher] = []
+
+    def broken_at_first_sight(batcher: Batcher, _: float) -> bool:
+        looked_at.append(batcher)
+        networks.reload()
+        return looked_at.count(batcher) == 1
+
+    monkeypatch.setattr(Batcher, "broken", broken_at_first_sight)
+    deadline = time.monotonic() + 20
+    while len(looked_at) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(set(looked_at)) == len(looked_at)
+    assert metric(client, "mmtl_network_replacements_total") == 0
+
+
 def test_a_request_that_meets_a_network_just_retired_is_given_to_its_successor(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
