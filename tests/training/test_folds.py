@@ -34,17 +34,12 @@ def _small_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("ensemble")
     draw_ham10000(folder / "data" / "ham10000", 320)
     run = Run(folder / "run")
     prepare(folder / "data", run, CONFIG)
     return run
-
-
-@pytest.fixture
-def run(prepared: Run) -> Run:
-    return prepared
 
 
 def test_a_stopped_ensemble_goes_on_and_is_one_bundle_of_its_networks_means(
