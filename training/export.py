@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -41,6 +42,7 @@ from training.data.origins import origin_of
 from training.data.vocabulary import Sex, Site, Split
 from training.fit import build_network
 from training.folds import members
+from training.half import rounded, store_in_half
 from training.network import MultiTaskNetwork, ServedEnsemble, ServedNetwork
 from training.ood import choose_ood_threshold, fit_feature_distance
 from training.run import Run, rows
@@ -48,7 +50,7 @@ from training.runners import batches, eager, onnx_runner, open_runner, run_batch
 from training.state import belongs, identity_of, load_tensors
 from training.tasks import DIAGNOSES
 
-VERSION = "0.3.2"
+VERSION = "0.4.0"
 AGE_EDGES = (30.0, 45.0, 60.0, 75.0)
 AGE_LABELS = ("0-29", "30-44", "45-59", "60-74", "75+")
 TASKS = (
@@ -98,7 +100,8 @@ def export(run: Run, folder: Path, views: int = 1) -> tuple[Bundle, dict[str, fl
         if records[row].melanoma is not None
     ]
     train = rows(records, Split.TRAIN)
-    networks = load_networks(run, records)
+    first = torch.from_numpy(np.array(pixels[:1])).permute(0, 3, 1, 2)
+    networks = [rounded(network, first) for network in load_networks(run, records)]
     each = [
         ServedNetwork(
             network, AGE_EDGES, fit_feature_distance(pooled_features(network, pixels, train)), views
@@ -223,7 +226,7 @@ def pooled_features(
 
 
 def write_artifacts(served: nn.Module, folder: Path, example: Pixels) -> dict[ArtifactFormat, Path]:
-    """Write the network in every format."""
+    """Write the network in every format; the ONNX file's weights in half precision."""
     images = torch.from_numpy(np.repeat(np.asarray(example), 2, axis=0))
     paths = {artifact_format: folder / name for artifact_format, name in FILES.items()}
     free = {"images": {0: torch.export.Dim("batch", min=1, max=1024)}}
@@ -240,6 +243,9 @@ def write_artifacts(served: nn.Module, folder: Path, example: Pixels) -> dict[Ar
         external_data=False,
         verbose=False,
     )
+    model = onnx.load(paths["onnx"])
+    store_in_half(model)
+    onnx.save(model, paths["onnx"])
     with torchscript():
         traced = torch.jit.trace(served, images, strict=False)  # type: ignore[no-untyped-call]  # torch's own gap
         torch.jit.save(traced, paths["torchscript"])

@@ -44,6 +44,7 @@ from training.data.cache import Pixels
 from training.data.manifest import DataError
 from training.data.vocabulary import Split
 from training.export import golden_outputs
+from training.half import store_in_half, widen
 from training.ood import choose_ood_threshold
 from training.run import Run, rows
 from training.runners import Runner, onnx_runner, run_batches
@@ -248,6 +249,7 @@ class Backbone:
 
     def __init__(self, path: Path, folder: Path, examples: Images):
         self._whole = onnx.load(path)
+        widen(self._whole)
         self._folder = folder
         self._examples = examples
         nodes = self._whole.graph.node
@@ -255,8 +257,9 @@ class Backbone:
         if trunk is None:
             raise DataError(f"{path} is not a network of `mmtl-train export`: it has no trunk.")
         logging.getLogger("root").setLevel(logging.ERROR)  # what it says is not for a user
-        part = folder / "backbone.onnx"
-        extract_model(path, part, ["images"], [trunk.input[0]], check_model=False)
+        whole, part = folder / "whole.onnx", folder / "backbone.onnx"
+        onnx.save(self._whole, whole)
+        extract_model(whole, part, ["images"], [trunk.input[0]], check_model=False)
         self._part = onnx.load(part)
         self._convolutions = [n for n in self._part.graph.node if n.op_type == "Conv"]
         if len(self._convolutions) < 2:
@@ -290,7 +293,9 @@ class Backbone:
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={"CalibMovingAverage": True, "CalibMovingAverageConstant": 0.05},
         )
-        onnx.save(self._joined(onnx.load(quantized)), path)
+        joined = self._joined(onnx.load(quantized))
+        store_in_half(joined)
+        onnx.save(joined, path)
 
     def _joined(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """The backbone in integers and what follows it, as it was."""
