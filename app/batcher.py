@@ -25,7 +25,8 @@ from app.engines import Engine
 from app.telemetry import Metrics
 
 Pixels = NDArray[np.uint8]
-# Decoded images that a CPU should run together (benchmarks/serving/steps.py undoes it).
+# Decoded images that a CPU runs together: more of them gain nothing there, and take memory
+# (benchmarks/serving/steps.py).
 _BATCH_ON_CPU = 4
 # Workers beyond the cores: they use what the others leave idle, waiting for the interpreter.
 _SPARE = 2
@@ -114,7 +115,7 @@ class Batcher:
         engine: Loaded.
         input_size: Height and width of its images.
         cores: That decode, and on a CPU run the network; other threads come on top.
-        max_batch: Most images in one run.
+        max_batch: Most images in one run; on a CPU it is never more than a few.
         queue_size: Most images admitted at once.
         metrics: Told of every batch.
     """
@@ -130,11 +131,11 @@ class Batcher:
     ):
         self._engine = engine
         self._input_size = input_size
-        self._max_batch = max_batch
         self._queue_size = queue_size
         self._metrics = metrics
         on_cpu = engine.device == "cpu"
-        self._worth_running = min(_BATCH_ON_CPU, max_batch) if on_cpu else 1
+        self._max_batch = min(_BATCH_ON_CPU, max_batch) if on_cpu else max_batch
+        self._worth_running = self._max_batch if on_cpu else 1
         self._admitted = 0
         self._encoded: deque[_Job] = deque()
         self._decoded: deque[_Job] = deque()
