@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,8 @@ MIXES = ("small", "medium", "full size", "mixed")
 CLIENTS = (1, 8, 32, 128)
 OPEN_CLIENTS = 128
 OPEN_LOADS = (0.5, 0.8, 1.2)
+# Images that may wait where refusals are looked at: fewer than there are connections.
+SHORT_QUEUE = 32
 LIMIT_BATCH = 4
 _MARK = "BENCH_SERVE_TOKEN"
 
@@ -70,6 +72,9 @@ def systems(network: Path, side: int) -> dict[str, System]:
     return {
         "mmtl, same network": System("mmtl", ("mmtl", "serve"), {**ours, "MMTL_PRECISION": "fp32"}),
         "mmtl, as shipped": System("mmtl", ("mmtl", "serve"), ours),
+        "mmtl, short queue": System(
+            "mmtl", ("mmtl", "serve"), {**ours, "MMTL_QUEUE_SIZE": str(SHORT_QUEUE)}
+        ),
         "FastAPI": System("fastapi", ("uvicorn", "fastapi_app:app", *quiet), shared),
         "LitServe": System("litserve", ("python", f"{peers}/litserve_app.py", port), shared),
         "BentoML": System(
@@ -270,12 +275,32 @@ def measure(system: System, mixes: dict[str, list[Path]], log: Path) -> dict[str
         for clients in CLIENTS:
             if clients != 32:
                 found[f"mixed, {clients} clients"] = load(process, mixes["mixed"], clients)
-        capacity = found["mixed, 32 clients"]["images_per_second"]
-        for share in OPEN_LOADS:
-            found[f"mixed, open loop, {share:.0%}"] = load(
-                process, mixes["mixed"], OPEN_CLIENTS, share * capacity
-            )
+        found |= measure_arrivals(process, mixes, found["mixed, 32 clients"], OPEN_LOADS)
         return {"ready_seconds": ready, "loads": found}
+    finally:
+        process.stop()
+
+
+def measure_arrivals(
+    process: Process, mixes: dict[str, list[Path]], closed: dict[str, Any], shares: Sequence[float]
+) -> dict[str, Any]:
+    """Open loops, at shares of what a closed one gave."""
+    return {
+        f"mixed, open loop, {share:.0%}": load(
+            process, mixes["mixed"], OPEN_CLIENTS, share * closed["images_per_second"]
+        )
+        for share in shares
+    }
+
+
+def measure_refusals(system: System, mixes: dict[str, list[Path]], log: Path) -> dict[str, Any]:
+    """More than the system can do, where few may wait."""
+    process = Process(system, log)
+    try:
+        ready = process.wait(mixes["small"][0].read_bytes())
+        closed = load(process, mixes["mixed"], SHORT_QUEUE)
+        loads = measure_arrivals(process, mixes, closed, OPEN_LOADS[-1:])
+        return {"ready_seconds": ready, "loads": {"mixed, 32 clients": closed, **loads}}
     finally:
         process.stop()
 
@@ -342,6 +367,8 @@ def main() -> None:
                     found = measure_limit(used, side, mixes)
                 elif name == "nothing":
                     found = measure_generator(known[name], mixes, log)
+                elif name == "mmtl, short queue":
+                    found = measure_refusals(known[name], mixes, log)
                 else:
                     found = measure(known[name], mixes, log)
                 row = {"repeat": repeat, "system": name, **found}

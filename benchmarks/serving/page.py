@@ -15,6 +15,7 @@ from models.bundle import Bundle
 Rows = Sequence[dict[str, Any]]
 PEERS = ("FastAPI", "LitServe", "BentoML", "Ray Serve")
 SAME, SHIPPED = "mmtl, same network", "mmtl, as shipped"
+SHORT = "mmtl, short queue"
 LIMIT = {SAME: "limit, same network", SHIPPED: "limit, as shipped"}
 MIXES = ("small", "medium", "full size", "mixed")
 TARGETS_FULL = {SAME: 2.0, SHIPPED: 3.0}
@@ -145,6 +146,23 @@ def _lines(
                     f"{sum(results.each(name, load, 'failed')):.0f}",
                 ]
             )
+    yield (
+        "\nRefusals take more connections than may wait. With `MMTL_QUEUE_SIZE=32`, 120 % of its "
+        "capacity over 128 connections, mmtl as shipped:\n"
+    )
+    yield _row(["", "images/s", "p50 / p95 / p99 ms", "refused (503)", "their p99, ms", "failed"])
+    yield _row(["---"] * 6)
+    over = f"mixed, open loop, {1.2:.0%}"
+    yield _row(
+        [
+            SHORT,
+            f"{results.median(SHORT, over, 'images_per_second'):.1f}",
+            _latency(results, SHORT, over),
+            f"{sum(results.each(SHORT, over, 'refused')):.0f}",
+            f"{results.median(SHORT, over, 'refused_p99_ms'):.0f}",
+            f"{sum(results.each(SHORT, over, 'failed')):.0f}",
+        ]
+    )
     yield "\n## What it costs, 32 clients\n"
     yield _row(
         ["", *(f"CPU ms an image, {mix}" for mix in MIXES), "peak MB, full size", "ready, s"]
@@ -205,12 +223,8 @@ def _targets(results: Results) -> Iterator[tuple[str, str, str, bool]]:
             )
     slowest = min(results.ratio(SAME, p, f"{m}, 32 clients") for p in PEERS for m in MIXES)
     yield "same network, any mix: over the fastest peer", f"{slowest:.2f}x", "1x", slowest >= 1
-    for ours in (SAME, SHIPPED):
-        alone = results.median(ours, "mixed, 1 clients", "p50_ms")
-        bare = results.median(LIMIT[ours], "mixed, 1 clients", "p50_ms")
-        what = f"{ours}, one client: p50 over bare decode and infer"
-        yield what, f"{alone - bare:+.1f} ms", "+3 ms", alone - bare <= 3
-        over = f"mixed, open loop, {1.2:.0%}"
+    over = f"mixed, open loop, {1.2:.0%}"
+    for ours in (SAME, SHIPPED, SHORT):
         peak = results.median(ours, "mixed, 32 clients", "images_per_second")
         kept = results.median(ours, over, "images_per_second") / peak
         yield f"{ours}, 120 % load: throughput of its peak", f"{kept:.2f}", "0.90", kept >= 0.9
@@ -218,6 +232,18 @@ def _targets(results: Results) -> Iterator[tuple[str, str, str, bool]]:
         mute = sum(results.each(ours, over, "without_retry_after"))
         what = f"{ours}, 120 % load: failures, and refusals without Retry-After"
         yield what, f"{failed + mute:.0f}", "0", not failed + mute
+    slowest_ms = max(results.each(SHORT, over, "p99_ms"))
+    what = f"{SHORT}, 120 % load: p99 of what is accepted, at most the deadline"
+    yield what, f"{slowest_ms:.0f} ms", "30,000 ms", slowest_ms < 30_000
+    refused_ms = results.median(SHORT, over, "refused_p99_ms")
+    accepted_ms = results.median(SHORT, over, "p50_ms")
+    what = f"{SHORT}, 120 % load: p99 of what is refused, below the median of what is accepted"
+    yield what, f"{refused_ms:.0f} ms", f"{accepted_ms:.0f} ms", refused_ms < accepted_ms
+    for ours in (SAME, SHIPPED):
+        alone = results.median(ours, "mixed, 1 clients", "p50_ms")
+        bare = results.median(LIMIT[ours], "mixed, 1 clients", "p50_ms")
+        what = f"{ours}, one client: p50 over bare decode and infer"
+        yield what, f"{alone - bare:+.1f} ms", "+3 ms", alone - bare <= 3
         peak_mb = max(results.each(ours, "full size, 32 clients", "peak_megabytes"))
         yield f"{ours}: memory, full size", f"{peak_mb:.0f} MB", "350 MB", peak_mb < 350
         ready = median(results.of(ours, repeat)["ready_seconds"] for repeat in results.repeats)
