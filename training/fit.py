@@ -30,7 +30,7 @@ from training.network import MultiTaskNetwork, melanoma_log_odds
 from training.plots import curves
 from training.run import Run, rows
 from training.runners import batches
-from training.state import State, identity_of, load_tensors
+from training.state import State, identity_of, load_tensors, save_tensors
 from training.tasks import Targets, encode_targets
 from training.team import Team, gather
 from training.tensorboard import open_scalars
@@ -166,8 +166,7 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
             )
             improved = scores["validation_auroc"] > state.best
             if improved and team.leads:
-                with write_atomically(run.best) as temporary:
-                    torch.save(state.average.module.state_dict(), temporary)
+                save_tensors(run.best, state.average.module.state_dict())
             state.advance(scores["validation_auroc"])
             row = {
                 "epoch": state.epoch,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -78,8 +79,7 @@ class State:
         """Write the checkpoint."""
         parts = {name: getattr(self, name).state_dict() for name in self._PARTS}
         progress = {name: getattr(self, name) for name in self._PROGRESS}
-        with write_atomically(run.checkpoint) as temporary:
-            torch.save({"identity": identity, **parts, **progress}, temporary)
+        save_tensors(run.checkpoint, {"identity": identity, **parts, **progress})
 
     def resume(self, run: Run, identity: dict[str, Any]) -> None:
         """Go on where the run's checkpoint is, if there is one.
@@ -127,8 +127,27 @@ def belongs(checkpoint: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
     return all(saved.get(name) == value for name, value in identity.items())
 
 
+def save_tensors(path: Path, values: Mapping[str, Any]) -> None:
+    """Write what `load_tensors` reads, whole or not at all.
+
+    Raises:
+        DataError: It cannot be written; what was there before is kept.
+    """
+    # In memory first: of a full disk, torch says `unexpected pos 576 vs 534`.
+    buffer = BytesIO()
+    torch.save(values, buffer)
+    try:
+        with write_atomically(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror}); what was fitted before is kept. "
+            "Make room, and fit again."
+        ) from None
+
+
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `torch.save` wrote.
+    """Read what `save_tensors` wrote.
 
     Raises:
         DataError: The file is damaged.

@@ -1,7 +1,10 @@
 """The loop's parts: what is drawn, what is frozen, what a step is."""
 
+import resource
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from training.fit import Step, set_mode, start
 from training.losses import MultiTaskLoss
 from training.network import MultiTaskNetwork
 from training.run import Run
-from training.state import State
+from training.state import State, load_tensors, save_tensors
 from training.tasks import TASKS, Targets
 
 
@@ -182,3 +185,24 @@ def test_a_compiled_network_learns_the_same() -> None:
     (loss_plain, names_plain), (loss_compiled, names_compiled) = learned
     assert loss_compiled == pytest.approx(loss_plain, rel=1e-4)
     assert names_compiled == names_plain
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As a disk that is full after so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_on_a_full_disk_what_was_fitted_before_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_tensors(path, {"epoch": 1})
+    said = r"checkpoint\.pt cannot be written \(File too large\); what was fitted before is kept"
+    with files_of_at_most(5000), pytest.raises(DataError, match=said):
+        save_tensors(path, {"epoch": 2, "weights": torch.zeros(10_000)})
+    assert load_tensors(path) == {"epoch": 1}
+    assert list(tmp_path.iterdir()) == [path]
