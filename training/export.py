@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from models.bundle import (
@@ -44,9 +43,9 @@ from training.fit import build_network
 from training.folds import members
 from training.half import rounded, store_in_half
 from training.network import MultiTaskNetwork, ServedEnsemble, ServedNetwork
-from training.ood import choose_ood_threshold, fit_feature_distance
+from training.ood import choose_ood_threshold, fit_feature_distance, middle_features
 from training.run import Run, rows
-from training.runners import batches, eager, onnx_runner, open_runner, run_batches, torchscript
+from training.runners import eager, onnx_runner, open_runner, run_batches, torchscript
 from training.state import belongs, identity_of, load_tensors
 from training.tasks import DIAGNOSES
 
@@ -104,7 +103,10 @@ def export(run: Run, folder: Path, views: int = 1) -> tuple[Bundle, dict[str, fl
     networks = [rounded(network, first) for network in load_networks(run, records)]
     each = [
         ServedNetwork(
-            network, AGE_EDGES, fit_feature_distance(pooled_features(network, pixels, train)), views
+            network,
+            AGE_EDGES,
+            fit_feature_distance(middle_features(network, pixels, train, config)),
+            views,
         )
         for network in networks
     ]
@@ -211,18 +213,6 @@ def training_data(records: list[Record]) -> TrainingData:
         ),
         licence=WEIGHTS_LICENCE,
     )
-
-
-@torch.inference_mode()
-def pooled_features(
-    network: MultiTaskNetwork, pixels: Pixels, positions: list[int]
-) -> NDArray[np.float32]:
-    """The backbone's pooled features: float32 [len(positions), C]."""
-    parts = [
-        network.backbone_features(batch.permute(0, 3, 1, 2)).mean(dim=(2, 3)).numpy()
-        for batch in batches(pixels, positions, 64)
-    ]
-    return np.concatenate(parts)
 
 
 def write_artifacts(served: nn.Module, folder: Path, example: Pixels) -> dict[ArtifactFormat, Path]:

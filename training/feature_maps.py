@@ -30,6 +30,16 @@ class TimmMap(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """float32 [N, 3, H, W] -> float32 [N, C, h, w]."""
         features: Tensor = self.model.forward_features(images)
+        return self._laid_out(features)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Those on the way, as far as timm gives them out, and what `forward` gives."""
+        if not hasattr(self.model, "forward_intermediates"):
+            return [self(images)]
+        features, found = self.model.forward_intermediates(images)
+        return [*found, self._laid_out(features)]
+
+    def _laid_out(self, features: Tensor) -> Tensor:
         return _grid(features, self.prefix) if features.ndim == 3 else features
 
 
@@ -80,6 +90,46 @@ def build_feature_map(
         mean = std = _HALF
     features = _features(backbone, model)
     return features, _channels(features, backbone, size or backbone.input_size), mean, std
+
+
+def last_and_middle(features: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The last map of a feature extractor, and one on the way to it.
+
+    The last is what training bends to its labels. The one on the way, the last that is finer than
+    it (the middle one where all are as coarse, and the last itself where its library gives out no
+    other), still sees what the labels do not ask for.
+
+    Args:
+        features: Of `build_feature_map`.
+        images: float32 [N, 3, H, W].
+
+    Returns:
+        float32 [N, C, h, w] and [N, C', h', w'].
+    """
+    if isinstance(features, TimmMap):
+        found = features.maps(images)
+    elif isinstance(features, nn.Sequential):
+        found = _steps(features, images)
+    else:
+        found = [features(images)]
+    last = found[-1]
+    maps = [one for one in found if one.ndim == 4 and _as_wide(one, images)]
+    finer = [one for one in maps if one.shape[2] > last.shape[2]]
+    return last, finer[-1] if finer else maps[(len(maps) - 1) // 2]
+
+
+def _as_wide(values: Tensor, images: Tensor) -> bool:
+    """Whether rows and columns are the last two dimensions (Swin has channels last on the way)."""
+    return 2 / 3 < values.shape[3] * images.shape[2] / (values.shape[2] * images.shape[3]) < 3 / 2
+
+
+def _steps(parts: nn.Sequential, images: Tensor) -> list[Tensor]:
+    """What each layer of a sequence gives, sequences within it taken apart."""
+    found = [images]
+    for part in parts:
+        nested = isinstance(part, nn.Sequential) and len(part) > 0
+        found += _steps(part, found[-1]) if nested else [part(found[-1])]
+    return found[1:]
 
 
 def _build(backbone: Backbone, drop_path: float) -> nn.Module:

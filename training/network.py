@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from models.bundle import AGE_GRID
 from training.data.vocabulary import Diagnosis
+from training.feature_maps import last_and_middle
 from training.ood import FeatureDistance
 from training.tasks import DIAGNOSES, TASKS
 
@@ -57,21 +58,23 @@ class MultiTaskNetwork(nn.Module):
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
 
-    def backbone_features(self, images: Tensor) -> Tensor:
-        """What the backbone sees, before the trunk.
+    def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the backbone sees last, before the trunk, and what it saw on the way.
 
         Args:
             images: 0 to 255, [N, 3, H, W], uint8 or float.
 
         Returns:
-            float32 [N, C, h, w].
+            float32 [N, C, h, w] and [N, C', h', w'], as `last_and_middle` has them.
         """
-        features: Tensor = self.backbone((images.float() - self.mean) / self.std)
-        return features
+        return last_and_middle(self.backbone, self._normalised(images))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return (images.float() - self.mean) / self.std
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Logits by task, each [N, outputs]; `age` as `continuation_logits`."""
-        features = self.trunk(self.backbone_features(images))
+        features = self.trunk(self.backbone(self._normalised(images)))
         pooled = self.dropout(features.mean(dim=(2, 3)))
         return {name: head(pooled) for name, head in self.heads.items()}
 
@@ -138,7 +141,7 @@ class ServedNetwork(nn.Module):
     Args:
         network: Fitted.
         age_edges: The first age, in years, of every age bin but the first.
-        distance: Fitted to the backbone's pooled features of the training images.
+        distance: Fitted to the backbone's middle features of the training images, pooled.
         views: Of each image that are answered together, and take as many times the work: 1, 4 (its
             mirrorings) or 8 (the dihedral group: those and their transposes; the input is square).
     """
@@ -195,8 +198,8 @@ class ServedNetwork(nn.Module):
 
     def _answer(self, images: Tensor) -> dict[str, Tensor]:
         heads = self.network.heads
-        seen = self.network.backbone_features(images.permute(0, 3, 1, 2))
-        features = self.network.trunk(seen)
+        last, middle = self.network.maps(images.permute(0, 3, 1, 2))
+        features = self.network.trunk(last)
         pooled = features.mean(dim=(2, 3))
         ages = age_distribution(heads["age"](pooled))
         diagnosis = heads["diagnosis"](pooled)
@@ -209,7 +212,7 @@ class ServedNetwork(nn.Module):
             "sex": heads["sex"](pooled).softmax(dim=1),
             "diagnosis": diagnosis.softmax(dim=1),
             "melanoma_map": self._map(features, diagnosis, logit),
-            "ood_score": self.distance(seen.mean(dim=(2, 3))),
+            "ood_score": self.distance(middle.mean(dim=(2, 3))),
         }
 
     def _map(self, features: Tensor, diagnosis: Tensor, logit: Tensor) -> Tensor:

@@ -1,15 +1,35 @@
-"""How far an image is from the training images in the backbone's features: the OOD score."""
+"""How far an image is from the training images in the backbone's features: the OOD score.
+
+The features are those of a map on the way (Lee et al. 2018, arXiv:1807.03888): in the last one, a
+network that was fitted to lesions sees nothing but lesions. The training images are taken as they
+are learned from, turned, blurred and recoloured, so that another camera alone is not strange.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from training.augment import drawn_from, training_transform
+from training.config import Config
+from training.data.cache import Pixels
+
 Floats = NDArray[np.floating]
 
 # Share of validation images that the threshold lets pass.
 IN_DISTRIBUTION = 0.99
-AXES = 64
+# Along more of them, dermoscopy of another source becomes strange sooner than photographs do.
+AXES = 16
+_BATCH = 64
+
+
+class _Sees(Protocol):
+    """As `training.network.MultiTaskNetwork`."""
+
+    def maps(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class FeatureDistance(nn.Module):
@@ -44,6 +64,37 @@ class FeatureDistance(nn.Module):
         across = centred - along @ self.axes.T
         squared = (along**2 / self.variances).sum(dim=1) + (across**2).sum(dim=1) / self.noise
         return torch.sqrt(squared / features.shape[1])
+
+
+@torch.inference_mode()
+def middle_features(
+    network: _Sees, pixels: Pixels, positions: Sequence[int], config: Config
+) -> NDArray[np.float32]:
+    """The pooled middle features of training images, each as it may look in training.
+
+    Args:
+        network: In evaluation mode.
+        pixels: Of all images.
+        positions: Of the training images.
+        config: Of the run.
+
+    Returns:
+        float32 [len(positions), C].
+    """
+    transform = training_transform(pixels.shape[1], config.augmentation)
+
+    def look(position: int) -> Tensor:
+        # After the last epoch: none of them was learned from just so.
+        with drawn_from(config.seed, config.epochs, position):
+            image: Tensor = transform(torch.from_numpy(np.array(pixels[position])).permute(2, 0, 1))
+        return image
+
+    parts = []
+    for start in range(0, len(positions), _BATCH):
+        images = torch.stack([look(position) for position in positions[start : start + _BATCH]])
+        _, middle = network.maps(images)
+        parts.append(middle.mean(dim=(2, 3)).numpy())
+    return np.concatenate(parts)
 
 
 def fit_feature_distance(features: Floats, axes: int = AXES) -> FeatureDistance:

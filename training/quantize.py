@@ -56,7 +56,8 @@ MOST_FLIPS = 0.005
 MOST_AUROC_LOST = 0.003
 # Integers round alike on every processor; one that overflowed would be off by far more.
 GOLDEN_TOLERANCE = 0.1
-_FLOAT_CONVOLUTIONS = (0, 1, 3, 4, 6, 9, 12, 18, 24)
+# Where a mobile network's blocks end: between them its maps are widest, and dear to round.
+_FLOAT_CONVOLUTIONS = (0, 3, 6, 9, 12, 18, 24)
 # As export names it: the first weight behind the backbone.
 TRUNK_WEIGHT = "network.trunk.0.weight"
 _OPERATORS = ("Conv", "Clip", "Relu", "Add")
@@ -257,14 +258,23 @@ class Backbone:
         if trunk is None:
             raise DataError(f"{path} is not a network of `mmtl-train export`: it has no trunk.")
         logging.getLogger("root").setLevel(logging.ERROR)  # what it says is not for a user
-        whole, part = folder / "whole.onnx", folder / "backbone.onnx"
-        onnx.save(self._whole, whole)
-        extract_model(whole, part, ["images"], [trunk.input[0]], check_model=False)
-        self._part = onnx.load(part)
+        self._part = self._extract([trunk.input[0]])
+        # What else is read of it: a map on the way is what tells strange images.
+        own = {node.name for node in self._part.graph.node}
+        read = {name for node in nodes if node.name not in own for name in node.input}
+        given = [name for node in self._part.graph.node for name in node.output if name in read]
+        self._part = self._extract(given)
         self._convolutions = [n for n in self._part.graph.node if n.op_type == "Conv"]
         if len(self._convolutions) < 2:
             raise DataError(f"{path}: its backbone has no convolutions to put in integers.")
         self._correct_biases(self._input_means())
+
+    def _extract(self, outputs: list[str]) -> onnx.ModelProto:
+        """The part of the network that gives these tensors."""
+        whole, part = self._folder / "whole.onnx", self._folder / "backbone.onnx"
+        onnx.save(self._whole, whole)
+        extract_model(whole, part, ["images"], outputs, check_model=False)
+        return onnx.load(part)
 
     def write(self, path: Path, float_convolutions: int) -> None:
         """Write the network with all but the first convolutions in integers."""

@@ -19,8 +19,12 @@ Runner = Callable[[NDArray[np.uint8]], Outputs]
 
 @contextmanager
 def torchscript() -> Iterator[None]:
-    """TorchScript without its warning: deprecated upstream, and still asked for by its users."""
+    """TorchScript without its warnings: deprecated upstream, and still asked for by its users."""
     with warnings.catch_warnings():
+        # Which map is looked at (training/feature_maps.py) depends on its shape, which is fixed.
+        warnings.filterwarnings(
+            "ignore", "Converting a tensor to a Python boolean", torch.jit.TracerWarning
+        )
         warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
         warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)
         yield

@@ -7,7 +7,7 @@ import torch
 from torchvision.ops import StochasticDepth
 
 from training.backbones import find_source, load_classifier
-from training.feature_maps import build_feature_map
+from training.feature_maps import build_feature_map, last_and_middle
 from training.zoo import choose
 
 # One of every way in which the libraries build them.
@@ -36,6 +36,23 @@ KINDS = {
     "vit_b_32": (768, 7),
     "xception41": (2048, 10),
 }
+# Channels and side of the map on the way that is looked at for what is strange.
+MIDDLE = {
+    "alexnet": (256, 13),
+    "convnext_tiny": (384, 14),
+    "deit_tiny_patch16_224": (192, 14),
+    "densenet121": (512, 14),
+    "efficientnet_b0": (112, 14),
+    "googlenet": (832, 14),
+    "legacy_xception": (728, 19),
+    "regnet_x_400mf": (160, 14),
+    "regnetx_002": (152, 14),
+    "resnet18": (256, 14),
+    "squeezenet1_1": (256, 27),
+    "swin_t": (96, 56),
+    "tf_efficientnet_lite0": (112, 14),
+    "vit_b_32": (768, 7),
+}
 # Between the map and the classifier these have nothing but a mean over places.
 POOLED = ("densenet121", "googlenet", "inception_v3", "mnasnet0_5", "regnetx_002", "resnet18")
 POOLED += ("shufflenet_v2_x0_5", "swin_t", "tf_efficientnet_lite0", "xception41")
@@ -51,6 +68,26 @@ def test_a_backbone_gives_a_grid_of_features(name: str) -> None:
     assert channels == KINDS[name][0]
     assert found.shape == (2, channels, KINDS[name][1], KINDS[name][1])
     assert len(mean) == len(std) == 3
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", MIDDLE)
+def test_a_map_on_the_way_is_seen_beside_the_last(name: str) -> None:
+    (backbone,) = choose([name])
+    features, channels, *_ = build_feature_map(backbone, None)
+    images = torch.zeros(2, 3, backbone.input_size, backbone.input_size, device="meta")
+    last, middle = last_and_middle(features.eval().to("meta"), images)
+    assert last.shape[:2] == (2, channels)
+    assert middle.shape == (2, MIDDLE[name][0], MIDDLE[name][1], MIDDLE[name][1])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "regnetx_002", "resnet18", "xception41"])
+def test_the_last_map_is_the_same_with_and_without_one_on_the_way(name: str) -> None:
+    features, *_ = build_feature_map(*choose([name]), None)
+    images = torch.rand(1, 3, 224, 224)
+    last, _ = last_and_middle(features.eval(), images)
+    torch.testing.assert_close(last, features(images))
 
 
 @torch.inference_mode()

@@ -85,7 +85,8 @@ def test_the_heat_map_is_the_logit_taken_apart(served, images: torch.Tensor) -> 
 def test_the_heat_map_is_what_a_small_change_of_a_place_does(served, images: torch.Tensor) -> None:
     """To first order: where the map is high, a bit more of what is there raises the logit most."""
     served.double()
-    features = served.network.trunk(served.network.backbone_features(images.permute(0, 3, 1, 2)))
+    last, _ = served.network.maps(images.permute(0, 3, 1, 2))
+    features = served.network.trunk(last)
     heads = served.network.heads
 
     def logit(changed: torch.Tensor) -> torch.Tensor:
@@ -124,8 +125,8 @@ def test_what_is_served_is_what_was_fitted(served, images: torch.Tensor) -> None
     grid = np.array(AGE_GRID)
     torch.testing.assert_close(outputs["age"][:, 1], ages[:, (grid >= 30) & (grid < 45)].sum(1))
     torch.testing.assert_close(outputs["age"][:, 4], ages[:, grid >= 75].sum(1))
-    seen = served.network.backbone_features(images.permute(0, 3, 1, 2)).mean(dim=(2, 3))
-    torch.testing.assert_close(outputs["ood_score"], served.distance(seen))
+    _, middle = served.network.maps(images.permute(0, 3, 1, 2))
+    torch.testing.assert_close(outputs["ood_score"], served.distance(middle.mean(dim=(2, 3))))
 
 
 @given(st.lists(st.floats(-60, 60), min_size=18, max_size=18))
