@@ -43,8 +43,8 @@ class OnnxEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        # A pattern is a plan of memory for each size of batch, all of which are kept.
-        options.enable_mem_pattern = False
+        # A plan of memory for each size of batch, all of which are kept: on a CPU there are few.
+        options.enable_mem_pattern = not uses_gpu(device)
         providers: list[object] = ["CPUExecutionProvider"]
         if uses_gpu(device):
             onnxruntime.preload_dlls()  # CUDA's own libraries, where they came as wheels
