@@ -42,6 +42,7 @@ from training.data.vocabulary import Sex, Site, Split
 from training.fit import build_network
 from training.folds import members
 from training.half import rounded, store_in_half
+from training.memory import keep_freed_memory
 from training.network import MultiTaskNetwork, ServedEnsemble, ServedNetwork
 from training.ood import choose_ood_threshold, fit_feature_distance, middle_features
 from training.run import Run, rows
@@ -91,6 +92,7 @@ def export(run: Run, folder: Path, views: int = 1) -> tuple[Bundle, dict[str, fl
     Raises:
         DataError: The run is not fitted, or an artifact disagrees with eager torch.
     """
+    keep_freed_memory()
     records, pixels = run.load_data()
     config = run.load_config()
     validation = [
@@ -234,6 +236,8 @@ def write_artifacts(served: nn.Module, folder: Path, example: Pixels) -> dict[Ar
         verbose=False,
     )
     model = onnx.load(paths["onnx"])
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where in our sources it is from, in this machine's folders
     store_in_half(model)
     onnx.save(model, paths["onnx"])
     with torchscript():

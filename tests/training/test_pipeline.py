@@ -335,6 +335,9 @@ def test_every_artifact_is_written_and_verified(bundle_folder: Path) -> None:
         "model.pt2",
         "model.torchscript.pt",
     ]
+    # Of the machine that exported it, the ONNX file says nothing.
+    sources = str(Path(exporting.__file__).parent).encode()
+    assert sources not in (bundle_folder / "model.onnx").read_bytes()
 
 
 def test_as_many_views_as_there_are() -> None:
