@@ -127,8 +127,10 @@ def _steps(parts: nn.Sequential, images: Tensor) -> list[Tensor]:
     """What each layer of a sequence gives, sequences within it taken apart."""
     found = [images]
     for part in parts:
-        nested = isinstance(part, nn.Sequential) and len(part) > 0
-        found += _steps(part, found[-1]) if nested else [part(found[-1])]
+        if isinstance(part, nn.Sequential) and len(part) > 0:
+            found += _steps(part, found[-1])
+        else:
+            found.append(part(found[-1]))
     return found[1:]
 
 

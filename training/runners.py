@@ -10,6 +10,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
 
 from models.bundle import ArtifactFormat, Outputs
 from training.data.cache import Pixels
@@ -22,9 +23,7 @@ def torchscript() -> Iterator[None]:
     """TorchScript without its warnings: deprecated upstream, and still asked for by its users."""
     with warnings.catch_warnings():
         # Which map is looked at (training/feature_maps.py) depends on its shape, which is fixed.
-        warnings.filterwarnings(
-            "ignore", "Converting a tensor to a Python boolean", torch.jit.TracerWarning
-        )
+        warnings.filterwarnings("ignore", "Converting a tensor to a Python boolean", TracerWarning)
         warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
         warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)
         yield
