@@ -33,9 +33,7 @@ class TimmMap(nn.Module):
         return self._laid_out(features)
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Those on the way, as far as timm gives them out, and what `forward` gives."""
-        if not hasattr(self.model, "forward_intermediates"):
-            return [self(images)]
+        """Those on the way, and what `forward` gives."""
         features, found = self.model.forward_intermediates(images)
         return [*found, self._laid_out(features)]
 

@@ -253,6 +253,7 @@ class Backbone:
         widen(self._whole)
         self._folder = folder
         self._examples = examples
+        onnx.save(self._whole, folder / "whole.onnx")
         nodes = self._whole.graph.node
         trunk = next((node for node in nodes if TRUNK_WEIGHT in node.input), None)
         if trunk is None:
@@ -272,7 +273,6 @@ class Backbone:
     def _extract(self, outputs: list[str]) -> onnx.ModelProto:
         """The part of the network that gives these tensors."""
         whole, part = self._folder / "whole.onnx", self._folder / "backbone.onnx"
-        onnx.save(self._whole, whole)
         extract_model(whole, part, ["images"], outputs, check_model=False)
         return onnx.load(part)
 

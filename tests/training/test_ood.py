@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.ood import choose_ood_threshold, fit_feature_distance
+from training.config import Config
+from training.ood import choose_ood_threshold, fit_feature_distance, middle_features
 
 
 def score(distance: torch.nn.Module, features: np.ndarray) -> np.ndarray:
@@ -32,3 +33,20 @@ def test_few_images_and_few_features_are_enough() -> None:
 
 def test_the_threshold_is_a_quantile() -> None:
     assert choose_ood_threshold(np.arange(101.0), 0.95) == 95
+
+
+class Colours:
+    """A network whose map on the way is the image itself."""
+
+    def maps(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images, images.float()
+
+
+def test_training_images_are_taken_as_augmentation_shows_them_always_the_same() -> None:
+    pixels = np.full((3, 32, 32, 3), 128, np.uint8)
+    first = middle_features(Colours(), pixels, [0, 2], Config(size=32))
+    assert first.shape == (2, 3)
+    assert len(np.unique(first, axis=0)) == 2  # alike, but each is recoloured by itself
+    np.testing.assert_array_equal(
+        first, middle_features(Colours(), pixels, [0, 2], Config(size=32))
+    )
