@@ -89,6 +89,8 @@ def build_api(lifespan: object = None) -> FastAPI:
         description=DESCRIPTION,
         redoc_url=None,
         lifespan=lifespan,
+        # FastAPI would send spans of its own, which nobody has read for what they say of a patient.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     problems.install(app)
     for module in (predict, health, model, metrics, admin, web):
