@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from app import batcher as batching
 from app import problems
 from app.batcher import Answer
-from app.cores import available_cores
 from app.heatmap import draw_overlay
 from app.networks import Network, Networks
 from app.problems import Kind, Problem
@@ -39,6 +38,7 @@ from app.telemetry import Metrics
 from app.trace import Trace
 from app.uploads import Upload
 from models.bundle import melanoma_probability
+from models.cores import available_cores
 from models.images import DecodedImage, ImageError, decode
 
 T = TypeVar("T")

@@ -7,7 +7,6 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from app.cores import available_cores
 from app.settings import Settings
 from models.bundle import (
     Artifact,
@@ -17,6 +16,7 @@ from models.bundle import (
     check_golden,
     golden_batch,
 )
+from models.cores import available_cores
 
 log = structlog.get_logger()
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cores import available_cores
+from models.cores import available_cores
 
 HERE = len(os.sched_getaffinity(0))
 
