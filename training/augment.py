@@ -4,18 +4,24 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor, nn
-from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 from torchvision.transforms import v2
 
 from training.config import Augmentation, Mixing
+from training.data.cache import Pixels
 
-_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-_FROM_YIQ = torch.linalg.inv(_TO_YIQ)
+_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+_FROM_YIQ = np.linalg.inv(_TO_YIQ)
+
+# The data loader has a process a core already, and OpenCV's threads do not survive a fork.
+cv2.setNumThreads(0)
 
 
 class Framing(nn.Module):
@@ -43,22 +49,31 @@ class Framing(nn.Module):
         middle = [
             (self.reach - extent) * (2 * p - 1) for extent, p in zip(half, position, strict=True)
         ]
-        turn = math.tau * angle
-        rotation = torch.tensor(
-            [[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]]
-        )
-        view = torch.tensor([[half[0], 0, middle[0]], [0, half[1], middle[1]]])
+        cosine, sine = math.cos(math.tau * angle), math.sin(math.tau * angle)
+        rotation = np.array([[cosine, -sine], [sine, cosine]])
+        view = np.array([[half[0], 0, middle[0]], [0, half[1], middle[1]]])
         if mirrored < 0.5:
             view[:, 0] *= -1
         # Points close enough that no pixel of the picture is skipped, then their means.
-        finer = max(round(max(half) * image.shape[-1] / self.out), 1)
-        grid = affine_grid(
-            (rotation @ view)[None], [1, 3, self.out * finer, self.out * finer], align_corners=False
+        whole = image.shape[-1]
+        finer = max(round(max(half) * whole / self.out), 1)
+        points = self.out * finer
+        # From the result's pixels, whose centres are whole numbers, to the middle of the picture,
+        # in half pictures; then by the view; then to the picture's pixels.
+        inward = np.array([[2 / points, 0, 1 / points - 1], [0, 2 / points, 1 / points - 1]])
+        inward = np.vstack([inward, [0, 0, 1]])
+        outward = whole / 2 * (rotation @ view @ inward)
+        outward[:, 2] += (whole - 1) / 2
+        seen = cv2.warpAffine(
+            _pixels(image),
+            outward,
+            (points, points),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REFLECT,
         )
-        seen = grid_sample(
-            image[None].float(), grid, padding_mode="reflection", align_corners=False
-        )
-        return avg_pool2d(seen, finer)[0].round().byte() if finer > 1 else seen[0].round().byte()
+        if finer > 1:
+            seen = cv2.resize(seen, (self.out, self.out), interpolation=cv2.INTER_AREA)
+        return _image(seen)
 
 
 class Colour(nn.Module):
@@ -77,16 +92,34 @@ class Colour(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 [3, H, W] -> uint8 [3, H, W]."""
-        drawn = 2 * torch.rand(4) - 1
-        brightness, contrast, saturation = (1 + self.most * drawn[:3]).tolist()
-        angle = math.tau * self.turn * float(drawn[3])
+        *drawn, hue = (2 * torch.rand(4) - 1).tolist()
+        brightness, contrast, saturation = (1 + self.most * by for by in drawn)
+        angle = math.tau * self.turn * hue
         cosine, sine = saturation * math.cos(angle), saturation * math.sin(angle)
-        chroma = torch.tensor([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
+        chroma = np.array([[1, 0, 0], [0, cosine, -sine], [0, sine, cosine]])
         colours = brightness * _FROM_YIQ @ chroma @ _TO_YIQ
-        pixels = image.reshape(3, -1).float()
-        grey = brightness * float(_TO_YIQ[0] @ pixels.mean(dim=1))
-        mapped = torch.addmm(torch.tensor((1 - contrast) * grey), contrast * colours, pixels)
-        return mapped.round_().clamp_(0, 255).byte().reshape(image.shape)
+        pixels = _pixels(image)
+        grey = brightness * float(_TO_YIQ[0] @ cv2.mean(pixels)[:3])
+        mapping = np.column_stack([contrast * colours, np.full(3, (1 - contrast) * grey)])
+        return _image(cv2.transform(pixels, mapping))
+
+
+class Blur(nn.Module):
+    """Out of focus: a Gaussian blur, over five pixels.
+
+    Args:
+        least: Its smallest standard deviation, in pixels.
+        most: Its largest.
+    """
+
+    def __init__(self, least: float, most: float):
+        super().__init__()
+        self.least, self.most = least, most
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 [3, H, W] -> uint8 [3, H, W]."""
+        sigma = self.least + (self.most - self.least) * float(torch.rand(()))
+        return _image(cv2.GaussianBlur(_pixels(image), (5, 5), sigma))
 
 
 class Resolution(nn.Module):
@@ -116,8 +149,8 @@ class Jpeg(nn.Module):
         """uint8 [3, H, W] -> uint8 [3, H, W]."""
         quality = int(torch.randint(self.lowest, self.highest + 1, ()))
         buffer = BytesIO()
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
-        return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
+        Image.fromarray(_pixels(image)).save(buffer, "JPEG", quality=quality)
+        return _image(np.array(Image.open(buffer)))
 
 
 class Hairs(nn.Module):
@@ -170,6 +203,17 @@ class Ruler(nn.Module):
         return _paint(image, drawn, torch.full((3,), 60 * float(torch.rand(()))))
 
 
+def _pixels(image: Tensor) -> Pixels:
+    """As OpenCV and Pillow have it: [H, W, 3]; of what `_image` returned, without a copy."""
+    pixels: Pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    return pixels
+
+
+def _image(pixels: NDArray[Any]) -> Tensor:
+    """uint8 [H, W, 3] -> uint8 [3, H, W]."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
 def _paint(image: Tensor, mask: Image.Image, colour: Tensor) -> Tensor:
     share = 0.85 * torch.from_numpy(np.array(mask)).float()[None] / 255
     return (image + share * (colour[:, None, None] - image)).round().clamp(0, 255).byte()
@@ -194,7 +238,7 @@ def training_transform(out: int, augmentation: Augmentation = "clinic") -> v2.Tr
             *(occlusion if augmentation == "occluded" else []),
             colour,
             v2.RandomApply([Resolution(0.4)], p=0.3),
-            v2.RandomApply([v2.GaussianBlur(5, (0.3, 1.5))], p=0.15),
+            v2.RandomApply([Blur(0.3, 1.5)], p=0.15),
             v2.RandomApply([Jpeg(40, 95)], p=0.3),
         ]
     )

@@ -5,6 +5,7 @@ import torch
 
 from tests.lesions import draw_lesion
 from training.augment import (
+    Blur,
     Colour,
     Framing,
     Hairs,
@@ -57,6 +58,18 @@ def test_a_framing_of_all_that_is_there_is_the_picture_mirrored_or_turned() -> N
         assert (framed.int() - disc.int()).abs().float().mean() < 2
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("quarters", range(4))
+def test_a_quarter_turn_moves_every_pixel_to_its_place(
+    monkeypatch: pytest.MonkeyPatch, quarters: int, mirrored: bool
+) -> None:
+    drawn = torch.tensor([0.0 if mirrored else 1.0, quarters / 4, 1, 0.5, 0.5, 0.5])
+    monkeypatch.setattr(torch, "rand", lambda _: drawn)
+    framed = Framing(64, reach=1, shares=(1, 1), ratio=1)(image())
+    turned = torch.rot90(image(), quarters, dims=(1, 2))
+    assert torch.equal(framed, turned.flip(2) if mirrored else turned)
+
+
 @pytest.mark.parametrize("out", [16, 48, 64])
 def test_a_framing_shows_a_share_of_what_is_within_reach(out: int) -> None:
     # Brightness is the place: a plane sampled anywhere keeps its slope, by the view's extent.
@@ -92,8 +105,8 @@ def test_colours_change_without_moving_anything() -> None:
     assert (looks.std(dim=0) > 3).all()
 
 
-def test_resolution_and_jpeg_lose_detail_and_keep_the_picture() -> None:
-    for transform in (Resolution(0.4), Jpeg(40, 60)):
+def test_resolution_jpeg_and_blur_lose_detail_and_keep_the_picture() -> None:
+    for transform in (Resolution(0.4), Jpeg(40, 60), Blur(0.5, 1.5)):
         changed = transform(image())
         difference = (changed.int() - image().int()).abs().float()
         assert (changed.shape, changed.dtype) == ((3, 64, 64), torch.uint8)
