@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 from PIL import features
+from torch import Generator
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from models import images
+from models.cores import available_cores
 from models.files import write_atomically
 from models.images import ImageError, decode
 from training.data.manifest import DataError, Record
@@ -22,6 +25,8 @@ from training.data.manifest import DataError, Record
 Pixels = NDArray[np.uint8]
 # Images between two notes of how far it has come.
 _STEP = 512
+# Images that a process decodes before it says so.
+_TOGETHER = 16
 
 
 def build_cache(path: Path, records: Sequence[Record], height: int, width: int) -> Pixels:
@@ -34,7 +39,8 @@ def build_cache(path: Path, records: Sequence[Record], height: int, width: int) 
         uint8 [len(records), height, width, 3], memory-mapped.
 
     Raises:
-        DataError: An image cannot be read; what was decoded before it is kept for the next try.
+        DataError: An image cannot be read, or a process that decodes died; what was decoded before
+            is kept for the next try.
     """
     key = files_key(records, height, width)
     shape = (len(records), height, width, 3)
@@ -61,26 +67,91 @@ def build_cache(path: Path, records: Sequence[Record], height: int, width: int) 
             with partial.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
 
-    def read(record: Record) -> Pixels:
-        try:
-            return decode(Path(record.path).read_bytes(), height, width).pixels
-        except (OSError, ImageError) as error:
-            raise DataError(f"{record.path}: {error}") from None
-
-    bar = tqdm(total=len(records), desc="decode", unit="image", initial=start)
-    with ThreadPoolExecutor() as pool:
-        for first in range(start, len(records), _STEP):
-            last = min(first + _STEP, len(records))
-            for position, image in enumerate(pool.map(read, records[first:last]), first):
-                pixels[position] = image
-                bar.update()
-            pixels.flush()
-            _write(note, {"key": key, "images": last})
-    bar.close()
-    del pixels
-    _write(note, {"key": key, "images": len(records)})
+    _fill(partial, pixels, records, start, note, key)
     partial.replace(path)
     return open_cache(path, len(records))
+
+
+def _fill(
+    path: Path,
+    pixels: "np.memmap[Any, Any]",
+    records: Sequence[Record],
+    start: int,
+    note: Path,
+    key: str,
+) -> None:
+    """Decode into a file's rows from `start` on, and note how far it has come.
+
+    Raises:
+        DataError: An image cannot be read, or a process that decodes died.
+    """
+    done = noted = start
+    bar = tqdm(total=len(records), desc="decode", unit="image", initial=start)
+    try:
+        try:
+            for problems in _decode(path, records, start):
+                good = next((row for row, problem in enumerate(problems) if problem), len(problems))
+                done += good
+                bar.update(good)
+                if good < len(problems):
+                    raise DataError(problems[good])
+                if done - noted >= _STEP:
+                    _note_down(note, key, pixels, done)
+                    noted = done
+        except BaseException:
+            with suppress(OSError):  # a full disk, most likely, which has been said
+                _note_down(note, key, pixels, done)
+            raise
+        finally:
+            bar.close()
+    except RuntimeError as error:  # torch raises it wherever this process is just then
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise DataError(
+            "A process that decodes images died (out of memory, most often). Run the command "
+            "again: what was decoded is kept."
+        ) from None
+    _note_down(note, key, pixels, done)
+
+
+class _Rows(Dataset[str]):
+    """Decodes a record's image into its row of a file; an item is what is wrong with it."""
+
+    def __init__(self, path: Path, records: Sequence[Record], start: int):
+        self.path, self.records, self.start = path, records, start
+        self.pixels: Pixels | None = None
+
+    def __len__(self) -> int:
+        return len(self.records) - self.start
+
+    def __getitem__(self, item: int) -> str:
+        row = self.start + item
+        path = self.path
+        try:
+            if self.pixels is None:  # opened by each process that decodes
+                self.pixels = np.lib.format.open_memmap(path, mode="r+")
+            path = Path(self.records[row].path)
+            _, height, width, _ = self.pixels.shape
+            self.pixels[row] = decode(path.read_bytes(), height, width).pixels
+        except (OSError, ImageError) as error:
+            return f"{path}: {error}"
+        return ""
+
+
+def _decode(path: Path, records: Sequence[Record], start: int) -> DataLoader[str]:
+    """Fill a file's rows from `start` on, in order: what is wrong with each image, or nothing.
+
+    In processes, as threads wait for the interpreter where images are small; torch's end soon after
+    the one that started them, however that ends.
+    """
+    return DataLoader(
+        _Rows(path, records, start),
+        _TOGETHER,
+        num_workers=available_cores() if len(records) - start > _TOGETHER else 0,
+        collate_fn=list,
+        # Of its own: drawing from torch's would move the caller's random state.
+        generator=Generator(),
+    )
 
 
 def open_cache(path: Path, count: int) -> Pixels:
@@ -127,6 +198,11 @@ def _read(note: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _note_down(note: Path, key: str, pixels: "np.memmap[Any, Any]", done: int) -> None:
+    pixels.flush()
+    _write(note, {"key": key, "images": done})
 
 
 def _write(note: Path, content: dict[str, Any]) -> None:
