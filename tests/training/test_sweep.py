@@ -96,6 +96,7 @@ def test_a_stopped_sweep_goes_on_and_compares_with_the_first(
     assert fitted == ["plain", "mixup", "plain", "mixup"]
     assert Run(folder / "plain").best.stat().st_mtime_ns == best  # not fitted again
     page = (folder / "sweep.md").read_text()
+    assert "seed 0" in page
     assert "2 of 2 recipes are done" in page
     assert "| mixup | mixing none -> mixup, epochs 2 -> 1 | 1 |" in page
     assert page in capsys.readouterr().out
