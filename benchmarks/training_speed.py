@@ -7,13 +7,15 @@ a process of its own and in turn, twice; medians. `timm` is `timm.data.create_lo
 is_training=True)` with its defaults, `torchvision` an `ImageFolder` with the transforms of its
 documented training recipe (RandomResizedCrop, horizontal flip, TrivialAugmentWide, normalisation).
 Both train one head, the library's own; mmtl trains five. mmtl's first epoch decodes into its cache,
-the others' every epoch decodes from the files. "Memory given back" is mmtl without
-training/memory.py. The input alone is the same epochs without a network: what two cores can feed
-to a GPU.
+on every core, the others' every epoch decodes from the files. "Memory given back" is mmtl without
+training/memory.py. "The step alone" is mmtl's network on images that are there already: no input
+could make an epoch faster. The input alone is the same epochs without a network: what two cores can
+feed to a GPU.
 """
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -21,29 +23,34 @@ import sys
 import tempfile
 import time
 from collections import deque
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 
-VARIANTS = ("mmtl", "mmtl, memory given back", "timm", "torchvision")
+STEP_ALONE = "the step alone"
+VARIANTS = ("mmtl", "mmtl, memory given back", "timm", "torchvision", STEP_ALONE)
 SIZE, BATCH, WORKERS = 160, 32, 2
-# Whole batches, as the last one is dropped.
-IMAGES = {"small": 384, "large": 160}
+SIZES = ("small", "large")
+# With a network and without; whole batches, as the last one is dropped.
+IMAGES = {
+    (True, "small"): 384,
+    (True, "large"): 160,
+    (False, "small"): 3200,
+    (False, "large"): 160,
+}
 REPEATS = 2
 
 
-def lay_out(data: Path, folder: Path) -> None:
-    """Both sets as folders of classes, as the libraries want them."""
-    small = sorted((data / "ham10000" / "HAM10000_images").glob("*.jpg"))[: IMAGES["small"]]
-    originals = sorted((data / "originals").glob("*.jpg"))
-    large = [originals[number % len(originals)] for number in range(IMAGES["large"])]
-    for name, paths in (("small", small), ("large", large)):
-        for number, path in enumerate(paths):
-            target = folder / name / str(number % 2) / f"{number}.jpg"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+def lay_out(data: Path, folder: Path, size: str, count: int) -> None:
+    """A set as a folder of classes, as the libraries want it."""
+    found = data / ("ham10000/HAM10000_images" if size == "small" else "originals")
+    paths = sorted(found.glob("*.jpg"))
+    for number in range(count):
+        target = folder / str(number % 2) / f"{number}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(paths[number % len(paths)], target)
 
 
-def mmtl_epochs(folder: Path, keep_memory: bool, train: bool) -> list[float]:
+def mmtl_epochs(folder: Path, variant: str, train: bool) -> list[float]:
     """Seconds of the first epoch, cache included, and of the second."""
     import torch
     from torch.utils.data import DataLoader
@@ -60,7 +67,7 @@ def mmtl_epochs(folder: Path, keep_memory: bool, train: bool) -> list[float]:
     from training.tasks import encode_targets
     from training.team import Team
 
-    if keep_memory:
+    if variant != "mmtl, memory given back":
         keep_freed_memory()
     config = Config(size=SIZE, batch_size=BATCH)
     records = [
@@ -82,6 +89,11 @@ def mmtl_epochs(folder: Path, keep_memory: bool, train: bool) -> list[float]:
     state = State(
         network, MultiTaskLoss(config, targets), config, len(records), torch.device("cpu")
     )
+    if variant == STEP_ALONE:
+        there = torch.randint(256, (3, SIZE, SIZE), dtype=torch.uint8), 0, 0, 1.0
+        AugmentedImages.__getitem__ = lambda *_: there
+        build_cache(folder / "cache.npy", records, SIZE, SIZE)
+    workers = 0 if variant == STEP_ALONE else WORKERS
     times = []
     for epoch in range(2):
         began = time.perf_counter()
@@ -89,7 +101,7 @@ def mmtl_epochs(folder: Path, keep_memory: bool, train: bool) -> list[float]:
         order = draw(list(range(len(records))), targets, config, epoch)
         images = AugmentedImages(pixels, order, config, epoch)
         if train:
-            train_one_epoch(state, images, targets, WORKERS, Team())
+            train_one_epoch(state, images, targets, workers, Team())
         else:
             deque(DataLoader(images, BATCH, num_workers=WORKERS, drop_last=True), 0)
         times.append(time.perf_counter() - began)
@@ -172,37 +184,34 @@ def main() -> None:
     parser.add_argument("--input-alone", action="store_true", help="Without a network.")
     arguments = parser.parse_args()
     if arguments.one:
-        ours = arguments.one.startswith("mmtl")
-        train = not arguments.input_alone
-        times = (
-            mmtl_epochs(arguments.data, arguments.one == "mmtl", train)
-            if ours
-            else library_epochs(arguments.data, arguments.one, train)
-        )
+        epochs = library_epochs if arguments.one in ("timm", "torchvision") else mmtl_epochs
+        times = epochs(arguments.data, arguments.one, not arguments.input_alone)
         print(json.dumps(times))
         return
     seconds: dict[tuple[bool, str, str], list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        lay_out(arguments.data, Path(temporary))
-        for repeat in range(REPEATS):
-            for number in range(len(VARIANTS)):
-                variant = VARIANTS[(number + repeat) % len(VARIANTS)]
-                for train, size in product((True, False), IMAGES):
-                    times = measure(variant, Path(temporary) / size, train)
-                    seconds.setdefault((train, variant, size), []).append(times)
-                    print(train, variant, size, [round(t, 1) for t in times], file=sys.stderr)
+        for (train, size), count in IMAGES.items():
+            folder = Path(temporary) / f"{train}-{size}"
+            lay_out(arguments.data, folder, size, count)
+            for repeat in range(REPEATS):
+                for variant in VARIANTS[repeat:] + VARIANTS[:repeat]:
+                    if train or variant != STEP_ALONE:
+                        times = measure(variant, folder, train)
+                        seconds.setdefault((train, variant, size), []).append(times)
+                        print(train, variant, size, [round(t, 1) for t in times], file=sys.stderr)
     print(f"""# Training speed
 
 <!-- Generated by benchmarks/training_speed.py; do not edit. -->
 
 {" ".join(islice((__doc__ or "").split(chr(10) + chr(10)), 2, 3)).strip()}
 
-Images a second on two cores ({IMAGES["small"]:,} images of 200 px, {IMAGES["large"]} of 1,024 to
-6,000 px), medians of {REPEATS}, and how many times as fast mmtl is:
+Images a second on {len(os.sched_getaffinity(0))} cores ({IMAGES[True, "small"]} images of 200 px,
+{IMAGES[True, "large"]} of 1,024 to 6,000 px), medians of {REPEATS}, and how many times as fast mmtl
+is:
 
 {table(seconds, True)}
 
-The input alone:
+The input alone ({IMAGES[False, "small"]:,} and {IMAGES[False, "large"]} images):
 
 {table(seconds, False)}
 """)
@@ -212,12 +221,13 @@ def table(seconds: dict[tuple[bool, str, str], list[list[float]]], train: bool) 
     """Images a second of each variant, and mmtl's ratio to it."""
     rates = {
         variant: [
-            IMAGES[size]
+            IMAGES[train, size]
             / statistics.median(times[epoch] for times in seconds[train, variant, size])
-            for size in IMAGES
+            for size in SIZES
             for epoch in (0, 1)
         ]
         for variant in VARIANTS
+        if (train, variant, SIZES[0]) in seconds
     }
     rows = [
         " | ".join(
