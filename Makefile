@@ -42,7 +42,7 @@ check: lint
 default-bundle: $(VENV)/.dev
 	$(VENV)/bin/mmtl-train prepare $(DATA) --config configs/default.toml --run $(RUN)
 	$(VENV)/bin/mmtl-train fit --run $(RUN)
-	$(VENV)/bin/mmtl-train export --run $(RUN) --bundle models/default
+	$(VENV)/bin/mmtl-train export --run $(RUN) --bundle models/default --name mmtl-lite2 --version 0.4.0
 	$(VENV)/bin/mmtl-train quantize --run $(RUN) --bundle models/default
 	$(VENV)/bin/mmtl-train evaluate $(DATA) --run $(RUN) --bundle models/default --publish \
 		--out docs/evaluation

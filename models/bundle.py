@@ -22,6 +22,8 @@ from models.signatures import SIGNATURE, SignatureError, verify
 
 MANIFEST = "bundle.json"
 FORMAT_VERSION: Literal[1] = 1
+NAME = r"^[a-z0-9][a-z0-9-]*$"
+VERSION = r"^\d+\.\d+\.\d+$"
 # ISIC records `age_approx` in steps of five years, 0 to 90.
 AGE_GRID = tuple(range(0, 91, 5))
 
@@ -148,8 +150,8 @@ class Manifest(_Part):
     """`bundle.json`."""
 
     format_version: Literal[1] = FORMAT_VERSION
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
-    version: str = Field(pattern=r"^\d+\.\d+\.\d+$")
+    name: str = Field(pattern=NAME)
+    version: str = Field(pattern=VERSION)
     description: str
     input: InputSpec
     tasks: tuple[Task, ...] = Field(min_length=1)

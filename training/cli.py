@@ -136,15 +136,20 @@ def export(
     views: Annotated[
         int, typer.Option(help="Of an image, answered together: 1, 4 or 8 (dihedral).")
     ] = 1,
+    name: Annotated[
+        str, typer.Option(help="Of the bundle, in every answer.", show_default="the backbone's")
+    ] = "",
+    version: Annotated[str, typer.Option(help="Likewise: three numbers.")] = "0.1.0",
 ) -> None:
     """Calibrate the best network and write it as ONNX, torch.export and TorchScript."""
     from training.export import export
 
     if views not in (1, 4, 8):
         raise DataError(f"--views is 1, 4 (mirrorings) or 8 (and their transposes), not {views}.")
-    _, differences = export(Run(run), bundle, views)
-    for name, difference in differences.items():
-        print(f"{name:24} differs from eager torch by at most {difference:.1e}")
+    made, differences = export(Run(run), bundle, views, name, version)
+    for file, difference in differences.items():
+        print(f"{file:24} differs from eager torch by at most {difference:.1e}")
+    print(f"Wrote {made.manifest.name} {made.manifest.version} to {bundle}.")
 
 
 @cli.command()

@@ -1,6 +1,7 @@
 """A fitted run to a bundle: one wrapped network in three formats, each checked against eager."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from models.bundle import (
+    NAME,
+    VERSION,
     Artifact,
     ArtifactFormat,
     Bundle,
@@ -50,7 +53,6 @@ from training.runners import eager, onnx_runner, open_runner, run_batches, torch
 from training.state import belongs, identity_of, load_tensors
 from training.tasks import DIAGNOSES
 
-VERSION = "0.4.0"
 AGE_EDGES = (30.0, 45.0, 60.0, 75.0)
 AGE_LABELS = ("0-29", "30-44", "45-59", "60-74", "75+")
 TASKS = (
@@ -78,23 +80,38 @@ WEIGHTS_LICENCE = (
 )
 
 
-def export(run: Run, folder: Path, views: int = 1) -> tuple[Bundle, dict[str, float]]:
+def bundle_name(backbone: str) -> str:
+    """What a bundle is called where nobody names it."""
+    return f"mmtl-{backbone.removeprefix('tf_efficientnet_').replace('_', '-').lower()}"
+
+
+def export(
+    run: Run, folder: Path, views: int = 1, name: str = "", version: str = "0.1.0"
+) -> tuple[Bundle, dict[str, float]]:
     """Calibrate the run's best network on its validation split and write it as a bundle.
 
     Args:
         run: Fitted.
         folder: Of the bundle; one that is there is replaced as a whole.
         views: Of each image that are answered together, as `ServedNetwork` has them.
+        name: Of the bundle, in every answer of the service; `bundle_name`'s where it is empty.
+        version: Likewise, as Semantic Versioning has it.
 
     Returns:
         The bundle, and by artifact the largest difference from eager torch.
 
     Raises:
-        DataError: The run is not fitted, or an artifact disagrees with eager torch.
+        DataError: The run is not fitted, an artifact disagrees with eager torch, or a bundle cannot
+            be called so.
     """
+    config = run.load_config()
+    name = name or bundle_name(config.backbone)
+    if not re.fullmatch(NAME, name):
+        raise DataError(f"A bundle cannot be called {name!r}: small letters, digits and -.")
+    if not re.fullmatch(VERSION, version):
+        raise DataError(f"A bundle's version is three numbers, 1.0.2, not {version!r}.")
     keep_freed_memory()
     records, pixels = run.load_data()
-    config = run.load_config()
     validation = [
         row
         for row in rows(records, Split.VALIDATION, config.validate_on)
@@ -128,8 +145,8 @@ def export(run: Run, folder: Path, views: int = 1) -> tuple[Bundle, dict[str, fl
         differences = compare_artifacts(served, files, pixels, checked.tolist())
         golden = np.stack([golden_image(seed, *pixels.shape[1:3]) for seed in GOLDEN_SEEDS])
         manifest = Manifest(
-            name=f"mmtl-{config.backbone.removeprefix('tf_efficientnet_')}",
-            version=VERSION,
+            name=name,
+            version=version,
             description=(
                 f"M-MTL on {config.backbone}{of_several}: melanoma, age, site, sex and diagnosis "
                 "from dermoscopic images. Research software, not a medical device."

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -16,7 +17,7 @@ from fastapi.testclient import TestClient
 from torch import nn
 
 from app.settings import Settings
-from models.bundle import load_bundle
+from models.bundle import NAME, load_bundle
 from tests.conftest import started
 from tests.training.data.drawn import draw_isic_cli_old
 from tests.training.folders import BALANCED_LESIONS, draw_balanced, draw_ham10000
@@ -30,7 +31,7 @@ from training.cli import main as run_command_line
 from training.config import Config
 from training.data.manifest import DataError, load_manifest, save_manifest
 from training.data.vocabulary import Split
-from training.export import export
+from training.export import bundle_name, export
 from training.fit import fit
 from training.losses import MultiTaskLoss
 from training.predictions import predict
@@ -39,6 +40,7 @@ from training.quantize import TRUNK_WEIGHT
 from training.release import evaluate_model, held_out
 from training.run import Run, rows
 from training.state import warmup_cosine
+from training.zoo import load_zoo
 
 CONFIG = Config(
     size=64,
@@ -178,7 +180,8 @@ def test_every_option_of_a_recipe_is_learned_with(
         first, second = csv.DictReader(file)
     assert float(second["train_age"]) < float(first["train_age"])
     assert "<svg" in run.curves.read_text()
-    bundle, _ = export(run, tmp_path / "bundle", views=4)
+    bundle, _ = export(run, tmp_path / "bundle", views=4, name="ours", version="1.2.3")
+    assert (bundle.manifest.name, bundle.manifest.version) == ("ours", "1.2.3")
     assert bundle.manifest.operating_point.dataset == "validation split"
 
 
@@ -257,6 +260,17 @@ def test_what_is_missing_is_said_in_a_sentence(tmp_path: Path, data: Path) -> No
     prepare(data, run, CONFIG)
     with pytest.raises(DataError, match=r"is not fitted\. Run `mmtl-train fit` first"):
         export(run, tmp_path / "bundle")
+    with pytest.raises(DataError, match="cannot be called 'Our network': small letters"):
+        export(run, tmp_path / "bundle", name="Our network")
+    with pytest.raises(DataError, match=r"three numbers, 1\.0\.2, not 'v2'"):
+        export(run, tmp_path / "bundle", version="v2")
+
+
+def test_every_backbone_gives_a_bundle_its_name() -> None:
+    assert bundle_name("tf_efficientnet_lite2") == "mmtl-lite2"
+    assert bundle_name("regnet_x_16gf") == "mmtl-regnet-x-16gf"
+    for entry in load_zoo():
+        assert re.fullmatch(NAME, bundle_name(entry.name))
 
 
 def test_a_bundle_is_evaluated_with_its_own_run_only(
