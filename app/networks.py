@@ -10,12 +10,12 @@ import structlog
 
 from app.batcher import Batcher, Draining
 from app.engines import EngineError, open_engine
-from app.memory import give_back
 from app.schemas import ModelFacts
 from app.settings import Settings
 from app.telemetry import Metrics
 from models.bundle import Artifact, Bundle, BundleError, load_bundle
 from models.cores import available_cores
+from models.memory import give_back
 
 # How often the workers are looked at.
 _WATCH_SECONDS = 0.5

@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
 from models.files import write_atomically
+from models.memory import give_back
 from training.backbones import find_source
 from training.config import Config
 from training.data.cache import Pixels
@@ -244,6 +245,8 @@ def train_one_epoch(
     torch.manual_seed(config.seed * 1_000_003 + images.epoch)
     step = Step(network, state.loss, config.precision)
     shared = team.join(step)
+    # What the heap holds, forked workers would share, and the first step copy page by page.
+    give_back()
     sums = dict.fromkeys(targets.classes, 0.0)
     seen: set[str] = set()
     bar = tqdm(loader, f"epoch {images.epoch + 1}", unit="batch", disable=not team.leads)
