@@ -102,7 +102,7 @@ def _lines(
     )
     yield (
         "What integers cost: [int8.md](int8.md). Whether the service grows: [soak.md](soak.md). "
-        "What each optimisation gives: `python -m benchmarks.serving.steps`.\n"
+        "What each optimisation gives: [performance-steps.md](performance-steps.md).\n"
     )
     yield "![images a second](performance.svg)\n"
     for ours, title in ((SAME, "Same network"), (SHIPPED, "As shipped")):
