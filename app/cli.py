@@ -207,7 +207,8 @@ def settings() -> None:
     print("| variable | default | meaning |\n|---|---|---|")
     for name, field in Settings.model_fields.items():
         default = "the shipped bundle" if name == "bundle" else json.dumps(field.default)
-        print(f"| `{PREFIX}{name.upper()}` | {default} | {field.description} |")
+        meaning = " ".join((field.description or "").split())
+        print(f"| `{PREFIX}{name.upper()}` | {default} | {meaning} |")
 
 
 @cli.command()

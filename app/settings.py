@@ -90,7 +90,7 @@ class Settings(BaseSettings):
     """Most connections at once; more answer 503."""
 
     max_pixels: int = Field(100_000_000, ge=1)
-    """Most pixels of a baseline JPEG, which is never decoded in full."""
+    """Most pixels of a JPEG of one scan, which is never decoded in full."""
 
     max_pixels_in_full: int = Field(30_000_000, ge=1)
     """Most pixels of any other image."""

@@ -6,7 +6,9 @@ progressive one, only the scans that show at that scale.
 """
 
 import struct
+import threading
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -14,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from models.progressive import for_an_eighth
+from models.progressive import count_scans, for_an_eighth
+from models.tiff import read_directory
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 MEDIA_TYPES = {
@@ -34,6 +37,16 @@ Image.MAX_IMAGE_PIXELS = None
 # Bytes that Pillow feeds its JPEG decoder at a time. In its usual blocks of 64 KB, threads wait for
 # the interpreter at each.
 _READ_AT_ONCE = 1_000_000_000
+# An encoder writes about ten; each costs a pass over the whole picture.
+MOST_SCANS = 100
+# Pixels from which an image that is held whole waits for the one before it: with what its decoder
+# needs beside it, that is up to twenty times as many bytes.
+_LARGE = 4 * MEGA
+_one_large = threading.Lock()
+# Of TIFF: none, LZW, JPEG, Deflate, PackBits, Zstandard. Those of fax machines know no colours, and
+# libtiff writes a line of its own for each of theirs that is damaged.
+_TIFF_COMPRESSIONS = {1, 5, 7, 8, 32773, 32946, 50000}
+_MOST_STRIPS = 65_536
 _DAMAGED = "The image is damaged or cut short: its pixels cannot be decoded. Send it again."
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
@@ -89,9 +102,9 @@ class Limits:
 
     Attributes:
         max_bytes: The encoded size, in bytes.
-        max_pixels: Width times height of a baseline JPEG, which is never decoded in full.
-        max_pixels_in_full: Width times height of every other image: other formats, and progressive
-            JPEG, whose coefficients are all held in memory whatever the scale.
+        max_pixels: Width times height of a JPEG of one scan, which is never decoded in full.
+        max_pixels_in_full: Width times height of every other image: other formats, and JPEG of
+            several scans (progressive), whose coefficients are all held whatever the scale.
     """
 
     max_bytes: int = 50 * MEGA
@@ -150,6 +163,8 @@ def decode(
         raise ImageTooLargeError(
             f"The image has {len(data):,} bytes; at most {limits.max_bytes:,} are accepted."
         )
+    if bytes(data[:2]) in (b"II", b"MM"):
+        _check_tiff(data)
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -159,20 +174,24 @@ def decode(
     except _PARSE_ERRORS:
         raise CorruptImageError("The image's header is damaged.") from None
     with image:
-        return _fit(image, data, height, width, limits)
+        # A phone's MPO is a JPEG with previews appended; its first frame is the photograph.
+        image_format = "JPEG" if image.format == "MPO" else str(image.format)
+        scans = count_scans(data) if image_format == "JPEG" else 0
+        _check_size(image, image_format, scans, limits)
+        large = scans != 1 and image.width * image.height > _LARGE
+        with _one_large if large else nullcontext():
+            return _fit(image, image_format, data, height, width)
 
 
 def _fit(
-    image: Image.Image, data: bytes | memoryview, height: int, width: int, limits: Limits
+    image: Image.Image, image_format: str, data: bytes | memoryview, height: int, width: int
 ) -> DecodedImage:
-    # A phone's MPO is a JPEG with previews appended; its first frame is the photograph.
-    image_format = "JPEG" if image.format == "MPO" else str(image.format)
-    _check_size(image, image_format, limits)
     if image.mode in ("I", "F"):
         raise UnsupportedImageError("Images of 32 bits a channel are not supported; send 8 or 16.")
 
     try:
-        if image.format != "MPO" and getattr(image, "is_animated", False):
+        several = image.format not in ("MPO", "TIFF") and getattr(image, "is_animated", False)
+        if several:
             raise UnsupportedImageError("The image has several frames or pages; send one.")
         if image_format != "JPEG":
             # Before the orientation is read: PNG's getexif() decodes the pixels, and what fails
@@ -194,8 +213,10 @@ def _fit(
                 image = Image.open(BytesIO(for_an_eighth(bytes(data))), formats=["JPEG"])
                 image.draft("RGB", target)
             image.decodermaxblock = _READ_AT_ONCE  # type: ignore[attr-defined]  # an ImageFile
-        resized = _to_rgb(image).resize(
-            target, Image.Resampling.BILINEAR, box=_centred_box(image.size)
+        resized = _laid_on_white(
+            _to_channels(image).resize(
+                target, Image.Resampling.BILINEAR, box=_centred_box(image.size)
+            )
         )
     except _PARSE_ERRORS:
         raise CorruptImageError(_DAMAGED) from None
@@ -204,15 +225,37 @@ def _fit(
     return DecodedImage(np.asarray(resized), shown_width, shown_height, image_format)
 
 
-def _check_size(image: Image.Image, image_format: str, limits: Limits) -> None:
+def _check_size(image: Image.Image, image_format: str, scans: int, limits: Limits) -> None:
     width, height = image.size
-    scaled = image_format == "JPEG" and not image.info.get("progressive")
-    most = limits.max_pixels if scaled else min(limits.max_pixels, limits.max_pixels_in_full)
+    if scans > MOST_SCANS:
+        raise ImageTooLargeError(
+            f"The JPEG has {scans:,} scans; at most {MOST_SCANS} are accepted. Save it anew."
+        )
+    most = limits.max_pixels
+    if scans != 1:
+        most = min(most, limits.max_pixels_in_full)
     if width * height > most:
-        kind = image_format if scaled or image_format != "JPEG" else "progressive JPEG"
+        kind = "JPEG of several scans (progressive)" if scans > 1 else image_format
         raise ImageTooLargeError(
             f"The image has {width} x {height} = {width * height / MEGA:,.1f} megapixels; "
             f"at most {most / MEGA:g} are accepted for {kind}."
+        )
+
+
+def _check_tiff(data: bytes | memoryview) -> None:
+    directory = read_directory(data)
+    if directory is None:
+        raise UnsupportedImageError("The TIFF's header is damaged, or that of a BigTIFF.")
+    if directory.several_pages:
+        raise UnsupportedImageError("The image has several frames or pages; send one.")
+    if directory.compression not in _TIFF_COMPRESSIONS:
+        raise UnsupportedImageError(
+            f"TIFF compression {directory.compression} is not supported; send Deflate, LZW or JPEG."
+        )
+    if directory.tile_pixels > _LARGE or directory.longest_list > _MOST_STRIPS:
+        raise ImageTooLargeError(
+            f"The TIFF has tiles of more than {_LARGE / MEGA:g} megapixels, or lists of more than "
+            f"{_MOST_STRIPS:,} entries. Save it anew, or as PNG."
         )
 
 
@@ -224,13 +267,19 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_channels(image: Image.Image) -> Image.Image:
+    """As RGB, or RGBA where something is transparent; not copied where it is that already."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    image.load()
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _laid_on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _centred_box(size: tuple[int, int]) -> tuple[float, float, float, float]:

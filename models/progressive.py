@@ -1,6 +1,6 @@
-"""A progressive JPEG without the scans that do not show at an eighth of its size.
+"""The scans of a JPEG: how many there are, and which do not show at an eighth of its size.
 
-At that scale a pixel is the mean of an 8x8 block: its first coefficient. A progressive file sends
+At an eighth a pixel is the mean of an 8x8 block: its first coefficient. A progressive file sends
 the others in scans of their own, most of its bytes, and a decoder reads them all to throw them
 away. Without them the pixels are the same, to the bit, at about half the time.
 
@@ -14,8 +14,44 @@ import re
 
 _SCAN, _END = 0xDA, 0xD9
 _FRAME = 0xC2
+# Frames of any coding (T.81, table B.1); the other markers in that range are tables.
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 # Within a scan's data 0xFF is followed by 0x00, or by a restart marker, or stands for itself again.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+
+def count_scans(data: bytes | memoryview) -> int:
+    """How many scans a JPEG has; 1 where its first holds all channels, which then is all of it.
+
+    What has more is held in memory whole, at any scale (libjpeg's `has_multiple_scans`).
+
+    Args:
+        data: A JPEG file; of a damaged one, what comes before the damage.
+    """
+    scans = channels = 0
+    progressive = False
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 2 <= len(data):
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker == _END:
+            break
+        body = at + 4
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker in _FRAMES and end > body + 5:
+            progressive, channels = marker not in (0xC0, 0xC1), data[body + 5]
+        elif marker == _SCAN:
+            scans += 1
+            if scans == 1 and not progressive and body < len(data) and data[body] >= channels:
+                break
+            following = _MARKER.search(data, end)
+            if following is None:
+                break
+            end = following.start()
+        at = end
+    return scans
 
 
 def for_an_eighth(data: bytes) -> bytes:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from models.images import CorruptImageError, decode
-from models.progressive import for_an_eighth
+from models.images import CorruptImageError, ImageTooLargeError, decode
+from models.progressive import count_scans, for_an_eighth
 from tests.lesions import draw_lesion
 
 
@@ -79,3 +79,40 @@ def test_a_file_that_is_cut_short_is_still_found_out(share: float) -> None:
     data = progressive(draw_lesion(5, 640, 480))
     with pytest.raises(CorruptImageError):
         decode(data[: int(share * len(data))], 48, 64)
+
+
+def marker(code: int, payload: bytes, data: bytes = b"") -> bytes:
+    return bytes([0xFF, code]) + (len(payload) + 2).to_bytes(2, "big") + payload + data
+
+
+def frame(code: int) -> bytes:
+    return marker(code, bytes([8, 0, 16, 0, 16, 3, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0]))
+
+
+def scan(*channels: int) -> bytes:
+    chosen = b"".join(bytes([channel, 0]) for channel in channels)
+    return marker(0xDA, bytes([len(channels)]) + chosen + bytes([0, 63, 0]), b"pixels\xff\x00")
+
+
+def test_a_scan_of_every_channel_is_all_of_a_baseline_jpeg() -> None:
+    thumbnail = marker(0xE1, b"Exif" + scan(1, 2, 3) * 5)
+    assert count_scans(b"\xff\xd8" + thumbnail + frame(0xC0) + scan(1, 2, 3) * 3) == 1
+
+
+def test_a_scan_for_each_channel_is_held_whole() -> None:
+    separate = frame(0xC0) + scan(1) + scan(2) + scan(3)
+    assert count_scans(b"\xff\xd8" + separate + b"\xff\xd9" + scan(1)) == 3
+
+
+@given(st.binary(max_size=200))
+def test_scans_of_any_bytes_are_counted(data: bytes) -> None:
+    assert 0 <= count_scans(data) <= len(data)
+
+
+def test_a_jpeg_of_endless_scans_is_refused() -> None:
+    data = progressive(draw_lesion(0))
+    last = data.rindex(b"\xff\xda")
+    again = data[:-2] + data[last:-2] * 100 + data[-2:]
+    assert count_scans(again) == count_scans(data) + 100
+    with pytest.raises(ImageTooLargeError, match="110 scans; at most 100"):
+        decode(again, 32, 32)

@@ -1,0 +1,86 @@
+import struct
+from io import BytesIO
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from models.images import ImageError, ImageTooLargeError, UnsupportedImageError, decode
+from models.tiff import read_directory
+from tests.lesions import draw_lesion, encode
+
+TILE_WIDTH, TILE_LENGTH, STRIPS, COMPRESSION = 322, 323, 273, 259
+
+
+def tiff(*entries: tuple[int, int, int, int], order: str = "<", following: int = 0) -> bytes:
+    """A TIFF of a directory alone: tag, kind, count and value of each entry."""
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    listed = b"".join(
+        struct.pack(f"{order}HHI", *entry[:3])
+        + struct.pack(f"{order}H2x" if entry[1] == 3 else f"{order}I", entry[3])
+        for entry in entries
+    )
+    count = struct.pack(f"{order}H", len(entries))
+    return mark + struct.pack(f"{order}I", 8) + count + listed + struct.pack(f"{order}I", following)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_directory_is_read_in_either_byte_order(order: str) -> None:
+    found = read_directory(
+        tiff(
+            (COMPRESSION, 3, 1, 8),
+            (TILE_WIDTH, 3, 1, 512),
+            (TILE_LENGTH, 4, 1, 256),
+            (STRIPS, 4, 9, 200),
+            (700, 1, 1_000_000, 8),
+            order=order,
+            following=8,
+        )
+    )
+    assert found is not None
+    assert (found.compression, found.tile_pixels) == (8, 512 * 256)
+    assert (found.longest_list, found.several_pages) == (9, True)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
+def test_what_cameras_write_is_decoded(compression: str | None) -> None:
+    data = encode(draw_lesion(0), "TIFF", compression=compression)
+    assert decode(data, 32, 32).format == "TIFF"
+
+
+def test_the_compressions_of_fax_machines_are_refused() -> None:
+    buffer = BytesIO()
+    Image.new("1", (64, 64)).save(buffer, "TIFF", compression="group4")
+    with pytest.raises(UnsupportedImageError, match="compression 4"):
+        decode(buffer.getvalue(), 32, 32)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [(TILE_WIDTH, 3, 1, 26_000), (TILE_LENGTH, 3, 1, 26_000)],
+        [(STRIPS, 4, 1_000_000, 8)],
+    ],
+    ids=["a-tile-larger-than-the-picture", "a-million-strips"],
+)
+def test_what_is_larger_than_the_picture_is_refused(entries: list) -> None:
+    with pytest.raises(ImageTooLargeError, match="TIFF"):
+        decode(tiff(*entries), 32, 32)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [[(TILE_WIDTH, 4, 2, 8)], [(TILE_WIDTH, 1, 1, 8)], [(COMPRESSION, 3, 1, 1)] * 2],
+    ids=["several", "of-another-kind", "twice"],
+)
+def test_what_decoders_might_read_differently_is_refused(entries: list) -> None:
+    assert read_directory(tiff(*entries)) is None
+    with pytest.raises(UnsupportedImageError, match="header is damaged"):
+        decode(tiff(*entries), 32, 32)
+
+
+@given(st.sampled_from([b"II*\0", b"MM\0*", b"II+\0", b"MM"]), st.binary(max_size=120))
+def test_no_bytes_are_too_odd(mark: bytes, rest: bytes) -> None:
+    with pytest.raises(ImageError):
+        decode(mark + rest, 32, 32)
