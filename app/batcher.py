@@ -78,7 +78,8 @@ class Answer:
 
 @dataclass(slots=True)
 class _Job:
-    decode: Callable[[], Pixels]
+    # None once nobody waits for it: it holds the upload, and may stand in the queue for long.
+    decode: Callable[[], Pixels] | None
     deadline: float
     future: "Future[Answer]"
     since: float = field(default_factory=time.monotonic)
@@ -94,6 +95,11 @@ class _Job:
             self.fail(DeadlineExceeded())
             return "deadline"
         return None
+
+    def forget(self, future: "Future[Answer]") -> None:
+        """Hold the upload no longer, if nobody waits for it."""
+        if future.cancelled():
+            self.decode = None
 
     def fail(self, error: Exception) -> None:
         """Answer with an error, unless nobody waits for it any more."""
@@ -259,6 +265,7 @@ class Batcher:
                 why there is none. Who no longer wants it cancels it.
         """
         job = _Job(decode, deadline, future)
+        future.add_done_callback(job.forget)
         with self._changed:
             if not self._failed and not self._closed:
                 self._encoded.append(job)
@@ -272,11 +279,10 @@ class Batcher:
         try:
             if warms_up:
                 self._warm_up()
-            while (taken := self._take()) is not None:
+            while (taken := self._take(name)) is not None:
                 jobs = taken
                 if not jobs:
                     continue
-                self._busy[name] = time.monotonic(), jobs
                 if jobs[0].pixels is None:
                     self._decode(jobs[0])
                 else:
@@ -303,20 +309,27 @@ class Batcher:
         self._warm.set()
         log.info("ready", warm_up_seconds=round(time.monotonic() - started, 3))
 
-    def _take(self) -> list[_Job] | None:
+    def _take(self, name: str) -> list[_Job] | None:
         """One job to decode, or a batch to run; None when closed and empty, or one has died."""
         with self._changed:
             while not self._failed:
                 free = self._running < self._engine.runs_at_once
                 enough = len(self._decoded) >= self._worth_running
                 if self._decoded and free and (enough or not self._encoded):
-                    return self._batch()
-                if self._encoded:
+                    jobs = self._batch()
+                elif self._encoded:
                     job = self._encoded.popleft()
-                    return [job] if self._worth(job, time.monotonic()) else []
-                if self._closed and not self._decoded:
-                    return None
-                self._changed.wait()
+                    jobs = [job] if self._worth(job, time.monotonic()) else []
+                elif self._closed and not self._decoded:
+                    break
+                else:
+                    self._changed.wait()
+                    continue
+                if jobs:  # a job is always somewhere where `abandon` finds it
+                    self._busy[name] = time.monotonic(), jobs
+                return jobs
+            # The others wait for what this one was the last to do.
+            self._changed.notify_all()
             return None
 
     def _batch(self) -> list[_Job]:
@@ -337,13 +350,19 @@ class Batcher:
         return why is None
 
     def _decode(self, job: _Job) -> None:
+        decode = job.decode
+        if decode is None:  # the caller has gone just now
+            return
         try:
-            job.pixels = job.decode()
+            job.pixels = decode()
         except Exception as error:
             job.fail(error)
             return
         job.since = time.monotonic()
         with self._changed:
+            if self._failed:
+                job.fail(NotReady())
+                return
             self._decoded.append(job)
             self._changed.notify()
 
@@ -353,7 +372,8 @@ class Batcher:
         finally:
             with self._changed:
                 self._running -= 1
-                self._changed.notify()
+                # Once closed, who waits for this run has to see that there is no other.
+                self._changed.notify(len(self._workers) if self._closed else 1)
 
     def _infer(self, jobs: list[_Job], tries: int = 2) -> None:
         started = time.monotonic()

@@ -33,6 +33,9 @@ def draw_overlay(
 
     Returns:
         A PNG of at most `LONG_SIDE` pixels a side, in base64.
+
+    Raises:
+        models.images.ImageError: Parts of it are damaged that the smaller decoding left out.
     """
     width = min(float(image.width), image.height * MAX_ASPECT)
     height = min(float(image.height), image.width * MAX_ASPECT)

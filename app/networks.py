@@ -13,7 +13,7 @@ from app.engines import EngineError, open_engine
 from app.schemas import ModelFacts
 from app.settings import Settings
 from app.telemetry import Metrics
-from models.bundle import Artifact, Bundle, BundleError, load_bundle
+from models.bundle import Artifact, Bundle, load_bundle
 from models.cores import available_cores
 from models.memory import give_back
 
@@ -122,14 +122,14 @@ class Networks:
             if self._draining or self._stopped.is_set():
                 raise ReloadError("The service is shutting down.")
             old, self.current = self.current, self._load_warm()
-        except (BundleError, EngineError, OSError) as error:
-            self._metrics.reloads.labels("refused").inc()
-            log.error("reload refused", reason=str(error))
-            self._switching.release()
-            raise ReloadError(str(error)) from None
-        except BaseException:
+        except ReloadError:
             self._switching.release()
             raise
+        except Exception as error:  # each runtime raises types of its own
+            self._metrics.reloads.labels("refused").inc()
+            log.error("reload refused", error=type(error).__name__, reason=str(error))
+            self._switching.release()
+            raise ReloadError(str(error) or type(error).__name__) from None
         if self._draining:
             self.current.batcher.drain()
         self._metrics.reloads.labels("switched").inc()
@@ -149,6 +149,14 @@ class Networks:
             self._switching.release()
 
     def _watch(self) -> None:
+        try:
+            self._replace_what_breaks()
+        except BaseException as error:  # nobody would look after the network any more
+            log.error("watch died", error=type(error).__name__, reason=str(error))
+            self.on_failure()
+            raise
+
+    def _replace_what_breaks(self) -> None:
         suspect: Batcher | None = None
         while not self._stopped.wait(_WATCH_SECONDS):
             looked_at = self.current.batcher
@@ -178,7 +186,7 @@ class Networks:
                 loading: Future[Network] = Future()
                 threading.Thread(target=self._load_into, args=[loading], daemon=True).start()
                 self.current = loading.result(_LOAD_SECONDS)
-            except (BundleError, EngineError, OSError, TimeoutError) as error:
+            except Exception as error:
                 log.error("network not replaced", error=type(error).__name__, reason=str(error))
                 return False
             self._announce()

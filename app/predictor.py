@@ -206,7 +206,7 @@ class Predictor:
         prediction, quality = self._interpret(network, picture, answer.outputs)
         fields: dict[str, Explanation] = {}
         if explain:
-            overlay = await loop.run_in_executor(
+            drawing = loop.run_in_executor(
                 self._drawers,
                 draw_overlay,
                 upload.data,
@@ -214,6 +214,10 @@ class Predictor:
                 answer.outputs["melanoma_map"],
                 self._limits,
             )
+            try:
+                overlay = await drawing
+            except ImageError as error:  # damaged where only a larger picture shows it
+                raise Problem.of_image(error) from None
             fields["explanation"] = Explanation(media_type="image/png", overlay=overlay)
         return Success(
             filename=upload.filename,

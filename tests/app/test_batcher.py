@@ -1,8 +1,10 @@
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -303,3 +305,67 @@ async def test_closing_answers_what_waits_and_refuses_the_rest(
     engine.gate.set()
     assert await asyncio.gather(first, waiting) == [1, 60]
     await closing
+
+
+async def test_closing_ends_every_worker_though_the_callers_have_gone(engine: Engine) -> None:
+    engine.device, engine.runs_at_once = "cuda:0", 2
+    batcher = Batcher(engine, (SIDE, SIDE), 8, 4, 99, Metrics(4, ()))
+    batcher.start()
+    until(lambda: batcher.ready)
+    engine.gate.clear()
+    asked: list[Future[Answer]] = [Future() for _ in range(40)]
+    for future in asked:
+        batcher.put(lambda: image(1), time.monotonic() + 30, future)
+    until(lambda: len(engine.batches) == 2)
+    for future in asked:
+        future.cancel()
+    closing = asyncio.create_task(asyncio.to_thread(batcher.close, 5))
+    await asyncio.sleep(0.05)
+    engine.gate.set()
+    await closing
+    assert not any(worker.is_alive() for worker in batcher._workers)
+
+
+async def test_the_upload_of_a_caller_who_has_gone_is_not_held(batcher: Batcher) -> None:
+    class Upload:
+        pass
+
+    def decode(upload: Upload) -> NDArray[np.uint8]:
+        go_on.wait(5)
+        return image(1)
+
+    go_on = threading.Event()
+    asked: list[Future[Answer]] = [Future() for _ in batcher._workers]
+    for future in asked:
+        batcher.put(partial(decode, Upload()), time.monotonic() + 9, future)
+    until(lambda: len(batcher._busy) == len(batcher._workers))
+    upload = Upload()
+    gone: Future[Answer] = Future()
+    held = weakref.ref(upload)
+    batcher.put(partial(decode, upload), time.monotonic() + 9, gone)
+    del upload
+    assert held() is not None
+    gone.cancel()
+    assert held() is None
+    go_on.set()
+    for future in asked:
+        await asyncio.wrap_future(future)
+
+
+async def test_an_image_that_is_decoded_while_the_network_is_given_up_is_refused(
+    batcher: Batcher,
+) -> None:
+    decoding, given_up = threading.Event(), threading.Event()
+
+    def decode() -> NDArray[np.uint8]:
+        decoding.set()
+        given_up.wait(5)
+        return image(1)
+
+    future: Future[Answer] = Future()
+    batcher.put(decode, time.monotonic() + 60, future)
+    assert await asyncio.to_thread(decoding.wait, 5)
+    batcher.abandon()
+    with pytest.raises(NotReady):
+        future.result(0)
+    given_up.set()

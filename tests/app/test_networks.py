@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from app.batcher import Batcher
 from app.engines.onnx import OnnxEngine
 from app.keys import create_key
-from app.networks import ReloadError
+from app.networks import Network, Networks, ReloadError
 from app.settings import Settings
 from tests.bundles import make_bundle
 from tests.conftest import started
@@ -242,3 +242,30 @@ def test_a_network_that_goes_on_hanging_ends_the_process(
     assert predict(client, HANGS).status_code == 503
     assert ended.wait(5)
     assert client.get("/health/ready").status_code == 503
+
+
+def test_a_network_that_cannot_be_loaded_again_ends_the_process(
+    client: TestClient, hanging: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: Networks) -> Network:
+        raise RuntimeError("can't start new thread")
+
+    ended = threading.Event()
+    networks = client.app.state.networks
+    networks.on_failure = ended.set
+    monkeypatch.setattr(Networks, "_load", load)
+    assert predict(client, HANGS).status_code == 503
+    assert ended.wait(5)
+
+
+def test_whatever_a_reload_meets_the_old_network_stays(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: Networks) -> Network:
+        raise MemoryError
+
+    monkeypatch.setattr(Networks, "_load", load)
+    for _ in range(2):
+        with pytest.raises(ReloadError, match="MemoryError"):
+            client.app.state.networks.reload()
+    assert predict(client).status_code == 200

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from app.settings import Settings
+from models.images import CorruptImageError, DecodedImage, decode
 from tests.bundles import logit_of
 from tests.conftest import started
 from tests.lesions import encode, flat, huge_png, lesion
@@ -103,6 +105,24 @@ def test_an_explanation_is_a_picture_of_what_was_seen(client: TestClient) -> Non
     picture = Image.open(BytesIO(base64.b64decode(explanation["overlay"])))
     assert explanation["media_type"] == "image/png"
     assert (picture.format, picture.size) == ("PNG", (512, 384))
+
+
+def test_an_image_that_cannot_be_explained_fails_alone(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = lesion()
+
+    def decode_larger(data: bytes, *more: Any) -> DecodedImage:
+        if data == damaged:
+            raise CorruptImageError("The image is damaged.")
+        return decode(data, *more)
+
+    monkeypatch.setattr("app.heatmap.decode", decode_larger)
+    answer = client.post("/predict?explain=true", files=form(flat(1), damaged))
+    assert answer.status_code == 200
+    good, bad = answer.json()["results"]
+    assert good["explanation"]["overlay"]
+    assert bad["error"]["type"] == "urn:mmtl:problem:corrupt-image"
 
 
 def test_strange_pictures_are_flagged(client: TestClient) -> None:
