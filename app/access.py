@@ -27,10 +27,15 @@ REFUSALS: dict[int | str, dict[str, Any]] = dict.fromkeys((401, 403, 503), _PROB
 Dependency = Callable[[Request], Awaitable[None]]
 
 
-async def authorize(request: Request, scope: Scope) -> None:
+async def authorize(request: Request, scope: Scope, counts: bool = False) -> None:
     """Refuse who has no key or token of a scope, or has used up a quota.
 
     Where neither is asked for, nobody is refused.
+
+    Args:
+        request: Of the caller.
+        scope: That the path asks for.
+        counts: Whether the request is one of the key's quota.
 
     Raises:
         Problem: 401, 403, 429; or 503 where the identity provider cannot be asked.
@@ -67,10 +72,10 @@ async def authorize(request: Request, scope: Scope) -> None:
             f"This {'key' if key else 'token'} is for "
             f"{', '.join(caller.scopes) or 'nothing here'}; the path asks for one for {scope}.",
         )
-    if keys and key and scope == "predict" and (seconds := keys.wait_seconds(key)):
+    if counts and keys and key and (seconds := keys.wait_seconds(key)):
         raise Problem(
             problems.QUOTA_EXCEEDED,
-            f"This key may send {key.per_minute} requests a minute. "
+            f"This key may send {key.per_minute} requests to /predict a minute. "
             "Try again after Retry-After seconds.",
             {"Retry-After": str(seconds)},
         )

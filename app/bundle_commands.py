@@ -12,7 +12,7 @@ from rich.table import Table
 from app.console import NOTICE, fail
 from app.engines import load_engine
 from app.settings import load_settings
-from models.bundle import MANIFEST, load_bundle
+from models.bundle import MANIFEST, Artifact, Bundle, load_bundle
 from models.recalibration import (
     change_prevalence,
     differences,
@@ -104,7 +104,14 @@ def recalibrate_bundle(
     out: Annotated[Path, typer.Option("--out", "-o", help="The new bundle's folder.")],
     outcomes: Annotated[
         Path | None,
-        typer.Option(help="CSV with the columns melanoma_logit and melanoma (1 or 0)."),
+        typer.Option(
+            help="CSV: melanoma_probability, as the service answered, or melanoma_logit; and "
+            "melanoma (1 or 0)."
+        ),
+    ] = None,
+    artifact: Annotated[
+        str | None,
+        typer.Option(help="File whose probabilities they are; by default what a CPU serves."),
     ] = None,
     prevalence: Annotated[
         float | None, typer.Option(help="Share of melanoma among the images to come.")
@@ -123,7 +130,7 @@ def recalibrate_bundle(
     if out.resolve() == folder.resolve():
         fail("--out is the bundle itself: a clinic may want the one before back.")
     if outcomes is not None:
-        logits, melanoma = read_outcomes(outcomes)
+        logits, melanoma = read_outcomes(outcomes, _artifact(bundle, artifact))
         manifest = recalibrate(
             bundle.manifest, logits, melanoma, f"{outcomes.name} (recalibration)", sensitivity
         )
@@ -145,6 +152,17 @@ def recalibrate_bundle(
     print(f"threshold {before.melanoma_threshold:.4f} -> {after.melanoma_threshold:.4f}")
     print(f"slope     {before.calibration.slope:.4f} -> {after.calibration.slope:.4f}")
     print(f"intercept {before.calibration.intercept:.4f} -> {after.calibration.intercept:.4f}")
+
+
+def _artifact(bundle: Bundle, file: str | None) -> Artifact:
+    """The artifact of a file name; without one, what a CPU serves."""
+    if file is None:
+        return bundle.artifact_for_cpu()
+    for artifact in bundle.manifest.artifacts:
+        if artifact.file == file:
+            return artifact
+    files = ", ".join(artifact.file for artifact in bundle.manifest.artifacts)
+    fail(f"--artifact {file} is none of {files}.")
 
 
 @cli.command()

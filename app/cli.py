@@ -4,11 +4,13 @@ import asyncio
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from app import bundle_commands, key_commands, load
@@ -122,8 +124,14 @@ def bench(
     }
     if as_json:
         print(json.dumps(measured, indent=2))
-        return
-    title = f"{url}, {f'{rate:g} images/s arriving' if rate else 'closed loop'}"
+    else:
+        _print_loads(f"{url}, {f'{rate:g} images/s arriving' if rate else 'closed loop'}", measured)
+    if not any(found["images_per_second"] for found in measured.values()):
+        statuses = sorted({status for found in measured.values() for status in found["statuses"]})
+        fail(f"No request was answered with 200, but with {', '.join(statuses) or 'nothing'}.")
+
+
+def _print_loads(title: str, measured: Mapping[int, Mapping[str, Any]]) -> None:
     table = Table(title=title, caption="times in milliseconds")
     for column in ("clients", "images/s", "p50", "p95", "p99", "refused (503)", "failed"):
         table.add_column(column, justify="right")
@@ -175,7 +183,7 @@ async def _predict(settings: Settings, images: list[Path], explain: bool) -> Pre
 def read(path: Path) -> Upload:
     """A file as if it had been posted; one that cannot be read ends the program."""
     try:
-        return Upload(path.name, path.read_bytes())
+        return Upload(str(path), path.read_bytes())
     except OSError as error:
         fail(f"{path} cannot be read: {error.strerror}.")
 
@@ -188,7 +196,7 @@ def _print_table(answer: PredictResponse) -> None:
         if isinstance(result, Success):
             found = result.prediction
             table.add_row(
-                result.filename,
+                escape(result.filename or ""),
                 f"{found.melanoma.probability:.3f}",
                 f"{found.melanoma.decision} ({found.melanoma.threshold:.3f})".replace("_", " "),
                 f"{found.age.label} ({found.age.years:.0f} years)",
@@ -196,7 +204,8 @@ def _print_table(answer: PredictResponse) -> None:
                 ", ".join(result.quality.warnings),
             )
         else:
-            table.add_row(result.filename, "", "error", "", "", result.error.detail)
+            detail = escape(result.error.detail)
+            table.add_row(escape(result.filename or ""), "", "error", "", "", detail)
     Console().print(table)
 
 

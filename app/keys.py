@@ -120,8 +120,22 @@ def _save(path: Path, keys: tuple[Key, ...]) -> None:
     with write_atomically(path) as temporary:
         temporary.touch(mode=0o600)
         if path.exists():  # an operator may have let the service's user read it
-            temporary.chmod(path.stat().st_mode & 0o777)
+            _take_owner(temporary, path)
         temporary.write_text(KeyFile(keys=keys).model_dump_json(indent=2) + "\n")
+
+
+def _take_owner(made: Path, before: Path) -> None:
+    """Let those read a file who could read the one that it replaces."""
+    had, has = before.stat(), made.stat()
+    if (had.st_uid, had.st_gid) != (has.st_uid, has.st_gid):
+        try:
+            os.chown(made, had.st_uid, had.st_gid)
+        except OSError:
+            raise KeysError(
+                f"{before} belongs to another user or group, whose service could not read it any "
+                "more. Change it as that user, or as root."
+            ) from None
+    made.chmod(had.st_mode & 0o777)
 
 
 def _hash(secret: str) -> str:
@@ -144,6 +158,7 @@ class Keys:
         self._seen = self._mark()
         self._keys = {key.id: key for key in read_keys(path)}
         self._looked = time.monotonic()
+        self._refused: tuple[int, ...] | None = None
         self._buckets: dict[str, _Bucket] = {}
 
     def find(self, presented: str) -> Key | None:
@@ -178,15 +193,18 @@ class Keys:
             try:
                 self._keys = {key.id: key for key in read_keys(self._path)}
             except KeysError as error:  # those that were read last still hold
-                log.error("key file not read again", reason=str(error))
-            self._seen = mark
+                if mark is None or mark != self._refused:
+                    log.error("key file not read again", reason=str(error))
+                self._refused = mark
+            else:
+                self._seen = mark
 
-    def _mark(self) -> tuple[int, int, int] | None:
+    def _mark(self) -> tuple[int, ...] | None:
         try:
             found = os.stat(self._path)
         except OSError:
             return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 class _Bucket:

@@ -233,6 +233,16 @@ class Networks:
 
     def _announce(self) -> None:
         network = self.current
+        log.info(
+            "serving",
+            version=network.facts.version,
+            artifact=network.artifact.file,
+            precision=network.artifact.precision,
+            sha256=network.artifact.sha256,
+        )
+        for artifact in network.bundle.manifest.artifacts:
+            if artifact.format == "onnx" and not network.bundle.path(artifact).is_file():
+                log.warning("artifact absent", artifact=artifact.file, precision=artifact.precision)
         self._metrics.serve(
             network.bundle.manifest,
             network.artifact.sha256,

@@ -280,7 +280,7 @@ class Predictor:
             warnings.append(QualityWarning.OUT_OF_DISTRIBUTION)
             metrics.out_of_distribution.inc()
         metrics.predicted_as("melanoma", melanoma.decision).inc()
-        metrics.melanoma_probability.observe(probability)
+        metrics.observe_probability(probability)
         return (
             Prediction.model_validate({"melanoma": melanoma, **categories}),
             Quality(ood_score=round(score, DIGITS), in_distribution=inside, warnings=warnings),

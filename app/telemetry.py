@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import cache
+from math import ceil
 from uuid import uuid4
 
 import structlog
@@ -34,6 +35,8 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # As nginx counts it: the caller went before there was an answer.
 _GONE = 499
+# What metrics tell of a probability: a sum of exact ones would tell each, scrape by scrape.
+_STEPS = 20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 log = structlog.get_logger()
 # A `_created` series beside every counter and histogram would double what is scraped.
@@ -53,7 +56,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         self.requests = Histogram(
             "mmtl_http_request_duration_seconds",
-            "From the first byte of a request to the last of its answer.",
+            "From the end of a request's headers to the last byte of its answer.",
             ("method", "route", "status"),
             buckets=_SECONDS,
             registry=registry,
@@ -89,12 +92,15 @@ class Metrics:
         )
         self.melanoma_probability = Histogram(
             "mmtl_melanoma_probability",
-            "Calibrated probability of melanoma.",
-            buckets=[round(0.05 * step, 2) for step in range(1, 21)],
+            "Calibrated probability of melanoma, rounded up to a twentieth.",
+            buckets=[round(step / _STEPS, 2) for step in range(1, _STEPS + 1)],
             registry=registry,
         )
         self.predicted = Counter(
-            "mmtl_predicted", "Most probable label.", ("task", "label"), registry=registry
+            "mmtl_predicted",
+            "Images by most probable label; for melanoma, by decision.",
+            ("task", "label"),
+            registry=registry,
         )
         self.out_of_distribution = Counter(
             "mmtl_out_of_distribution", "Images unlike the training images.", registry=registry
@@ -143,6 +149,10 @@ class Metrics:
             self.reloads.labels(outcome)
         for decision in ("at_or_above_threshold", "below_threshold"):
             self.predicted_as("melanoma", decision)
+
+    def observe_probability(self, probability: float) -> None:
+        """Count a melanoma probability, as exactly as its bucket."""
+        self.melanoma_probability.observe(ceil(probability * _STEPS) / _STEPS)
 
     def serve(self, manifest: Manifest, sha256: str, engine: str, device: str) -> None:
         """Name the network that is served from now on; its labels are created up front."""

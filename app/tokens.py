@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 from urllib.request import Request, urlopen
 
@@ -118,7 +119,12 @@ class Tokens:
         try:
             document = await asyncio.to_thread(_fetch, self._jwks_url)
             keys = jwt.PyJWKSet.from_dict(document).keys
-        except (OSError, ValueError, jwt.PyJWTError) as error:  # those at hand still hold
+        except (
+            OSError,
+            ValueError,
+            HTTPException,
+            jwt.PyJWTError,
+        ) as error:  # those at hand still hold
             log.error("identity provider's keys", error=type(error).__name__, reason=str(error))
             return
         self._keys = {key.key_id: key for key in keys}
@@ -147,6 +153,9 @@ def _scopes(claims: dict[str, Any]) -> set[str]:
     """As OAuth has them (`scope`, a string), or Microsoft and Okta (`scp`, a string or list)."""
     found: set[str] = set()
     for name in ("scope", "scp"):
-        value = claims.get(name, ())
-        found |= set(value.split() if isinstance(value, str) else map(str, value))
+        value = claims.get(name)
+        if isinstance(value, str):
+            found |= set(value.split())
+        elif isinstance(value, list):
+            found |= set(map(str, value))
     return found

@@ -175,6 +175,13 @@ class Manifest(_Part):
         missing = {"melanoma", "age", "site"} - {task.name for task in self.tasks}
         if missing:
             raise ValueError(f"the task {sorted(missing)[0]} is missing")
+        for task in self.tasks:
+            if (task.kind == "binary") != (task.name == "melanoma"):
+                raise ValueError(f"the task {task.name} cannot be {task.kind}")
+        seeds = [golden.seed for golden in self.golden]
+        for artifact in self.artifacts:
+            if artifact.golden and [golden.seed for golden in artifact.golden] != seeds:
+                raise ValueError(f"{artifact.file} has golden predictions of other images")
         return self
 
     def task(self, name: str) -> Task | None:
@@ -229,7 +236,8 @@ class Bundle:
             BundleError: The bundle has no ONNX artifact.
         """
         for artifact in self.manifest.artifacts:
-            if artifact.precision == "int8" and self.path(artifact).is_file():
+            is_onnx = artifact.format == "onnx"
+            if is_onnx and artifact.precision == "int8" and self.path(artifact).is_file():
                 return artifact
         return self.artifact("onnx")
 

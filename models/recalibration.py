@@ -29,33 +29,48 @@ from models.calibration import (
 )
 
 LOGIT = "melanoma_logit"
+PROBABILITY = "melanoma_probability"
 OUTCOME = "melanoma"
 CARD = "MODEL_CARD.md"
 # Measured before: it would not hold of the new bundle.
 METRICS = "metrics.json"
 # With fewer of either, a slope means nothing.
 LEAST_OUTCOMES = 10
+# Answers have six digits.
+_LEAST_PROBABILITY = 5e-7
 _TRUTHS = {
     **dict.fromkeys(("1", "1.0", "true", "yes"), True),
     **dict.fromkeys(("0", "0.0", "false", "no"), False),
 }
 
 
-def read_outcomes(path: Path) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """A table of logits and outcomes: columns `melanoma_logit` and `melanoma` (1 or 0).
+def read_outcomes(
+    path: Path, answered_by: Artifact
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """A table of answers and outcomes.
 
-    Rows without an outcome are left out.
+    Its columns are `melanoma` (1 or 0), and `melanoma_probability`, as the service answers, or
+    `melanoma_logit`, as `mmtl-train evaluate` writes. Rows without an outcome are left out.
+
+    Args:
+        path: A CSV file.
+        answered_by: Whose probabilities they are; its calibration turns them back into logits.
+
+    Returns:
+        Logits, float [N], and outcomes, bool [N].
 
     Raises:
         CalibrationError: The table does not fit; the message names row and column.
     """
-    logits, outcomes = [], []
+    values, outcomes = [], []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            for column in (LOGIT, OUTCOME):
-                if column not in (reader.fieldnames or ()):
-                    raise CalibrationError(f"{path}: the column {column} is missing.")
+            there = reader.fieldnames or ()
+            column = LOGIT if LOGIT in there else PROBABILITY
+            for needed in (column, OUTCOME):
+                if needed not in there:
+                    raise CalibrationError(f"{path}: the column {needed} is missing.")
             for number, row in enumerate(reader, start=2):
                 said = (row[OUTCOME] or "").strip().lower()
                 if not said:
@@ -65,12 +80,21 @@ def read_outcomes(path: Path) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
                         f"{path}, row {number}, column {OUTCOME}: {said!r} is not 1 or 0."
                     )
                 outcomes.append(_TRUTHS[said])
-                logits.append(_number(row[LOGIT], path, number))
+                values.append(_number(row[column], path, number, column))
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}.") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise CalibrationError(f"{path} is not a CSV file in UTF-8: {error}.") from None
-    return np.array(logits), np.array(outcomes, bool)
+    found = np.array(values)
+    if column == PROBABILITY:
+        calibration = answered_by.calibration
+        bounded = np.clip(found, _LEAST_PROBABILITY, 1 - _LEAST_PROBABILITY)
+        found = (np.log(bounded / (1 - bounded)) - calibration.intercept) / calibration.slope
+    elif len(found) and found.min() >= 0 and found.max() <= 1:
+        raise CalibrationError(
+            f"{path}: the column {LOGIT} holds probabilities; call it {PROBABILITY}."
+        )
+    return found, np.array(outcomes, bool)
 
 
 def recalibrate(
@@ -190,13 +214,15 @@ def _depends_on_threshold(metric: str) -> bool:
     return any(word in metric for word in ("sensitivity", "specificity"))
 
 
-def _number(cell: str | None, path: Path, row: int) -> float:
+def _number(cell: str | None, path: Path, row: int, column: str) -> float:
     try:
         value = float(cell or "")
     except ValueError:
         value = np.nan
     if not np.isfinite(value):
-        raise CalibrationError(f"{path}, row {row}, column {LOGIT}: {cell!r} is not a number.")
+        raise CalibrationError(f"{path}, row {row}, column {column}: {cell!r} is not a number.")
+    if column == PROBABILITY and not 0 <= value <= 1:
+        raise CalibrationError(f"{path}, row {row}, column {column}: {cell!r} is not in 0 to 1.")
     return value
 
 

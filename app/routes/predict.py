@@ -85,7 +85,7 @@ async def predict(
     state = request.app.state
 
     async def check_open() -> None:
-        await authorize(request, "predict")
+        await authorize(request, "predict", counts=True)
         predictor.check_open()
 
     opened = open_uploads(request, state.settings, state.held, check_open)

@@ -73,6 +73,8 @@ def test_a_quota_that_is_used_up_says_when_to_come_back(tmp_path: Path, path: Pa
         assert refused.json()["type"] == "urn:mmtl:problem:quota-exceeded"
         assert 1 <= int(refused.headers["retry-after"]) <= 30
         assert predict(client, other).status_code == 200
+        asking = {"Authorization": f"Bearer {key}"}
+        assert client.get("/model", headers=asking).status_code == 200  # is not of the quota
         metrics = client.get("/metrics", headers={"Authorization": f"Bearer {other}"}).text
     assert 'mmtl_rejected_total{reason="quota-exceeded"} 2.0' in metrics
 

@@ -37,7 +37,8 @@ def test_predict_answers_as_the_service_does(run, picture: Path, client) -> None
     answer = json.loads(output)
     served = client.post("/predict", files={"files": ("picture.png", picture.read_bytes())}).json()
     assert status == 0
-    assert answer["results"] == served["results"]
+    (found,), (expected,) = answer["results"], served["results"]
+    assert found == {**expected, "filename": str(picture)}
 
 
 def test_predict_takes_more_images_than_one_request(
@@ -124,3 +125,28 @@ def test_a_bundle_is_recalibrated_into_another_one_and_compared(
 
 def test_the_settings_page_is_the_program_s(run) -> None:
     assert (ROOT / "docs" / "settings.md").read_text() == run("settings")[1], "run `make docs`"
+
+
+def test_pictures_of_one_name_are_told_apart(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.chdir(tmp_path)
+    for side in ("[left]", "[right]"):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "mole.png").write_bytes(flat(160))
+    _, output, _ = run("predict", "[left]/mole.png", "[right]/mole.png")
+    assert "[left]/mole.png" in output
+    assert "[right]/mole.png" in output
+
+
+def test_probabilities_are_taken_of_the_artifact_that_is_named(
+    run, bundle_folder: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "outcomes.csv"
+    table.write_text("melanoma_probability,melanoma\n" + "0.9,1\n0.2,0\n0.4,1\n0.5,0\n" * 20)
+    told = "bundle", "recalibrate", bundle_folder, "--outcomes", table, "-o", tmp_path / "new"
+    status, _, error = run(*told, "--artifact", "model.int8.onnx")
+    assert (status, "--artifact model.int8.onnx is none of model.onnx." in error) == (2, True)
+    status, output, _ = run(*told, "--artifact", "model.onnx")
+    assert (status, "fitted to 80 outcomes" in output) == (0, True)

@@ -1,4 +1,5 @@
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -92,3 +93,47 @@ def test_mistakes_are_sentences(path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(KeysError, match=r"is not a key file: keys\.0\.scopes\.0"):
         read_keys(path)
+
+
+def test_a_file_that_could_not_be_read_is_read_once_it_can_be(
+    path: Path, clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = create_key(path, "tool", ("predict",), None)
+    running = Keys(path)
+    revoke_key(path, "tool")
+    with monkeypatch.context() as patch:
+
+        def refuse(_: Path) -> None:
+            raise KeysError("Permission denied.")
+
+        patch.setattr(module, "read_keys", refuse)
+        clock.now += 2
+        assert running.find(key)  # nobody can know better
+    clock.now += 2
+    assert running.find(key) is None
+
+
+def test_who_could_read_the_file_still_can(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_key(path, "tool", ("predict",), None)
+    given: list[tuple[int, int]] = []
+
+    def stat_of_another(self: Path) -> os.stat_result:
+        found = os.stat(self)
+        if self == path:
+            return os.stat_result((*found[:4], 10001, 10002, *found[6:]))
+        return found
+
+    monkeypatch.setattr(Path, "stat", stat_of_another)
+    monkeypatch.setattr(module.os, "chown", lambda _, user, group: given.append((user, group)))
+    revoke_key(path, "tool")
+    assert given == [(10001, 10002)]
+
+    def may_not(*_: object) -> None:
+        raise PermissionError
+
+    create_key(path, "other", ("predict",), None)
+    before = path.read_bytes()
+    monkeypatch.setattr(module.os, "chown", may_not)
+    with pytest.raises(KeysError, match="belongs to another user"):
+        revoke_key(path, "other")
+    assert path.read_bytes() == before

@@ -31,6 +31,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MMTL_PORT", "http", r"MMTL_PORT: .*integer"),
         ("MMTL_DEVICE", "gpu", r"MMTL_DEVICE: "),
         ("MMTL_DEADLINE_SECONDS", "0", r"MMTL_DEADLINE_SECONDS: .*greater than 0"),
+        ("MMTL_DEADLINE_SECONDS", "inf", r"MMTL_DEADLINE_SECONDS: .*finite"),
         ("MMTL_QUEUE_SIZE", "1", r"MMTL_QUEUE_SIZE must be at least MMTL_MAX_FILES"),
         ("MMTL_CORS_ORIGINS", "https://viewer.example", "cors_origins"),
     ],

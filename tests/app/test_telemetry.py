@@ -53,6 +53,8 @@ def test_requests_and_images_are_counted(client: TestClient) -> None:
     assert found[key("mmtl_out_of_distribution_total")] == 1
     assert found[key("mmtl_predicted_total", "melanoma", "at_or_above_threshold")] == 1
     assert found[key("mmtl_melanoma_probability_count")] == 2
+    total = 20 * found[key("mmtl_melanoma_probability_sum")]
+    assert total == pytest.approx(round(total))  # which tells no more than the buckets
     assert found[key("mmtl_stage_duration_seconds_count", "decode")] == 3
     assert found[key("mmtl_batch_size_sum")] == 2
     requests = "mmtl_http_request_duration_seconds_count"

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from http.client import BadStatusLine
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import jwt
@@ -114,6 +115,8 @@ def test_a_token_is_for_its_scopes(client: TestClient) -> None:
     assert refused.status_code == 403
     assert "This token is for predict" in refused.json()["detail"]
     assert "nothing here" in ask(client, token(scope="openid")).json()["detail"]
+    for odd in (5, {"mmtl:predict": 1}, True):
+        assert ask(client, token(scope=odd)).status_code == 403
     assert ask(client, token(scope="mmtl:metrics"), "/metrics").status_code == 200
 
 
@@ -207,3 +210,13 @@ def test_the_settings_belong_together_and_the_keys_come_over_tls(provider: Provi
         Settings(host="0.0.0.0", jwt_issuer=ISSUER, jwt_audience="a", jwt_jwks_url=provider.url),
         insecure=False,
     )
+
+
+def test_a_provider_that_speaks_no_http_is_unreachable(
+    client: TestClient, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(_: str) -> object:
+        raise BadStatusLine("220 mail.example")
+
+    monkeypatch.setattr("app.tokens._fetch", fetch)
+    assert ask(client, token()).json()["type"] == "urn:mmtl:problem:provider-unreachable"

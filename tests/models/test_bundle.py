@@ -1,5 +1,6 @@
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +156,41 @@ def test_a_network_that_answers_otherwise_is_refused(tmp_path: Path) -> None:
     outputs["melanoma_logit"][:] = np.nan
     with pytest.raises(BundleError, match="melanoma_logit by nan"):
         check_golden(made.manifest, artifact, outputs)
+
+
+def changed(tmp_path: Path, change: Callable[[dict], None]) -> Path:
+    """A bundle's folder, its manifest changed."""
+    made = make_bundle(tmp_path / "bundle")
+    path = made.folder / "bundle.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    return made.folder
+
+
+def test_an_artifact_s_golden_predictions_are_of_the_manifest_s_images(tmp_path: Path) -> None:
+    def more(manifest: dict) -> None:
+        manifest["artifacts"][0]["golden"] = [*manifest["golden"], {"seed": 7, "outputs": {}}]
+
+    with pytest.raises(BundleError, match="golden predictions of other images"):
+        load_bundle(changed(tmp_path, more))
+
+
+def test_what_must_be_told_apart_is_no_binary_task(tmp_path: Path) -> None:
+    def binary(manifest: dict) -> None:
+        site = next(task for task in manifest["tasks"] if task["name"] == "site")
+        site["kind"] = "binary"
+
+    with pytest.raises(BundleError, match="the task site cannot be binary"):
+        load_bundle(changed(tmp_path, binary))
+
+
+def test_a_cpu_takes_no_integers_of_another_format(tmp_path: Path) -> None:
+    def torchscript(manifest: dict) -> None:
+        first = manifest["artifacts"][0]
+        other = {**first, "file": "model.pt", "format": "torchscript", "precision": "int8"}
+        manifest["artifacts"].insert(0, other)
+
+    folder = changed(tmp_path, torchscript)
+    (folder / "model.pt").write_bytes((folder / "model.onnx").read_bytes())
+    assert load_bundle(folder).artifact_for_cpu().file == "model.onnx"

@@ -87,28 +87,49 @@ def test_the_new_bundle_says_so_and_the_old_one_stays(bundle_folder: Path, tmp_p
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("logit,melanoma\n1,1\n", "the column melanoma_logit is missing"),
+        ("logit,melanoma\n1,1\n", "the column melanoma_probability is missing"),
         ("melanoma_logit,melanoma\n1,maybe\n", "row 2, column melanoma: 'maybe' is not 1 or 0"),
         ("melanoma_logit,melanoma\n1,1\nhigh,0\n", "row 3, column melanoma_logit: 'high' is not"),
         ("melanoma_logit,melanoma\nnan,0\n", "'nan' is not a number"),
+        ("melanoma_logit,melanoma\n0.9,1\n0.1,0\n", "holds probabilities; call it melanoma_prob"),
+        ("melanoma_probability,melanoma\n1.2,0\n", "column melanoma_probability: '1.2' is not in"),
         (b"\xff\xfe\x00", "is not a CSV file"),
     ],
 )
-def test_a_table_that_does_not_fit_is_named(tmp_path: Path, text, sentence: str) -> None:
+def test_a_table_that_does_not_fit_is_named(
+    tmp_path: Path, bundle_folder: Path, text, sentence: str
+) -> None:
+    artifact = load_bundle(bundle_folder).artifact("onnx")
     path = tmp_path / "outcomes.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(CalibrationError, match=sentence):
-        read_outcomes(path)
+        read_outcomes(path, artifact)
     with pytest.raises(CalibrationError, match="cannot be read: No such file"):
-        read_outcomes(tmp_path / "missing.csv")
+        read_outcomes(tmp_path / "missing.csv", artifact)
 
 
 def test_rows_without_an_outcome_are_left_out_and_few_are_refused(
     tmp_path: Path, bundle_folder: Path
 ) -> None:
     path = tmp_path / "outcomes.csv"
+    artifact = load_bundle(bundle_folder).artifact("onnx")
     path.write_text("melanoma_logit,melanoma\n1.5,1.0\n-1,\n0.5,no\n")
-    logits, melanoma = read_outcomes(path)
+    logits, melanoma = read_outcomes(path, artifact)
     assert (logits.tolist(), melanoma.tolist()) == ([1.5, 0.5], [True, False])
     with pytest.raises(CalibrationError, match="1 images with melanoma are too few"):
         recalibrate(load_bundle(bundle_folder).manifest, logits, melanoma, "few")
+
+
+def test_the_service_s_answers_are_turned_back_into_logits(
+    tmp_path: Path, bundle_folder: Path
+) -> None:
+    artifact = load_bundle(bundle_folder).artifact("onnx")
+    artifact = artifact.model_copy(update={"calibration": Calibration(slope=0.7, intercept=-0.8)})
+    given = np.array([-9.0, -0.5, 2.0])
+    answered = melanoma_probability(given, artifact.calibration).round(6)
+    path = tmp_path / "outcomes.csv"
+    rows = "".join(f"{value},{number % 2}\n" for number, value in enumerate(answered))
+    path.write_text(f"melanoma_probability,melanoma\n{rows}0,1\n1,0\n")
+    logits, _ = read_outcomes(path, artifact)
+    assert logits[:3] == pytest.approx(given, abs=0.01)
+    assert np.isfinite(logits).all()
