@@ -9,8 +9,7 @@ from starlette.datastructures import State
 
 from app import problems
 from app.keys import Key, Keys, Scope
-from app.problems import MEDIA_TYPE, Problem
-from app.schemas import ProblemBody
+from app.problems import Problem
 from app.settings import Settings
 from app.tokens import Bearer, ProviderUnreachable, Tokens
 from app.trace import trace_of
@@ -21,9 +20,8 @@ _bearer = HTTPBearer(
     description="A key of `mmtl keys create`, or an identity provider's token.",
 )
 bearer = Security(_bearer)
-_PROBLEM: dict[str, Any] = {"model": ProblemBody, "content": {MEDIA_TYPE: {}}}
 # What any route that asks for a key may answer.
-REFUSALS: dict[int | str, dict[str, Any]] = dict.fromkeys((401, 403, 503), _PROBLEM)
+REFUSALS: dict[int | str, dict[str, Any]] = dict.fromkeys((401, 403, 503), problems.RESPONSE)
 Dependency = Callable[[Request], Awaitable[None]]
 
 

@@ -21,6 +21,11 @@ from models.images import (
 )
 
 MEDIA_TYPE = "application/problem+json"
+# As OpenAPI has it. FastAPI's `model` would promise application/json, which no problem is sent as.
+RESPONSE: dict[str, Any] = {
+    "description": "A problem; its `type` says which.",
+    "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}}},
+}
 _URN = "urn:mmtl:problem:"
 
 

@@ -14,7 +14,7 @@ from app.access import asks, authorize, bearer
 from app.audit import AuditError, AuditLog
 from app.forms import FIELD
 from app.predictor import Predictor
-from app.problems import MEDIA_TYPE, Problem, respond
+from app.problems import Problem, respond
 from app.schemas import Failure, PredictResponse, ProblemBody, Result, Success
 from app.trace import Trace, trace_of
 from app.uploads import Upload, open_uploads
@@ -53,19 +53,17 @@ _FORM = {
 }
 _BODY = {
     "required": True,
-    "content": {"multipart/form-data": _FORM, **dict.fromkeys(MEDIA_TYPES, _BINARY)},
-}
-_PROBLEM: dict[str, Any] = {
-    "model": ProblemBody,
-    "content": {MEDIA_TYPE: {}},
-    "description": "The type says why.",
+    "content": {
+        "multipart/form-data": _FORM,
+        **dict.fromkeys((*MEDIA_TYPES, "application/octet-stream"), _BINARY),
+    },
 }
 
 
 @router.post(
     "/predict",
     response_model=PredictResponse,
-    responses=dict.fromkeys((400, 401, 403, 408, 413, 415, 422, 429, 500, 503), _PROBLEM),
+    responses=dict.fromkeys((400, 401, 403, 408, 413, 415, 422, 429, 500, 503), problems.RESPONSE),
     openapi_extra={"requestBody": _BODY},
     summary="Melanoma probability, age bin and anatomical site of dermoscopic images",
 )
