@@ -360,7 +360,7 @@ class Batcher:
             return
         job.since = time.monotonic()
         with self._changed:
-            if self._failed:
+            if self._failed:  # nobody runs what is decoded any more
                 job.fail(NotReady())
                 return
             self._decoded.append(job)
@@ -372,8 +372,7 @@ class Batcher:
         finally:
             with self._changed:
                 self._running -= 1
-                # Once closed, who waits for this run has to see that there is no other.
-                self._changed.notify(len(self._workers) if self._closed else 1)
+                self._changed.notify()
 
     def _infer(self, jobs: list[_Job], tries: int = 2) -> None:
         started = time.monotonic()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from models.progressive import count_scans, for_an_eighth
+from models.progressive import for_an_eighth, has_several_scans, most_scans
 from models.tiff import read_directory
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
@@ -176,9 +176,11 @@ def decode(
     with image:
         # A phone's MPO is a JPEG with previews appended; its first frame is the photograph.
         image_format = "JPEG" if image.format == "MPO" else str(image.format)
-        scans = count_scans(data) if image_format == "JPEG" else 0
-        _check_size(image, image_format, scans, limits)
-        large = scans != 1 and image.width * image.height > _LARGE
+        in_full = image_format != "JPEG" or has_several_scans(data)
+        _check_size(image, image_format, in_full, limits)
+        if in_full and image_format == "JPEG" and most_scans(bytes(data)) > MOST_SCANS:
+            raise ImageTooLargeError(f"The JPEG has more than {MOST_SCANS} scans. Save it anew.")
+        large = in_full and image.width * image.height > _LARGE
         with _one_large if large else nullcontext():
             return _fit(image, image_format, data, height, width)
 
@@ -225,17 +227,12 @@ def _fit(
     return DecodedImage(np.asarray(resized), shown_width, shown_height, image_format)
 
 
-def _check_size(image: Image.Image, image_format: str, scans: int, limits: Limits) -> None:
+def _check_size(image: Image.Image, image_format: str, in_full: bool, limits: Limits) -> None:
     width, height = image.size
-    if scans > MOST_SCANS:
-        raise ImageTooLargeError(
-            f"The JPEG has {scans:,} scans; at most {MOST_SCANS} are accepted. Save it anew."
-        )
-    most = limits.max_pixels
-    if scans != 1:
-        most = min(most, limits.max_pixels_in_full)
+    most = min(limits.max_pixels, limits.max_pixels_in_full) if in_full else limits.max_pixels
     if width * height > most:
-        kind = "JPEG of several scans (progressive)" if scans > 1 else image_format
+        several = in_full and image_format == "JPEG"
+        kind = "JPEG of several scans (progressive)" if several else image_format
         raise ImageTooLargeError(
             f"The image has {width} x {height} = {width * height / MEGA:,.1f} megapixels; "
             f"at most {most / MEGA:g} are accepted for {kind}."

@@ -1,4 +1,4 @@
-"""The scans of a JPEG: how many there are, and which do not show at an eighth of its size.
+"""The scans of a JPEG: whether there are many, and which do not show at an eighth of its size.
 
 At an eighth a pixel is the mean of an 8x8 block: its first coefficient. A progressive file sends
 the others in scans of their own, most of its bytes, and a decoder reads them all to throw them
@@ -13,45 +13,49 @@ libjpeg-turbo's jdcoefct.c, `smoothing_ok`).
 import re
 
 _SCAN, _END = 0xDA, 0xD9
-_FRAME = 0xC2
-# Frames of any coding (T.81, table B.1); the other markers in that range are tables.
+_PROGRESSIVE = 0xC2
+# Of T.81, table B.1: frames of any coding; those that are not progressive; and what may stand
+# before a scan with its length: tables, restart intervals, applications' segments and comments.
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL = {0xC0, 0xC1}
+_TABLES = {0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}
 # Within a scan's data 0xFF is followed by 0x00, or by a restart marker, or stands for itself again.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
-def count_scans(data: bytes | memoryview) -> int:
-    """How many scans a JPEG has; 1 where its first holds all channels, which then is all of it.
+def has_several_scans(data: bytes | memoryview) -> bool:
+    """Whether a JPEG is held in memory whole, at any scale (libjpeg's `has_multiple_scans`).
 
-    What has more is held in memory whole, at any scale (libjpeg's `has_multiple_scans`).
+    It is not where its first scan holds all channels. Where a decoder might read the way there
+    otherwise than this does, it is taken to be.
 
     Args:
-        data: A JPEG file; of a damaged one, what comes before the damage.
+        data: A JPEG file.
     """
-    scans = channels = 0
-    progressive = False
+    channels = None
     at = 2
-    while data[at : at + 1] == b"\xff" and at + 2 <= len(data):
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        if marker == _END:
-            break
-        body = at + 4
+    while data[at : at + 1] == b"\xff" and at + 5 <= len(data):
+        marker, body = data[at + 1], at + 4
+        if marker == _SCAN:
+            return channels is None or data[body] < channels
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker in _FRAMES and end > body + 5:
-            progressive, channels = marker not in (0xC0, 0xC1), data[body + 5]
-        elif marker == _SCAN:
-            scans += 1
-            if scans == 1 and not progressive and body < len(data) and data[body] >= channels:
-                break
-            following = _MARKER.search(data, end)
-            if following is None:
-                break
-            end = following.start()
+        if marker in _FRAMES:
+            if marker not in _SEQUENTIAL or channels is not None or end <= body + 5:
+                return True
+            channels = data[body + 5 : body + 6][0] if body + 5 < len(data) else None
+        elif marker not in _TABLES:
+            return True
         at = end
-    return scans
+    return True
+
+
+def most_scans(data: bytes) -> int:
+    """No fewer than a JPEG has scans: their marker may stand by chance, or in a thumbnail, too.
+
+    Args:
+        data: A JPEG file.
+    """
+    return data.count(bytes([0xFF, _SCAN]))
 
 
 def for_an_eighth(data: bytes) -> bytes:
@@ -72,7 +76,7 @@ def for_an_eighth(data: bytes) -> bytes:
         segment = data[at + 4 : at + 2 + length]
         end = at + 2 + length
         keep = True
-        if marker == _FRAME:
+        if marker == _PROGRESSIVE:
             brightness = _of_full_size(segment)
         elif marker == _SCAN:
             following = _MARKER.search(data, end)

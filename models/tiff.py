@@ -12,6 +12,8 @@ _BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 _BLOBS = {1, 2, 6, 7}
 _NUMBERS = {3: 2, 4: 4}
 _COMPRESSION, _TILE_WIDTH, _TILE_LENGTH = 259, 322, 323
+# Where strips and tiles are, and how long: lists, whatever kind of value they say they are.
+_LISTS = {273, 279, 324, 325}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
     return Directory(
         compression=values.get(_COMPRESSION, 1),
         tile_pixels=values.get(_TILE_WIDTH, 0) * values.get(_TILE_LENGTH, 0),
-        longest_list=max((n for _, kind, n, _ in entries if kind not in _BLOBS), default=0),
+        longest_list=max(
+            (n for tag, kind, n, _ in entries if kind not in _BLOBS or tag in _LISTS), default=0
+        ),
         several_pages=following != 0,
     )

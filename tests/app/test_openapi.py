@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ RELEASED = Path(__file__).parent / "openapi-1.json"
 
 def test_the_committed_description_is_the_service_s() -> None:
     assert json.loads(COMMITTED.read_text()) == build_api().openapi(), "run `make docs`"
+
+
+def test_every_schema_that_is_named_is_there() -> None:
+    described = json.dumps(build_api().openapi())
+    schemas = build_api().openapi()["components"]["schemas"]
+    named = set(re.findall(r"#/components/schemas/(\w+)", described))
+    assert "ProblemBody" in named
+    assert named <= set(schemas)
 
 
 def test_no_breaking_change() -> None:

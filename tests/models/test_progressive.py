@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from models.images import CorruptImageError, ImageTooLargeError, decode
-from models.progressive import count_scans, for_an_eighth
-from tests.lesions import draw_lesion
+from models.progressive import for_an_eighth, has_several_scans, most_scans
+from tests.lesions import draw_lesion, encode
 
 
 def progressive(pixels: np.ndarray, quality: int = 85, subsampling: int = 2) -> bytes:
@@ -95,24 +95,39 @@ def scan(*channels: int) -> bytes:
 
 
 def test_a_scan_of_every_channel_is_all_of_a_baseline_jpeg() -> None:
-    thumbnail = marker(0xE1, b"Exif" + scan(1, 2, 3) * 5)
-    assert count_scans(b"\xff\xd8" + thumbnail + frame(0xC0) + scan(1, 2, 3) * 3) == 1
+    thumbnail = marker(0xE1, b"Exif" + frame(0xC2) + scan(1))
+    tables = marker(0xDB, bytes(65)) + marker(0xC4, bytes(19)) + marker(0xFE, b"a comment")
+    assert not has_several_scans(b"\xff\xd8" + thumbnail + tables + frame(0xC0) + scan(1, 2, 3))
+    assert not has_several_scans(encode(draw_lesion(0)))
 
 
-def test_a_scan_for_each_channel_is_held_whole() -> None:
-    separate = frame(0xC0) + scan(1) + scan(2) + scan(3)
-    assert count_scans(b"\xff\xd8" + separate + b"\xff\xd9" + scan(1)) == 3
+@pytest.mark.parametrize(
+    "before",
+    [
+        frame(0xC2) + scan(1, 2, 3),
+        frame(0xC0) + scan(1) + scan(2) + scan(3),
+        b"garbage" + frame(0xC0) + scan(1, 2, 3),
+        b"\xff\x01" + frame(0xC0) + scan(1, 2, 3),
+        frame(0xC0) + frame(0xC0) + scan(1, 2, 3),
+        scan(1, 2, 3),
+        b"",
+    ],
+    ids=["progressive", "one-each", "garbage", "no-length", "two-frames", "no-frame", "nothing"],
+)
+def test_a_jpeg_is_held_whole_where_a_decoder_might_find_several_scans(before: bytes) -> None:
+    assert has_several_scans(b"\xff\xd8" + before)
 
 
 @given(st.binary(max_size=200))
-def test_scans_of_any_bytes_are_counted(data: bytes) -> None:
-    assert 0 <= count_scans(data) <= len(data)
+def test_any_bytes_can_be_asked(data: bytes) -> None:
+    assert has_several_scans(b"\xff\xd8" + data) in (True, False)
 
 
-def test_a_jpeg_of_endless_scans_is_refused() -> None:
+@pytest.mark.parametrize("between", [b"", b"garbage", b"\xff\x01"])
+def test_a_jpeg_of_endless_scans_is_refused(between: bytes) -> None:
     data = progressive(draw_lesion(0))
     last = data.rindex(b"\xff\xda")
-    again = data[:-2] + data[last:-2] * 100 + data[-2:]
-    assert count_scans(again) == count_scans(data) + 100
-    with pytest.raises(ImageTooLargeError, match="110 scans; at most 100"):
+    again = data[:-2] + (between + data[last:-2]) * 100 + data[-2:]
+    assert most_scans(again) == most_scans(data) + 100
+    with pytest.raises(ImageTooLargeError, match="more than 100 scans"):
         decode(again, 32, 32)

@@ -61,8 +61,9 @@ def test_the_compressions_of_fax_machines_are_refused() -> None:
     [
         [(TILE_WIDTH, 3, 1, 26_000), (TILE_LENGTH, 3, 1, 26_000)],
         [(STRIPS, 4, 1_000_000, 8)],
+        [(STRIPS, 1, 1_000_000, 8)],
     ],
-    ids=["a-tile-larger-than-the-picture", "a-million-strips"],
+    ids=["a-tile-larger-than-the-picture", "a-million-strips", "strips-as-bytes"],
 )
 def test_what_is_larger_than_the_picture_is_refused(entries: list) -> None:
     with pytest.raises(ImageTooLargeError, match="TIFF"):
