@@ -8,13 +8,16 @@ renamed and kept.
 import json
 import os
 import threading
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-# Longest that a line may be lost to a crash of the machine (a crash of the process loses none).
+import structlog
+
+# After which a line is brought to the disk: what a crash of the machine may lose (a crash of the
+# process loses nothing).
 _SYNC_SECONDS = 1.0
+log = structlog.get_logger()
 
 
 class AuditError(Exception):
@@ -36,7 +39,7 @@ class AuditLog:
         self._path = path
         self._most = most
         self._lock = threading.Lock()
-        self._synced = time.monotonic()
+        self._sync: threading.Timer | None = None
         self._file = -1
         with self._lock:
             self._open()
@@ -70,19 +73,36 @@ class AuditLog:
                     # A part of a line is worse than none.
                     os.ftruncate(self._file, os.fstat(self._file).st_size - written)
                     raise AuditError(f"{self._path} cannot be written: no space is left.")
-                if time.monotonic() - self._synced > _SYNC_SECONDS:
-                    os.fdatasync(self._file)
-                    self._synced = time.monotonic()
             except OSError as error:
                 raise AuditError(f"{self._path} cannot be written: {error.strerror}.") from None
+            if self._sync is None:
+                self._sync = threading.Timer(_SYNC_SECONDS, self._bring_to_disk)
+                self._sync.daemon = True
+                self._sync.start()
 
     def close(self) -> None:
         """Bring everything to the disk."""
         with self._lock:
+            if self._sync is not None:
+                self._sync.cancel()
             if self._file >= 0:
                 os.fsync(self._file)
                 os.close(self._file)
                 self._file = -1
+
+    def _bring_to_disk(self) -> None:
+        """Nobody waits for it: others write meanwhile."""
+        with self._lock:
+            self._sync = None
+            if self._file < 0:
+                return
+            file = os.dup(self._file)
+        try:
+            os.fsync(file)
+        except OSError as error:
+            log.error("audit log", reason=f"{self._path} is not on the disk: {error.strerror}.")
+        finally:
+            os.close(file)
 
     def _turn(self) -> None:
         """Begin another file where this one is full, or was taken away (logrotate)."""

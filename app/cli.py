@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +20,8 @@ from app.console import NOTICE, fail
 from app.engines import EngineError
 from app.keys import KeysError
 from app.main import build_api, create_app
-from app.problems import Problem
-from app.schemas import Failure, PredictResponse, Success
+from app.problems import NOT_FOUND, Problem
+from app.schemas import Failure, PredictResponse, Result, Success
 from app.server import Server
 from app.settings import PREFIX, Settings, SettingsError, load_settings
 from app.spans import SpansError
@@ -115,7 +115,7 @@ def bench(
     pairs = [entry.partition(":") for entry in header or []]
     target = load.Target(
         url,
-        [read(path).data for path in images or []] or load.draw_images(),
+        [path.read_bytes() for path in images or []] or load.draw_images(),
         [(name.strip(), value.strip()) for name, _, value in pairs],
     )
     measured = {
@@ -169,23 +169,29 @@ async def _predict(settings: Settings, images: list[Path], explain: bool) -> Pre
     app = create_app(settings)
     predictor = app.state.predictor
     trace = Trace("command-line")
-    results = []
+    results: list[Result] = []
+    model = app.state.networks.current.facts
     async with app.router.lifespan_context(app):
         if not await asyncio.to_thread(app.state.networks.current.batcher.wait_ready):
             raise EngineError("The network failed while it was warmed up.")
         for start in range(0, len(images), settings.max_files):
-            part = [read(path) for path in images[start : start + settings.max_files]]
-            model, found = await predictor.predict(part, explain, trace)
-            results += found
+            part = [_read(path) for path in images[start : start + settings.max_files]]
+            whole = [one for one in part if isinstance(one, Upload)]
+            found: Iterator[Result] = iter(())
+            if whole:
+                model, answered = await predictor.predict(whole, explain, trace)
+                found = iter(answered)
+            results += [next(found) if isinstance(one, Upload) else one for one in part]
     return PredictResponse(request_id=trace.request_id, model=model, results=results)
 
 
-def read(path: Path) -> Upload:
-    """A file as if it had been posted; one that cannot be read ends the program."""
+def _read(path: Path) -> Upload | Failure:
+    """A file as if it had been posted."""
     try:
         return Upload(str(path), path.read_bytes())
     except OSError as error:
-        fail(f"{path} cannot be read: {error.strerror}.")
+        detail = f"The file cannot be read: {error.strerror}."
+        return Failure(filename=str(path), error=Problem(NOT_FOUND, detail).body())
 
 
 def _print_table(answer: PredictResponse) -> None:

@@ -117,19 +117,14 @@ class Networks:
             ReloadError: The bundle cannot be used, or another is taking over just now.
         """
         if not self._switching.acquire(blocking=False):
-            raise ReloadError("Another network is taking over just now. Try again.")
+            raise self._refused(ReloadError("Another network is taking over just now. Try again."))
         try:
             if self._draining or self._stopped.is_set():
                 raise ReloadError("The service is shutting down.")
             old, self.current = self.current, self._load_warm()
-        except ReloadError:
-            self._switching.release()
-            raise
         except Exception as error:  # each runtime raises types of its own
-            self._metrics.reloads.labels("refused").inc()
-            log.error("reload refused", error=type(error).__name__, reason=str(error))
             self._switching.release()
-            raise ReloadError(str(error) or type(error).__name__) from None
+            raise self._refused(error) from None
         if self._draining:
             self.current.batcher.drain()
         self._metrics.reloads.labels("switched").inc()
@@ -138,6 +133,12 @@ class Networks:
         self._retiring.append(old)
         threading.Thread(target=self._retire, name="mmtl-retire", daemon=True).start()
         return self.current
+
+    def _refused(self, error: Exception) -> ReloadError:
+        reason = str(error) or type(error).__name__
+        self._metrics.reloads.labels("refused").inc()
+        log.error("reload refused", error=type(error).__name__, reason=reason)
+        return ReloadError(reason)
 
     def _retire(self) -> None:
         """End the old network with its last request, and give its memory back."""

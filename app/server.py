@@ -3,25 +3,32 @@
 import asyncio
 import signal
 import threading
+from contextlib import suppress
 from functools import partial
+from http import HTTPStatus
 from math import ceil
 from types import FrameType
 from typing import Any
 
-import structlog
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app import problems
 from app.networks import Networks, ReloadError
+from app.problems import Problem, respond
 from app.settings import Settings
+from app.telemetry import Metrics
 
-log = structlog.get_logger()
 # Beyond the upload's own time: the deadline of a request that is answered while it still arrives.
 _MARGIN_SECONDS = 10.0
 # Requests that a client may send before the first is answered.
 _MOST_PIPELINED = 8
-_TOO_LARGE = (431, "Request Header Fields Too Large")
+_TOO_LARGE = Problem(problems.HEADERS_TOO_LARGE, "Send fewer or shorter headers, or a shorter URL.")
+_TOO_SLOW = Problem(problems.UPLOAD_TOO_SLOW, "The headers did not end in time. Send it again.")
+_TOO_MANY = Problem(
+    problems.SATURATED, "Too many connections are open. Try again after Retry-After seconds."
+)
 
 
 class Protocol(HttpToolsProtocol):
@@ -32,13 +39,15 @@ class Protocol(HttpToolsProtocol):
 
     Args:
         settings: The limits.
+        metrics: Told of what is refused, which the application never sees.
         arguments: Uvicorn's own.
         named: Likewise.
     """
 
-    def __init__(self, settings: Settings, *arguments: Any, **named: Any):
+    def __init__(self, settings: Settings, metrics: Metrics, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         self._settings = settings
+        self._metrics = metrics
         self._timer: asyncio.TimerHandle | None = None
         self._reading_headers = True
         self._header_bytes = 0
@@ -50,7 +59,7 @@ class Protocol(HttpToolsProtocol):
         """A client has connected; the first bytes are waited for like a request's headers."""
         super().connection_made(transport)
         if len(self.connections) > self._settings.max_connections:
-            self._refuse(503, "Service Unavailable", "Retry-After: 1")
+            self._refuse(_TOO_MANY)
             return
         self._start_timer(self._settings.header_seconds)
 
@@ -73,7 +82,7 @@ class Protocol(HttpToolsProtocol):
         if not self._reading_headers and self._bodies == bodies:
             self._header_bytes += len(data)  # extensions of chunks, or trailers
         if self._header_bytes > self._settings.max_header_bytes:
-            self._refuse(*_TOO_LARGE)
+            self._refuse(_TOO_LARGE)
         elif self._timer is None and self.timeout_keep_alive_task is None and self._answered:
             # A byte between two requests: the next one's headers have begun.
             self._start_timer(self._settings.header_seconds)
@@ -91,7 +100,7 @@ class Protocol(HttpToolsProtocol):
             return
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > self._settings.max_header_bytes:
-            self._refuse(*_TOO_LARGE)
+            self._refuse(_TOO_LARGE)
             return
         if len(self.pipeline) >= _MOST_PIPELINED:
             self.transport.abort()
@@ -146,19 +155,26 @@ class Protocol(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         if self._reading_headers:
-            self._refuse(408, "Request Timeout")
+            self._refuse(_TOO_SLOW)
         else:  # an answer may be under way
             self.transport.close()
 
-    def _refuse(self, status: int, reason: str, *headers: str) -> None:
+    def _refuse(self, problem: Problem) -> None:
         self._stop_timer()
         if self.transport.is_closing():
             return
         if not self._answered:  # it would be taken for the answer to an earlier request
             self.transport.close()
             return
-        lines = (f"HTTP/1.1 {status} {reason}", "Content-Length: 0", "Connection: close", *headers)
-        self.transport.write("".join(f"{line}\r\n" for line in (*lines, "")).encode())
+        self._metrics.rejected.labels(problem.kind.name).inc()
+        answer = respond(problem)
+        status = HTTPStatus(answer.status_code)
+        lines = [
+            f"HTTP/1.1 {status} {status.phrase}".encode(),
+            b"connection: close",
+            *(name + b": " + value for name, value in answer.raw_headers),
+        ]
+        self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
         self.transport.close()
 
 
@@ -180,7 +196,7 @@ class Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
-                http=partial(Protocol, settings),  # type: ignore[arg-type]  # called like the class
+                http=partial(Protocol, settings, app.state.metrics),  # type: ignore[arg-type]  # called like the class
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -209,10 +225,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def _reload(self) -> None:
-        try:
+        with suppress(ReloadError):  # which is logged
             self._networks.reload()
-        except ReloadError as error:
-            log.error("reload refused", reason=str(error))
 
     def _fail(self) -> None:
         self.failed = True

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as SettingsSourceError
 
 import models
 from models.bundle import ArtifactFormat, Precision
@@ -14,6 +15,10 @@ from models.images import Limits
 
 PREFIX = "MMTL_"
 DEFAULT_BUNDLE = Path(models.__file__).parent / "default"
+# What docker-compose.yml reads, and the service does not.
+OF_COMPOSE = frozenset(
+    {"MMTL_BUNDLE_NAME", "MMTL_BUNDLES_FOLDER", "MMTL_CPUS", "MMTL_DOMAIN", "MMTL_PUBLISH"}
+)
 
 
 class SettingsError(Exception):
@@ -152,18 +157,28 @@ def load_settings() -> Settings:
     """Read the environment.
 
     Raises:
-        SettingsError: An unknown `MMTL_*` name, or a value that does not fit.
+        SettingsError: An unknown `MMTL_*` name, or a value that is empty or does not fit.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in os.environ:
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
+    for name, value in os.environ.items():
+        if not name.upper().startswith(PREFIX):
+            continue
+        if name.upper() in OF_COMPOSE:
+            raise SettingsError(
+                f"{name} is for docker-compose.yml, not for the service: unset it here."
+            )
+        if name.upper() not in known:
             near = get_close_matches(name.upper(), known, n=1, cutoff=0)
             raise SettingsError(f"{name} is not a setting. Did you mean {near[0]}?")
+        if not value:  # a variable of a script that was never set, most often
+            raise SettingsError(f"{name} is set, but empty: unset it, or give it a value.")
     try:
         return Settings()
     except ValidationError as error:
         first = error.errors()[0]
         name = PREFIX + str(first["loc"][0]).upper() if first["loc"] else "The settings"
         raise SettingsError(f"{name}: {first['msg']}.") from None
-    except ValueError as error:  # pydantic-settings' own, for a list that is not JSON
-        raise SettingsError(f"{error}: {error.__cause__}.") from None
+    except SettingsSourceError:  # the one setting that is a list
+        raise SettingsError(
+            f'{PREFIX}CORS_ORIGINS must be a JSON list, such as ["https://viewer.example"].'
+        ) from None

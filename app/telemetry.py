@@ -1,5 +1,6 @@
 """What an operator sees: Prometheus metrics, structured logs, request ids and timings."""
 
+import asyncio
 import logging
 import re
 import sys
@@ -221,18 +222,24 @@ class Telemetry:
                 ]
             await send(message)
 
+        async def refuse(kind: problems.Kind, detail: str) -> None:
+            trace.problems.append(kind.name)
+            answer = problems.respond(problems.Problem(kind, detail))
+            await answer(scope, receive, send_with_headers)
+
         try:
             await self.app(scope, receive, send_with_headers)
         except ClientDisconnect:
             pass  # in mid-upload: nobody is there to answer
+        except asyncio.CancelledError:  # the server ends, and the upload has not
+            if status != _GONE:
+                raise
+            await refuse(problems.DRAINING, "The upload did not end in time. Send it again.")
         except Exception:
             log.exception("request failed", request_id=trace.request_id)
             if status != _GONE:  # the answer has begun; the server can only cut it off
                 raise
-            trace.problems.append(problems.INTERNAL.name)
-            detail = "Try again, or tell the operator the X-Request-ID."
-            answer = problems.respond(problems.Problem(problems.INTERNAL, detail))
-            await answer(scope, receive, send_with_headers)
+            await refuse(problems.INTERNAL, "Try again, or tell the operator the X-Request-ID.")
         finally:
             self._record(scope, trace, status, time.monotonic() - started)
             if self.spans and span is not None:

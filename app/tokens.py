@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 # Signatures alone: a shared secret (HS256) or none at all is nobody's signature.
 _ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA")
 _PREFIX = "mmtl:"
+# Of a key: its id, where it has one, and the algorithm of the signature.
+_Name = tuple[str | None, str]
 # Of clocks that differ.
 _LEEWAY_SECONDS = 30
 # The provider is asked for its keys this often at most, whatever key a token names.
@@ -65,7 +68,7 @@ class Tokens:
         self._issuer = issuer
         self._audience = audience
         self._jwks_url = jwks_url
-        self._keys: dict[str | None, PyJWK] = {}
+        self._keys: dict[_Name, PyJWK] = {}
         self._asked = self._got = -_STALE_SECONDS
         self._asking = asyncio.Lock()
 
@@ -78,17 +81,20 @@ class Tokens:
         import jwt
 
         try:
-            named = jwt.get_unverified_header(presented).get("kid")
+            header = jwt.get_unverified_header(presented)
         except jwt.InvalidTokenError:
             return None
-        key = await self._key(named)
+        algorithm = header.get("alg")
+        if algorithm not in _ALGORITHMS:
+            return None
+        key = await self._key((header.get("kid"), algorithm))
         if key is None:
             return None
         try:
             claims = jwt.decode(
                 presented,
                 key,
-                algorithms=[*_ALGORITHMS],
+                algorithms=[algorithm],
                 audience=self._audience,
                 issuer=self._issuer,
                 leeway=_LEEWAY_SECONDS,
@@ -101,7 +107,7 @@ class Tokens:
             tuple(scope for scope in SCOPES if _PREFIX + scope in _scopes(claims)),
         )
 
-    async def _key(self, named: str | None) -> "PyJWK | None":
+    async def _key(self, named: _Name) -> "PyJWK | None":
         now = time.monotonic()
         wanted = now - self._got > _STALE_SECONDS or named not in self._keys
         if wanted and (now - self._asked > _FRESH_SECONDS or self._asking.locked()):
@@ -113,22 +119,13 @@ class Tokens:
         return self._keys.get(named)
 
     async def _ask(self) -> None:
-        import jwt
-
         self._asked = time.monotonic()
         try:
             document = await asyncio.to_thread(_fetch, self._jwks_url)
-            keys = jwt.PyJWKSet.from_dict(document).keys
-        except (
-            OSError,
-            ValueError,
-            HTTPException,
-            jwt.PyJWTError,
-        ) as error:  # those at hand still hold
+            self._keys = _usable(document)
+            self._got = self._asked
+        except (OSError, ValueError, HTTPException) as error:  # those at hand still hold
             log.error("identity provider's keys", error=type(error).__name__, reason=str(error))
-            return
-        self._keys = {key.key_id: key for key in keys}
-        self._got = self._asked
 
 
 def tokens_of(settings: Settings) -> Tokens | None:
@@ -140,13 +137,36 @@ def tokens_of(settings: Settings) -> Tokens | None:
     return Tokens(settings.jwt_issuer, settings.jwt_audience, settings.jwt_jwks_url)
 
 
-def _fetch(url: str) -> dict[str, Any]:
+def _fetch(url: str) -> object:
     request = Request(url, headers={"Accept": "application/json"})
     with urlopen(request, timeout=_PATIENCE_SECONDS) as answer:
-        document = json.loads(answer.read(_MOST_BYTES))
-    if not isinstance(document, dict):
-        raise ValueError("the document is no key set")
-    return document
+        return json.loads(answer.read(_MOST_BYTES))
+
+
+def _usable(document: object) -> "dict[_Name, PyJWK]":
+    """The keys of a set for each algorithm that they may sign with.
+
+    A key says which one (`alg`), or leaves it to its type, and then signs with several
+    (RFC 7517, section 4.4: `alg` is optional, and Microsoft leaves it out).
+
+    Raises:
+        ValueError: There are none.
+    """
+    import jwt
+
+    published = document.get("keys") if isinstance(document, dict) else None
+    found: dict[_Name, PyJWK] = {}
+    for key in published if isinstance(published, list) else []:
+        if not isinstance(key, dict) or key.get("use", "sig") != "sig":
+            continue
+        for algorithm in _ALGORITHMS:
+            if key.get("alg", algorithm) == algorithm:
+                # Of another type, or none that this library knows.
+                with suppress(jwt.PyJWTError, ValueError, TypeError):
+                    found[key.get("kid"), algorithm] = jwt.PyJWK(key, algorithm)
+    if not found:
+        raise ValueError("the document is no set of keys that sign")
+    return found
 
 
 def _scopes(claims: dict[str, Any]) -> set[str]:

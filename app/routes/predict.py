@@ -32,6 +32,11 @@ class _Route(APIRoute):
 
         async def handle(request: Request) -> Response:
             if request.scope["query_string"]:
+                if unknown := sorted(set(request.query_params) - {"explain"}):
+                    raise Problem(
+                        problems.INVALID_PARAMETER,
+                        f"query {unknown[0]}: there is no such parameter; `explain` is one.",
+                    )
                 return await read_parameters(request)
             answer: Response = await self.endpoint(request)
             return answer

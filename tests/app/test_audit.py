@@ -138,3 +138,24 @@ def test_lines_of_many_threads_are_whole(path: Path) -> None:
 def test_a_log_that_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(AuditError, match=r"cannot be written: No such file or directory\."):
         AuditLog(tmp_path / "nowhere" / "audit.jsonl", 10)
+
+
+def test_a_line_is_on_the_disk_soon_whether_or_not_another_follows(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = threading.Event()
+    sizes = []
+
+    def fsync(file: int) -> None:
+        sizes.append(os.fstat(file).st_size)
+        synced.set()
+
+    monkeypatch.setattr("app.audit.os.fsync", fsync)
+    monkeypatch.setattr("app.audit._SYNC_SECONDS", 0.05)
+    log = AuditLog(path, 10_000)
+    for _ in range(2):
+        synced.clear()
+        log.write("one", None, MODEL, [("a", "ok")])
+        assert synced.wait(5)
+        assert sizes[-1] == path.stat().st_size
+    log.close()

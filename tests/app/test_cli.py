@@ -72,10 +72,17 @@ def test_an_image_that_fails_is_shown_and_the_exit_status_tells(run, tmp_path: P
     assert json.loads(output)["results"][0]["error"]["status"] == 415
 
 
-def test_a_file_that_is_not_there_is_one_sentence(run, tmp_path: Path) -> None:
-    status, _, error = run("predict", tmp_path / "nowhere.jpg")
-    assert status == 2
-    assert "nowhere.jpg cannot be read: No such file" in error
+def test_a_file_that_cannot_be_read_costs_the_others_nothing(
+    run, picture: Path, tmp_path: Path
+) -> None:
+    status, output, _ = run("predict", "--json", tmp_path / "nowhere.jpg", picture, tmp_path)
+    assert status == 1
+    first, second, third = json.loads(output)["results"]
+    assert first["error"]["detail"] == "The file cannot be read: No such file or directory."
+    assert first["filename"] == str(tmp_path / "nowhere.jpg")
+    assert second["status"] == "ok"
+    assert third["error"]["detail"] == "The file cannot be read: Is a directory."
+    assert run("predict", tmp_path)[0] == 1
 
 
 def test_check_validates_and_exits(run, monkeypatch: pytest.MonkeyPatch) -> None:

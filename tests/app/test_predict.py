@@ -211,6 +211,9 @@ def test_another_content_type(client: TestClient, content_type: str) -> None:
 def test_a_parameter_that_does_not_fit(client: TestClient) -> None:
     answer = client.post("/predict?explain=perhaps", files=form(flat(1)))
     check_problem(answer, 422, "invalid-parameter")
+    answer = client.post("/predict?expalin=true", files=form(flat(1)))
+    check_problem(answer, 422, "invalid-parameter")
+    assert "`explain` is one" in answer.json()["detail"]
 
 
 def test_no_upload_touches_the_disk(

@@ -15,7 +15,7 @@ from app.settings import Settings
 
 
 @pytest.fixture
-def port(settings: Settings) -> Iterator[int]:
+def server(settings: Settings) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
@@ -33,10 +33,15 @@ def port(settings: Settings) -> Iterator[int]:
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield number
+    yield server
     server.should_exit = True
     thread.join(10)
     assert not thread.is_alive()
+
+
+@pytest.fixture
+def port(server: Server) -> int:
+    return server.config.port
 
 
 def connect(port: int) -> socket.socket:
@@ -47,13 +52,29 @@ def status(answer: bytes) -> int:
     return int(answer.split()[1])
 
 
+def problem_of(answer: bytes) -> str:
+    """The end of the type's URN."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-type: application/problem+json" in head
+    assert f"content-length: {len(body)}".encode() in head
+    return json.loads(body)["type"].rpartition(":")[2]
+
+
+def refusals(server: Server, reason: str) -> float:
+    return server.config.app.state.metrics.registry.get_sample_value(
+        "mmtl_rejected_total", {"reason": reason}
+    )
+
+
 @pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET / HTTP/1.1\r\nHost: x\r\n"])
-def test_headers_that_never_end_are_timed_out(port: int, sent: bytes) -> None:
+def test_headers_that_never_end_are_timed_out(server: Server, port: int, sent: bytes) -> None:
     with connect(port) as slow:
         slow.sendall(sent)
         began = time.monotonic()
-        assert status(slow.recv(1000)) == 408
+        answer = slow.recv(1000)
+        assert (status(answer), problem_of(answer)) == (408, "upload-too-slow")
         assert slow.recv(1000) == b""
+        assert refusals(server, "upload-too-slow") == 1
         assert time.monotonic() - began < 2
 
 
@@ -67,10 +88,12 @@ def test_a_byte_now_and_then_gains_no_time(port: int) -> None:
         assert time.monotonic() - began < 2
 
 
-def test_headers_that_grow_are_refused(port: int) -> None:
+def test_headers_that_grow_are_refused(server: Server, port: int) -> None:
     with connect(port) as greedy:
         greedy.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * 3000)
-        assert status(greedy.recv(1000)) == 431
+        answer = greedy.recv(1000)
+        assert (status(answer), problem_of(answer)) == (431, "headers-too-large")
+        assert refusals(server, "headers-too-large") == 1
 
 
 def test_headers_that_are_too_large_are_refused_even_when_whole(port: int) -> None:
@@ -109,8 +132,8 @@ def test_connections_are_counted(port: int) -> None:
     time.sleep(0.05)
     with connect(port) as one_more:
         answer = one_more.recv(1000)
-        assert status(answer) == 503
-        assert b"Retry-After: 1" in answer
+        assert (status(answer), problem_of(answer)) == (503, "saturated")
+        assert b"retry-after: 1" in answer
     for connection in taken:
         connection.close()
     time.sleep(0.05)
@@ -189,3 +212,17 @@ def test_who_does_not_read_the_answer_is_cut_off(port: int) -> None:
                 read += len(part)
             raise ConnectionAbortedError
         assert read < 8_000_000
+
+
+def test_an_upload_that_outlasts_the_service_is_told_so(server: Server, port: int) -> None:
+    state = server.config.app.state
+    state.settings = state.settings.model_copy(update={"upload_seconds": 30.0})
+    server.config.timeout_graceful_shutdown = 1
+    with connect(port) as slow:
+        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n")
+        slow.sendall(b"Content-Length: 1000\r\n\r\nabc")
+        time.sleep(0.1)
+        server.should_exit = True
+        answer = slow.recv(1000)
+        assert (status(answer), problem_of(answer)) == (503, "draining")
+        assert b"retry-after: 5" in answer

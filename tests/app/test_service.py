@@ -37,6 +37,8 @@ def test_health(settings: Settings) -> None:
     assert not_started.post("/predict", files={"files": flat(1)}).status_code == 503
     with started(settings) as client:
         assert client.get("/health/ready").json() == {"status": "ready"}
+        for path in ("/health/live", "/health/ready"):  # as some load balancers ask
+            assert client.head(path).status_code == 200
 
 
 def test_the_manifest_is_shown(client: TestClient) -> None:

@@ -1,8 +1,10 @@
+import re
 from pathlib import Path
 
 import pytest
 
-from app.settings import DEFAULT_BUNDLE, SettingsError, load_settings
+from app.settings import DEFAULT_BUNDLE, OF_COMPOSE, SettingsError, load_settings
+from tests.conftest import ROOT
 
 
 def test_defaults() -> None:
@@ -33,7 +35,9 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MMTL_DEADLINE_SECONDS", "0", r"MMTL_DEADLINE_SECONDS: .*greater than 0"),
         ("MMTL_DEADLINE_SECONDS", "inf", r"MMTL_DEADLINE_SECONDS: .*finite"),
         ("MMTL_QUEUE_SIZE", "1", r"MMTL_QUEUE_SIZE must be at least MMTL_MAX_FILES"),
-        ("MMTL_CORS_ORIGINS", "https://viewer.example", "cors_origins"),
+        ("MMTL_CORS_ORIGINS", "https://viewer.example", r'MMTL_CORS_ORIGINS must be .* \["https'),
+        ("MMTL_KEYS", "", "MMTL_KEYS is set, but empty: unset it"),
+        ("MMTL_CPUS", "2", "MMTL_CPUS is for docker-compose.yml, not for the service"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(
@@ -43,3 +47,8 @@ def test_what_does_not_fit_is_one_sentence(
     with pytest.raises(SettingsError, match=sentence) as caught:
         load_settings()
     assert "\n" not in str(caught.value)
+
+
+def test_what_compose_reads_is_known() -> None:
+    files = [path.read_text() for path in ROOT.glob("docker-compose*.yml")]
+    assert {name for text in files for name in re.findall(r"\$\{(MMTL_\w+)", text)} == OF_COMPOSE

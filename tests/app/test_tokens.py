@@ -110,6 +110,24 @@ def test_a_token_of_the_provider_lets_in(client: TestClient, provider: Provider)
     assert provider.asked == 1
 
 
+def test_a_key_that_names_no_algorithm_signs_with_all_of_its_type(
+    client: TestClient, provider: Provider
+) -> None:
+    for algorithm in ("RS256", "RS384", "RS512", "PS256"):
+        assert ask(client, token(algorithm=algorithm)).status_code == 200
+    assert ask(client, token(EC, "two", "ES256")).status_code == 200
+
+
+def test_a_key_signs_with_the_algorithm_that_it_names_and_only_where_it_is_for_signing(
+    client: TestClient, provider: Provider
+) -> None:
+    secrecy = {**provider.key("two", FOREIGN), "use": "enc"}
+    provider.document = {"keys": [{**provider.key("one", RSA), "alg": "RS512"}, secrecy]}
+    assert ask(client, token(algorithm="RS512")).status_code == 200
+    assert ask(client, token(algorithm="RS256")).status_code == 401
+    assert ask(client, token(FOREIGN, "two")).status_code == 401
+
+
 def test_a_token_is_for_its_scopes(client: TestClient) -> None:
     refused = ask(client, token(), "/metrics")
     assert refused.status_code == 403
@@ -133,6 +151,7 @@ UNFIT = {
     "by the other key": lambda: token(RSA, "two"),
     "not signed": lambda: token(None, "one", "none"),
     "with a shared secret": lambda: token(b"x" * 32, "one", "HS256"),
+    "of no algorithm": lambda: ".".join(["eyJ0eXAiOiJKV1QifQ", *token().split(".")[1:]]),
     "no token": lambda: "a.b.c",
     "nothing": lambda: "",
 }
@@ -175,7 +194,17 @@ def test_old_keys_hold_while_the_provider_is_away_and_it_is_asked_again_soon(
     assert provider.asked == 3
 
 
-@pytest.mark.parametrize("document", ["text", [], {}, {"keys": []}, {"keys": [{"kty": "?"}]}])
+@pytest.mark.parametrize(
+    "document",
+    [
+        "text",
+        [],
+        {},
+        {"keys": []},
+        {"keys": 3},
+        {"keys": [3, {"kty": "?"}, {"kty": "RSA", "n": 5}]},
+    ],
+)
 def test_a_provider_that_makes_no_sense_is_a_problem_of_its_own(
     client: TestClient, provider: Provider, document: object
 ) -> None:
