@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
 from rich.table import Table
 
 from app import bundle_commands, key_commands, load
@@ -174,7 +175,10 @@ async def _predict(settings: Settings, images: list[Path], explain: bool) -> Pre
     async with app.router.lifespan_context(app):
         if not await asyncio.to_thread(app.state.networks.current.batcher.wait_ready):
             raise EngineError("The network failed while it was warmed up.")
-        for start in range(0, len(images), settings.max_files):
+        starts = range(0, len(images), settings.max_files)
+        # To a terminal alone, and gone when it is done.
+        shown = Console(stderr=True)
+        for start in track(starts, "images", console=shown, transient=True, disable=len(starts) < 2):
             part = [_read(path) for path in images[start : start + settings.max_files]]
             whole = [one for one in part if isinstance(one, Upload)]
             found: Iterator[Result] = iter(())
