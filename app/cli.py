@@ -57,7 +57,7 @@ def main() -> None:
     except _EXPECTED as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename or 'a file'}: {error.strerror}.")
+        fail(f"{error.filename2 or error.filename or 'a file'}: {error.strerror}.")
 
 
 @cli.command()
@@ -178,7 +178,9 @@ async def _predict(settings: Settings, images: list[Path], explain: bool) -> Pre
         starts = range(0, len(images), settings.max_files)
         # To a terminal alone, and gone when it is done.
         shown = Console(stderr=True)
-        for start in track(starts, "images", console=shown, transient=True, disable=len(starts) < 2):
+        for start in track(
+            starts, "images", console=shown, transient=True, disable=len(starts) < 2
+        ):
             part = [_read(path) for path in images[start : start + settings.max_files]]
             whole = [one for one in part if isinstance(one, Upload)]
             found: Iterator[Result] = iter(())
@@ -200,7 +202,8 @@ def _read(path: Path) -> Upload | Failure:
 
 def _print_table(answer: PredictResponse) -> None:
     table = Table(title=f"{answer.model.name} {answer.model.version}", caption=NOTICE)
-    for column in ("image", "melanoma", "decision", "age", "site", "warnings"):
+    table.add_column("image", overflow="fold")
+    for column in ("melanoma", "decision", "age", "site", "warnings"):
         table.add_column(column)
     for result in answer.results:
         if isinstance(result, Success):

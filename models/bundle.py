@@ -315,6 +315,16 @@ def load_bundle(folder: Path, signed_by: Path | None = None) -> Bundle:
     return bundle
 
 
+def check_replaceable(folder: Path) -> None:
+    """Refuse to write a bundle where something else is.
+
+    Raises:
+        BundleError: There is.
+    """
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise BundleError(f"{folder} exists and is not a bundle; choose another folder.")
+
+
 def save_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes | Path]) -> Bundle:
     """Write a bundle, replacing one that is there in one rename.
 
@@ -329,8 +339,7 @@ def save_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes | Pa
     Raises:
         BundleError: `folder` is something else than a bundle, or a file does not fit the manifest.
     """
-    if folder.exists() and not (folder / MANIFEST).is_file():
-        raise BundleError(f"{folder} exists and is not a bundle; choose another folder.")
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     old = new.with_suffix(".old")

@@ -47,7 +47,7 @@ _one_large = threading.Lock()
 # libtiff writes a line of its own for each of theirs that is damaged.
 _TIFF_COMPRESSIONS = {1, 5, 7, 8, 32773, 32946, 50000}
 _MOST_STRIPS = 65_536
-_DAMAGED = "The image is damaged or cut short: its pixels cannot be decoded. Send it again."
+_DAMAGED = "The image is damaged or cut short: its pixels cannot be decoded. Take a whole copy."
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 from urllib.parse import urlparse
 
@@ -138,6 +137,10 @@ def find_source(
     """
     if random:
         return Source("random", f"random, seed {seed}", seed=seed), backbone
+    if weights_dir and not weights_dir.is_dir():
+        raise WeightsError(f"weights_dir: {weights_dir} is not a folder.")
+    if notes and not notes.is_file():
+        raise WeightsError(f"weights_notes: {notes} does not exist.")
     path = weights_dir / f"{backbone.name}.pth" if weights_dir else None
     if path is not None and path.is_file():
         note = _note(notes or path.with_name("weights.toml"), backbone.name)
@@ -184,8 +187,9 @@ def fill(model: nn.Module, path: Path, by_position: bool) -> None:
     """
     try:
         source = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-        raise WeightsError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to call
+        text = str(error).partition("\n")[0] or type(error).__name__
+        raise WeightsError(f"{path} cannot be read: {text}") from None
     if not isinstance(source, dict) or not all(isinstance(t, Tensor) for t in source.values()):
         raise WeightsError(f"{path} is no state dict: save `model.state_dict()`.")
     state = model.state_dict()

@@ -36,7 +36,9 @@ def main() -> None:
         print(f"mmtl-train: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
-        print(f"mmtl-train: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
+        # Of a copy, the second is where it was to go.
+        where = error.filename2 or error.filename or "a file"
+        print(f"mmtl-train: {where}: {error.strerror}.", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -92,7 +94,7 @@ def fit(
 
 @cli.command()
 def sweep(
-    recipes: Annotated[Path, typer.Argument(help="TOML with [all] and [recipes.NAME].")],
+    recipes: Annotated[Path, typer.Argument(help=r"TOML with \[all] and \[recipes.NAME].")],
     data: Annotated[
         Path | None, typer.Argument(help="A folder with HAM10000 and whatever else is there.")
     ] = None,
@@ -170,6 +172,7 @@ def quantize(
         )
     size = (made.folder / FILE).stat().st_size / 1e6
     print(f"Wrote {made.folder / FILE} ({size:.1f} MB).")
+    print("It has no figures now: `mmtl-train evaluate --publish` measures what a CPU answers.")
 
 
 @cli.command()
@@ -210,6 +213,8 @@ def evaluate(
     from training.release import evaluate_model, held_out
     from training.report import save_report
 
+    if out.exists() and not out.is_dir():
+        raise DataError(f"--out is a folder for the report; {out} is a file.")
     records = load_manifest(manifest or Run(run).manifest)
     tested = held_out(records, split)
     used = None if predictions is not None else load_bundle(bundle)

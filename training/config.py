@@ -69,9 +69,9 @@ class Config(BaseModel):
             empty for all.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    train_on: tuple[str, ...] = ("HAM10000",)
+    train_on: tuple[str, ...] = Field(("HAM10000",), min_length=1)
     test_on: tuple[str, ...] = ()
     backbone: str = "tf_efficientnet_lite0"
     weights_dir: str = ""
@@ -116,6 +116,14 @@ class Config(BaseModel):
     def _sources_differ(self) -> Self:
         if both := sorted(set(self.train_on) & set(self.test_on)):
             raise ValueError(f"test_on: {both[0]} is in train_on, too")
+        return self
+
+    @model_validator(mode="after")
+    def _folds_begin_anew(self) -> Self:
+        if self.folds > 1 and self.start_from:
+            raise ValueError(
+                "start_from: with folds, the other run has learned from every part that is held out"
+            )
         return self
 
     def training_size(self, epoch: int) -> int:

@@ -4,8 +4,11 @@ Hinton, Vinyals & Dean 2015 (arXiv:1503.02531): the probabilities that an ensemb
 classes teach more than the label alone. Each teacher sees an image in its four mirrorings.
 """
 
+import hashlib
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -17,7 +20,7 @@ from models.bundle import Bundle, load_bundle
 from models.files import write_atomically
 from models.recalibration import LOGIT
 from training.data.cache import Pixels
-from training.data.manifest import DataError, Record, fingerprint
+from training.data.manifest import DataError, Record
 from training.data.vocabulary import Sex, Site
 from training.run import Run
 from training.runners import onnx_runner
@@ -73,21 +76,38 @@ def soft_targets(
         pixels: Of the same.
         positions: Of the images to be learned from.
     """
-    data = fingerprint(records)
+    asked = _shown(pixels, positions)
     sums: dict[str, Tensor] = {}
     for teacher in teachers:
-        file = run.teachers / f"{data[:16]}-{teacher.artifact('onnx', 'fp32').sha256[:16]}.npz"
-        if not file.is_file():
+        file = run.teachers / f"{asked[:16]}-{teacher.artifact('onnx', 'fp32').sha256[:16]}.npz"
+        said = _read(file)
+        if said is None:
             file.parent.mkdir(exist_ok=True)
             said = _ask(teacher, pixels, positions)
             with write_atomically(file) as temporary, temporary.open("wb") as stream:
                 np.savez(stream, **said)  # type: ignore[arg-type]  # numpy's stub has no **arrays
-        with np.load(file) as saved:
-            for task in saved.files:
-                if task not in sums:
-                    sums[task] = torch.zeros(len(records), saved[task].shape[1])
-                sums[task][list(positions)] += torch.from_numpy(saved[task]) / len(teachers)
+        for task, probabilities in said.items():
+            if task not in sums:
+                sums[task] = torch.zeros(len(records), probabilities.shape[1])
+            sums[task][list(positions)] += torch.from_numpy(probabilities) / len(teachers)
     return sums
+
+
+def _shown(pixels: Pixels, positions: Sequence[int]) -> str:
+    """SHA-256 of the pictures that are asked about, in order."""
+    digest = hashlib.sha256()
+    for position in positions:
+        digest.update(pixels[position])
+    return digest.hexdigest()
+
+
+def _read(file: Path) -> dict[str, NDArray[np.float32]] | None:
+    """What a teacher said before; None where it was not asked, or the file is damaged."""
+    try:
+        with file.open("rb") as stream, np.load(stream) as saved:
+            return {task: saved[task] for task in saved.files}
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error):
+        return None
 
 
 def _ask(

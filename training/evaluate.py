@@ -1,7 +1,7 @@
 """A model's held-out figures, each with its interval, beside its baselines and its cautions."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -29,8 +29,6 @@ CURVE = tuple(round(0.01 * step, 2) for step in range(1, 51))
 # What is compared between groups, and between two models.
 KEY_FIGURES = ("AUROC", "sensitivity", "specificity", "mean probability less prevalence")
 COMPARED = ("AUROC", "average precision", "sensitivity", "specificity", "Brier score")
-# Shares of images of one class: exact intervals where a bootstrap has none.
-_SHARES = frozenset({"sensitivity", "specificity"})
 
 Report = dict[str, Any]
 
@@ -136,7 +134,7 @@ class _Evaluation:
             "prevalence": float(truth.mean()),
             "melanoma": self._written(figures, known),
             "class": {
-                **{f"F1, {reading}": asdict(value) for reading, value in f1.items()},
+                **{f"F1, {reading}": asdict(bounded(value)) for reading, value in f1.items()},
                 "majority": majority(truth, range(2)),
                 "metadata_only": self.metadata.melanoma(records, truth),
                 "confusion": metrics.confusion(truth, called, ("not melanoma", "melanoma")),
@@ -221,8 +219,13 @@ class _Evaluation:
                     error[chosen].mean()
                 )
                 report["median_age_error_years"] = self.metadata.median_age_error(records)
-        estimates = self._clusters(known).bootstrap(statistics, SEED, REPLICATES)
-        return report | {name: asdict(estimate) for name, estimate in estimates.items()}
+        clusters = self._clusters(known)
+        estimates = clusters.bootstrap(statistics, SEED, REPLICATES)
+        shares = {"accuracy": len(clusters)}
+        return report | {
+            name: asdict(bounded(estimate, shares.get(name)))
+            for name, estimate in estimates.items()
+        }
 
     def _groups(self, rows: Sequence[int]) -> Report:
         """Key figures by source, sex, age, site and diagnosis."""
@@ -278,20 +281,36 @@ class _Evaluation:
         }
 
     def _written(self, estimates: Mapping[str, Estimate], rows: Sequence[int]) -> Report:
-        """For the report; a share of all or none with its exact interval."""
-        lesions = dict(zip(("sensitivity", "specificity"), self._lesions(rows), strict=True))
+        """For the report; a share of all or none with its exact interval.
+
+        An AUROC of 1 is taken for a share of the class that has fewer lesions.
+        """
+        chosen = list(rows)
+        called = self.predictions.probability[chosen] >= self.predictions.threshold
+        positive, negative = self._lesions(rows)
+        lesions = {
+            "AUROC": min(positive, negative),
+            "sensitivity": positive,
+            "specificity": negative,
+            "balanced accuracy": min(positive, negative),
+            "positive predictive value": self._components(np.array(chosen)[called]),
+            "negative predictive value": self._components(np.array(chosen)[~called]),
+            "accuracy": self._components(chosen),
+        }
         return {
-            name: asdict(bounded(estimate, lesions[name]) if name in _SHARES else estimate)
+            name: asdict(bounded(estimate, lesions.get(name)))
             for name, estimate in estimates.items()
         }
 
+    def _components(self, rows: Iterable[int]) -> int:
+        return len({self.records[row].component for row in rows})
+
     def _lesions(self, rows: Sequence[int]) -> tuple[int, int]:
         """Number of components with melanoma, and of those without."""
-        found = tuple(
-            len({self.records[row].component for row in rows if self.melanoma[row] == value})
-            for value in (1, 0)
+        positive, negative = (
+            self._components(row for row in rows if self.melanoma[row] == value) for value in (1, 0)
         )
-        return found[0], found[1]
+        return positive, negative
 
     def _clusters(self, rows: Sequence[int]) -> Clusters:
         return Clusters([self.records[row].component for row in rows])

@@ -2,9 +2,7 @@
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,14 +17,13 @@ from models.bundle import (
     Artifact,
     ArtifactFormat,
     Bundle,
-    DataSource,
     Golden,
     InputSpec,
     Manifest,
     OperatingPoint,
     Outputs,
     Task,
-    TrainingData,
+    check_replaceable,
     golden_image,
     melanoma_probability,
     save_bundle,
@@ -39,12 +36,12 @@ from models.calibration import (
     fit_calibration,
 )
 from training.data.cache import Pixels
-from training.data.manifest import DataError, Record, fingerprint
-from training.data.origins import origin_of
+from training.data.manifest import DataError, Record
 from training.data.vocabulary import Sex, Site, Split
 from training.fit import build_network
 from training.folds import members
 from training.half import rounded, store_in_half
+from training.lineage import training_data
 from training.memory import keep_freed_memory
 from training.network import MultiTaskNetwork, ServedEnsemble, ServedNetwork
 from training.ood import choose_ood_threshold, fit_feature_distance, middle_features
@@ -74,10 +71,6 @@ GOLDEN_TOLERANCE = 1e-2
 CHECKED_IMAGES = 100
 BATCH_SIZES = (1, 8)
 GOLDEN_SEEDS = (0, 1, 2)
-WEIGHTS_LICENCE = (
-    "The weights were learned from images under CC BY-NC: non-commercial use only. "
-    "The code is Apache-2.0."
-)
 
 
 def bundle_name(backbone: str) -> str:
@@ -110,6 +103,7 @@ def export(
         raise DataError(f"A bundle cannot be called {name!r}: small letters, digits and -.")
     if not re.fullmatch(VERSION, version):
         raise DataError(f"A bundle's version is three numbers, 1.0.2, not {version!r}.")
+    check_replaceable(folder)
     keep_freed_memory()
     records, pixels = run.load_data()
     validation = [
@@ -176,7 +170,7 @@ def export(
                 sensitivity=float((probabilities[melanoma] >= threshold).mean()),
                 specificity=float((probabilities[~melanoma] < threshold).mean()),
             ),
-            training_data=training_data(records),
+            training_data=training_data(run),
             golden=tuple(
                 Golden(seed=seed, outputs=golden_outputs(eager(served)(golden), row))
                 for row, seed in enumerate(GOLDEN_SEEDS)
@@ -217,21 +211,6 @@ def load_fitted(run: Run, records: list[Record]) -> MultiTaskNetwork:
     network = build_network(config, pretrained=False)
     network.load_state_dict(load_tensors(run.best))
     return network.eval()
-
-
-def training_data(records: list[Record]) -> TrainingData:
-    """What the weights were learned from."""
-    used = Counter(
-        record.dataset for record in records if record.split in (Split.TRAIN, Split.VALIDATION)
-    )
-    return TrainingData(
-        fingerprint=fingerprint(records),
-        sources=tuple(
-            DataSource(name=name, images=images, **asdict(origin_of(name)))
-            for name, images in sorted(used.items())
-        ),
-        licence=WEIGHTS_LICENCE,
-    )
 
 
 def write_artifacts(served: nn.Module, folder: Path, example: Pixels) -> dict[ArtifactFormat, Path]:

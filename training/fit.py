@@ -3,6 +3,7 @@
 import csv
 import math
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,13 @@ from models.memory import give_back
 from training.backbones import find_source
 from training.config import Config
 from training.data.cache import Pixels
-from training.data.manifest import DataError, load_manifest
+from training.data.manifest import DataError, Record, load_manifest
 from training.data.vocabulary import Split
 from training.distillation import open_teachers, soft_targets
 from training.draws import AugmentedImages, draw, targets_of
 from training.feature_maps import build_feature_map
 from training.folds import members, prepare_members
+from training.lineage import check_fitted
 from training.losses import MultiTaskLoss, Part
 from training.memory import keep_freed_memory
 from training.network import MultiTaskNetwork, melanoma_log_odds
@@ -119,6 +121,8 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
             if team.leads:
                 prepare_members(run)
         runs = [member for member, _ in members(run, load_manifest(run.manifest))]
+        for member in runs:
+            to_learn_from(member, load_manifest(member.manifest))
         best = []
         for number, member in enumerate(runs, start=1):
             if len(runs) > 1 and team.leads:
@@ -131,21 +135,16 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
     config = run.load_config()
     records, pixels = run.load_data()
     targets = encode_targets(records)
-    train = rows(records, Split.TRAIN)
-    validation = rows(records, Split.VALIDATION, config.validate_on)
-    if not train or len(set(targets.classes["melanoma"][validation].tolist()) - {-1}) < 2:
-        raise DataError(
-            f"{run.manifest} must have training images, and validation images with and without "
-            f"melanoma; it has {len(train)} and {len(validation)}."
-        )
+    train, validation = to_learn_from(run, records)
     keep_freed_memory()
     teachers = open_teachers(config.teachers, config.size)
     if teachers:
         with team.leader_first():
             targets = replace(targets, soft=soft_targets(run, teachers, records, pixels, train))
     loss = MultiTaskLoss(config, targets.take(torch.tensor(train)))
-    network = build_network(config, pretrained)
-    if config.start_from:
+    resumes = run.checkpoint.is_file()  # which holds all weights: where they came from may be gone
+    network = build_network(config, pretrained and not resumes)
+    if config.start_from and not resumes:
         start(network, Run(Path(config.start_from)))
     check_shareable(network, config, len(train), team)
     state = State(network, loss, config, len(train), team.device)
@@ -153,7 +152,11 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
         state.network.compile()
     identity = identity_of(config, records, teachers)
     state.resume(run, identity)
+    if team.leads and state.history:  # what was stopped after a checkpoint had not written its log
+        _show(run, state.history)
     with open_scalars(run, state.epoch) if team.leads else nullcontext() as scalars:
+        if scalars is not None and state.history:
+            scalars.add({name: float(value) for name, value in state.history[-1].items()})
         while not state.finished:
             started = time.monotonic()
             images = AugmentedImages(
@@ -165,6 +168,8 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
                 if team.leads
                 else None
             )
+            if not all(map(math.isfinite, scores.values())):
+                raise diverged(state.epoch)
             improved = scores["validation_auroc"] > state.best
             if improved and team.leads:
                 save_tensors(run.best, state.average.module.state_dict())
@@ -180,12 +185,27 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
             if scalars is None:  # not the leader
                 continue
             state.save(run, identity)
-            _write_log(run, state.history)
-            with write_atomically(run.curves) as temporary:
-                temporary.write_text(curves(state.history))
+            _show(run, state.history)
             scalars.add(row)
             tqdm.write("  ".join(f"{name} {value}" for name, value in state.history[-1].items()))
     return state.best
+
+
+def to_learn_from(run: Run, records: list[Record]) -> tuple[list[int], list[int]]:
+    """Positions of the images that a run trains and validates on.
+
+    Raises:
+        DataError: There are none, or the latter do not have both classes.
+    """
+    train = rows(records, Split.TRAIN)
+    validation = rows(records, Split.VALIDATION, run.load_config().validate_on)
+    counts = Counter(records[row].melanoma for row in validation)
+    if not train or not counts[True] or not counts[False]:
+        raise DataError(
+            f"{run.manifest} must have training images, and validation images with and without "
+            f"melanoma; it has {len(train)}, {counts[True]} and {counts[False]}."
+        )
+    return train, validation
 
 
 def check_shareable(network: MultiTaskNetwork, config: Config, images: int, team: Team) -> None:
@@ -214,8 +234,7 @@ def start(network: MultiTaskNetwork, run: Run) -> None:
     Raises:
         DataError: It has none, or they are of another network.
     """
-    if not run.best.is_file():
-        raise DataError(f"start_from: {run.folder} has no fitted network.")
+    check_fitted(run)
     try:
         network.load_state_dict(load_tensors(run.best))
     except RuntimeError:
@@ -227,7 +246,7 @@ def start(network: MultiTaskNetwork, run: Run) -> None:
 def train_one_epoch(
     state: State, images: AugmentedImages, targets: Targets, workers: int, team: Team
 ) -> dict[str, float]:
-    """One pass over the training images; the mean of each task's loss.
+    """One pass over the training images; the mean of each task's loss over batches that have it.
 
     Each process of the team takes its share of every batch, and all make the same steps.
 
@@ -248,7 +267,7 @@ def train_one_epoch(
     # What the heap holds, forked workers would share, and the first step copy page by page.
     give_back()
     sums = dict.fromkeys(targets.classes, 0.0)
-    seen: set[str] = set()
+    seen: Counter[str] = Counter()
     bar = tqdm(loader, f"epoch {images.epoch + 1}", unit="batch", disable=not team.leads)
     try:
         for number, (batch, positions, partners, shares) in enumerate(bar, start=1):
@@ -264,15 +283,12 @@ def train_one_epoch(
             with team.gradients(shared, completes), team.draws(drawn):
                 loss, parts = shared(batch, chosen, part)
                 if not math.isfinite(team.sum(loss.detach()).item()):
-                    raise DataError(
-                        f"The loss of epoch {images.epoch + 1} is not finite; the last whole epoch "
-                        "is kept. Prepare another run with a lower --learning-rate."
-                    )
+                    raise diverged(images.epoch)
                 # The team's gradient is the mean over processes; the batch's is their sum.
                 (loss * team.size / batches_of_step).backward()
             for task, value in parts.items():
-                sums[task] += value / len(loader)
-            seen |= parts.keys()
+                sums[task] += value
+            seen.update(parts.keys())
             if completes:
                 state.optimizer.step()
                 state.optimizer.zero_grad()
@@ -282,7 +298,7 @@ def train_one_epoch(
                     with team.draws(drawn):
                         step.follow(batch, chosen, part)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # it died, and raised nothing itself
             raise
         raise DataError(
             f"A process that augments images died in epoch {images.epoch + 1} (out of memory, most "
@@ -290,8 +306,19 @@ def train_one_epoch(
         ) from None
     summed = team.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
     return {
-        f"train_{task}": value for task, value in zip(sums, summed, strict=True) if task in seen
+        f"train_{task}": value / seen[task]
+        for task, value in zip(sums, summed, strict=True)
+        if task in seen
     }
+
+
+def diverged(epoch: int) -> DataError:
+    """What to say of a loss that is not finite."""
+    kept = "; the last whole epoch is kept" if epoch else ""
+    return DataError(
+        f"The loss of epoch {epoch + 1} is not finite{kept}. Prepare another run with a lower "
+        "learning_rate."
+    )
 
 
 def set_mode(network: MultiTaskNetwork, config: Config, epoch: int) -> None:
@@ -319,14 +346,14 @@ def validate(
     targets: Targets,
     positions: list[int],
 ) -> dict[str, float]:
-    """AUROC for melanoma and each task's loss on unaugmented images."""
+    """AUROC for melanoma and each task's loss on unaugmented images; NaN where it diverged."""
     logits = predict_logits(network, pixels, positions)
     _, parts = loss.cpu().eval()(logits, targets.take(torch.tensor(positions)))
     loss.to(next(network.parameters()).device)
     melanoma = targets.classes["melanoma"][positions]
     known = melanoma >= 0
     scores = melanoma_log_odds(logits["melanoma"], logits["diagnosis"])
-    auroc = roc_auc_score(melanoma[known], scores[known])
+    auroc = roc_auc_score(melanoma[known], scores[known]) if scores.isfinite().all() else math.nan
     return {"validation_auroc": float(auroc)} | {f"validation_{k}": v for k, v in parts.items()}
 
 
@@ -344,8 +371,13 @@ def predict_logits(
     return {task: torch.cat([part[task] for part in parts]) for task in parts[0]}
 
 
-def _write_log(run: Run, history: list[dict[str, str]]) -> None:
+def _show(run: Run, history: list[dict[str, str]]) -> None:
+    """Write the log and the curves."""
+    # A task whose only labels are few may have none in an epoch that lost its last batch.
+    columns = dict.fromkeys(name for row in history for name in row)
     with write_atomically(run.log) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(history[0]))
+        writer = csv.DictWriter(file, [*columns], restval="")
         writer.writeheader()
         writer.writerows(history)
+    with write_atomically(run.curves) as temporary:
+        temporary.write_text(curves(history))

@@ -14,7 +14,8 @@ from models.bundle import Bundle, Precision, melanoma_probability
 from models.files import write_atomically
 from models.images import ImageError, decode
 from models.recalibration import LOGIT
-from training.data.manifest import DataError, Record, isic_id
+from training.data.layouts import name_of
+from training.data.manifest import DataError, Record
 from training.data.tables import Faults, Row, read_rows
 from training.runners import onnx_runner
 
@@ -152,7 +153,7 @@ def load_predictions(path: Path, records: Sequence[Record], threshold: float) ->
     rows: dict[tuple[str | None, str], Row] = {}
     for line in read_rows(path, {"image", PROBABILITY}, faults):
         image = line.required("image") or ""
-        key = (line.text("dataset"), isic_id(image) or image)
+        key = (line.text("dataset"), _key(image))
         if rows.setdefault(key, line) is not line:
             faults.add("repeated row", f"{line.where(('image',))}: {image} stands in two rows.")
     if faults:
@@ -160,7 +161,7 @@ def load_predictions(path: Path, records: Sequence[Record], threshold: float) ->
     found = [
         (record, row)
         for record in records
-        if (row := rows.get((record.dataset, record.image), rows.get((None, record.image))))
+        if (row := rows.get((record.dataset, image := _key(record.image)), rows.get((None, image))))
     ]
     if not found:
         raise DataError(f"{path} has a row for none of the {len(records):,} images asked about.")
@@ -217,3 +218,8 @@ def _edges(labels: Sequence[str]) -> tuple[float, ...]:
 
 def _written(values: Floats) -> list[str]:
     return [f"{value:.6f}" for value in values.tolist()]
+
+
+def _key(image: str) -> str:
+    """What an image is called with or without its suffix; a path is a name as it is."""
+    return image if "/" in image or "\\" in image else name_of(image)

@@ -4,16 +4,18 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from training.backbones import find_source
 from training.config import Config
 from training.data.cache import build_cache
-from training.data.components import components
+from training.data.components import components, with_components
 from training.data.duplicates import find_duplicates, thumbnails
 from training.data.layouts import balanced, gather, ham10000, read_datasets
 from training.data.manifest import DataError, Record, save_manifest
-from training.data.splits import assign_fixed, is_published_test
+from training.data.splits import assign_fixed, hold_out, is_published_test
 from training.data.vocabulary import Split
 from training.distillation import open_teachers
 from training.feature_maps import build_feature_map
+from training.lineage import check_fitted, inheritance, keep_inheritance
 from training.run import Run, rows
 from training.zoo import choose
 
@@ -44,17 +46,17 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
         if record.path
         and (record.dataset in {*config.train_on, *config.test_on} or is_published_test(record))
     ]
-    if not any(records[i].dataset == ham10000.TITLE for i in used):
+    if ham10000.TITLE not in config.train_on:
         raise DataError(
-            f"{data} holds no images of HAM10000, which the network is validated and tested on."
+            "train_on must name HAM10000, a part of which a folder's networks are validated and "
+            "tested on. For other data, `mmtl-train data split` and `prepare --manifest`."
         )
     if absent := {*config.train_on, *config.test_on} - {records[i].dataset for i in used}:
         raise DataError(
-            f"{data} holds no images of {min(absent)}; found are "
-            f"{', '.join(sorted({record.dataset for record in records if record.path}))}."
+            _absent(data, ham10000.TITLE if ham10000.TITLE in absent else min(absent), records)
         )
     check_network(config)
-    run.save_config(config)
+    run.check_config(config)
     # Until the new one is written there is none: pixels and labels of two preparations never meet.
     run.manifest.unlink(missing_ok=True)
     pixels = build_cache(run.cache, [records[i] for i in used], config.size, config.size)
@@ -63,6 +65,9 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     pairs = [(used[pair.one], used[pair.other]) for pair in found]
     divided = assign_fixed(records, components(records, pairs, listed), config.test_on)
     manifest = [divided[i] for i in used]
+    check_splits(manifest, config)
+    keep_inheritance(run, inheritance(config, manifest))
+    run.save_config(config)
     save_manifest(run.manifest, manifest)
     return _count(manifest)
 
@@ -85,32 +90,71 @@ def prepare_manifest(
             backbone does not take the size, or the run folder holds another configuration.
     """
     used = [record for record in records if record.path and record.split is not None]
-    for split, dataset in ((Split.TRAIN, ""), (Split.VALIDATION, config.validate_on)):
-        if not rows(used, split, dataset):
-            of = f" of {dataset} (validate_on)" if dataset else ""
-            raise DataError(
-                f"The manifest has no images{of} in the split {split}. `mmtl-train data split` "
-                'deals them out; validate_on = "" takes every dataset.'
-            )
+    check_splits(used, config)
     check_network(config)
+    known = inheritance(config, used)
     run.save_config(config)
     run.manifest.unlink(missing_ok=True)
+    keep_inheritance(run, known)
     build_cache(run.cache, used, config.size, config.size)
     save_manifest(run.manifest, used)
     return _count(used)
 
 
+def check_splits(records: list[Record], config: Config) -> None:
+    """Whether there is something to learn from, to stop and to calibrate on, for each network.
+
+    Raises:
+        DataError: There is not.
+    """
+    for split, dataset in ((Split.TRAIN, ""), (Split.VALIDATION, config.validate_on)):
+        if not rows(records, split, dataset):
+            of = f" of {dataset} (validate_on)" if dataset else ""
+            raise DataError(
+                f"There are no images{of} in the split {split}. `mmtl-train data split` deals out "
+                'those of a manifest; validate_on = "" takes every dataset.'
+            )
+    told = Counter(
+        records[row].melanoma for row in rows(records, Split.VALIDATION, config.validate_on)
+    )
+    if not told[True] or not told[False]:
+        raise DataError(
+            f"Images with and without melanoma must validate; there are {told[True]} and "
+            f"{told[False]}."
+        )
+    if config.folds > 1:
+        hold_out(with_components(records), config.folds, config.seed)
+
+
 def check_network(config: Config) -> None:
-    """Whether the backbone takes images of these sizes, and the teachers are there and fit.
+    """Whether the backbone takes images of these sizes, and what it learns from before is there.
 
     Raises:
         DataError: They do not; before anything is decoded.
         models.bundle.BundleError: A teacher is no whole bundle.
     """
     open_teachers(config.teachers, config.size)
+    if config.start_from:
+        check_fitted(Run(Path(config.start_from)))
     (backbone,) = choose([config.backbone])
+    folder, notes = (Path(x) if x else None for x in (config.weights_dir, config.weights_notes))
+    find_source(backbone, folder, notes)
     for size in {config.size, *config.sizes}:
         build_feature_map(backbone, None, size=size)
+
+
+def _absent(data: Path, name: str, records: Sequence[Record]) -> str:
+    """Why a dataset that is asked for cannot be used."""
+    rows = sum(record.dataset == name for record in records)
+    if rows:
+        return f"{data} holds a table of {name} with {rows:,} rows, but none of their image files."
+    found = ", ".join(sorted({record.dataset for record in records if record.path})) or "none"
+    why = (
+        " A HAM10000_metadata.csv is known by its columns lesion_id, image_id and dx."
+        if name == ham10000.TITLE
+        else ""
+    )
+    return f"{data} holds no images of {name}; found are {found}.{why}"
 
 
 def _count(records: Sequence[Record]) -> Counter[tuple[str, str]]:

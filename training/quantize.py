@@ -39,7 +39,8 @@ from models.bundle import (
     save_bundle,
     sha256_of,
 )
-from models.calibration import choose_threshold, fit_calibration
+from models.calibration import CalibrationError, choose_threshold, fit_calibration
+from models.recalibration import CARD, METRICS
 from training.data.cache import Pixels
 from training.data.manifest import DataError
 from training.data.vocabulary import Split
@@ -98,7 +99,7 @@ class Cost:
 
 
 def quantize(run: Run, folder: Path) -> tuple[Bundle, list[Cost]]:
-    """Add an int8 artifact to a bundle, or replace the one it has.
+    """Add an int8 artifact to a bundle, or replace the one it has; its figures are of another now.
 
     Args:
         run: Prepared; its training images give the ranges, its validation images the thresholds.
@@ -120,6 +121,12 @@ def quantize(run: Run, folder: Path) -> tuple[Bundle, list[Cost]]:
             "its bundle as a teacher, and quantize that."
         )
     records, pixels = run.load_data()
+    height, width = pixels.shape[1:3]
+    if (bundle.manifest.input.height, bundle.manifest.input.width) != (height, width):
+        raise DataError(
+            f"{folder} looks at {bundle.manifest.input.width} x {bundle.manifest.input.height} "
+            f"pixels; the images of {run.folder} have {width} x {height}."
+        )
     validate_on = run.load_config().validate_on
     validation = [
         row
@@ -127,10 +134,18 @@ def quantize(run: Run, folder: Path) -> tuple[Bundle, list[Cost]]:
         if records[row].melanoma is not None
     ]
     melanoma = np.array([bool(records[row].melanoma) for row in validation])
+    if len(set(melanoma.tolist())) < 2:
+        raise DataError(
+            f"{run.manifest} must have validation images with and without melanoma; it has "
+            f"{len(validation)} in all."
+        )
     train = rows(records, Split.TRAIN)
     chosen = np.random.default_rng(0).choice(train, min(CALIBRATION_IMAGES, len(train)), False)
     examples = np.stack([pixels[row] for row in sorted(chosen.tolist())])
-    before = _judge(onnx_runner(bundle.path(precise)), pixels, validation, melanoma)
+    try:
+        before = _judge(onnx_runner(bundle.path(precise)), pixels, validation, melanoma)
+    except CalibrationError as error:
+        raise DataError(f"{run.folder}, validation split: {error}") from None
     if abs(before.threshold - precise.melanoma_threshold) > _SAME_THRESHOLD:
         raise DataError(
             f"{folder} was calibrated on other images than the validation split of {run.folder}. "
@@ -142,7 +157,10 @@ def quantize(run: Run, folder: Path) -> tuple[Bundle, list[Cost]]:
         path = Path(temporary) / FILE
         for count in _FLOAT_CONVOLUTIONS:
             backbone.write(path, count)
-            after = _judge(onnx_runner(path), pixels, validation, melanoma, before.above)
+            try:
+                after = _judge(onnx_runner(path), pixels, validation, melanoma, before.above)
+            except CalibrationError:  # too far off for any: more has to stay in floats
+                continue
             tried.append(
                 Cost(
                     count,
@@ -175,8 +193,12 @@ def quantize(run: Run, folder: Path) -> tuple[Bundle, list[Cost]]:
             ),
         )
         kept = [a for a in bundle.manifest.artifacts if a.file != FILE]
-        files = {p.name: p for p in bundle.folder.iterdir() if p.is_file() and p.name != FILE}
-        manifest = bundle.manifest.model_copy(update={"artifacts": (*kept, artifact)})
+        # Figures and card are of what a CPU answered with so far.
+        gone = (FILE, METRICS, CARD)
+        files = {p.name: p for p in bundle.folder.iterdir() if p.is_file() and p.name not in gone}
+        manifest = bundle.manifest.model_copy(
+            update={"artifacts": (*kept, artifact), "metrics": ()}
+        )
         return save_bundle(folder, manifest, {**files, FILE: path}), tried
 
 

@@ -30,6 +30,11 @@ class Run:
         return self.folder / "manifest.csv"
 
     @property
+    def inherited(self) -> Path:
+        """The images that the run it goes on from has learned from; there only where one is."""
+        return self.folder / "inherited.csv"
+
+    @property
     def cache(self) -> Path:
         """The pixels, row for row with the manifest."""
         return self.folder / "pixels.npy"
@@ -69,11 +74,11 @@ class Run:
         """One row an epoch."""
         return self.folder / "log.csv"
 
-    def save_config(self, config: Config) -> None:
-        """Write the configuration.
+    def check_config(self, config: Config) -> None:
+        """Whether the folder is free for a configuration.
 
         Raises:
-            DataError: The folder already belongs to another configuration.
+            DataError: It already belongs to another one.
         """
         if self.config.is_file() and (before := self.load_config()) != config:
             changed = ", ".join(changed_fields(before, config))
@@ -81,6 +86,14 @@ class Run:
                 f"{self.folder} already holds a run with another configuration ({changed}). "
                 "Choose another folder with --run, or delete this one."
             )
+
+    def save_config(self, config: Config) -> None:
+        """Write the configuration.
+
+        Raises:
+            DataError: The folder already belongs to another one.
+        """
+        self.check_config(config)
         with write_atomically(self.config) as temporary:
             temporary.write_text(json.dumps(config.model_dump(), indent=2) + "\n")
 

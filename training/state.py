@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -154,9 +153,16 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
     """
     try:
         saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-        raise DataError(f"{path} is damaged ({error}). Delete it and fit again.") from None
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to call
+        raise DataError(
+            f"{path} is damaged ({first_line(error)}). Delete it and fit again."
+        ) from None
     return saved
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without torch's further lines of advice."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def warmup_cosine(epoch: float, warmup: float, epochs: int) -> float:

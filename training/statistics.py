@@ -55,21 +55,21 @@ class Difference:
     p_value: float
 
 
-def bounded(estimate: Estimate, clusters: int) -> Estimate:
-    """The interval of a share, exact where all or none count (Clopper & Pearson 1934).
+def bounded(estimate: Estimate, clusters: int | None = None) -> Estimate:
+    """What to say where every resample gives the same figure: a bootstrap knows no uncertainty.
 
-    There every resample gives the same share, and a bootstrap knows no uncertainty.
+    A share of all or none has its exact interval (Clopper & Pearson 1934), another figure none.
 
     Args:
-        estimate: Of a share.
-        clusters: That the share is of.
+        estimate: By a bootstrap.
+        clusters: That it is a share of; None where it is no share.
     """
-    tail = ((1 - CONFIDENCE) / 2) ** (1 / max(clusters, 1))
-    if estimate.value == estimate.low == estimate.high == 1:
-        return Estimate(1.0, tail, 1.0)
-    if estimate.value == estimate.low == estimate.high == 0:
-        return Estimate(0.0, 0.0, 1 - tail)
-    return estimate
+    if not estimate.value == estimate.low == estimate.high:
+        return estimate
+    if clusters is not None and estimate.value in (0, 1):
+        tail = ((1 - CONFIDENCE) / 2) ** (1 / max(clusters, 1))
+        return Estimate(1.0, tail, 1.0) if estimate.value else Estimate(0.0, 0.0, 1 - tail)
+    return Estimate(estimate.value, float("nan"), float("nan"))
 
 
 class Clusters:

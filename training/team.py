@@ -22,6 +22,8 @@ from training.tasks import Targets
 T = TypeVar("T")
 
 ANSWER_WITHIN = timedelta(seconds=2)
+# The others wait while one asks the teachers or validates; of a process that died, torchrun tells.
+PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,7 @@ def gather() -> Iterator[Team]:
         store=meet(store, rank, size),
         rank=rank,
         world_size=size,
+        timeout=PATIENCE,
     )
     yield Team(distributed.get_rank(), distributed.get_world_size())
     # Not where it failed: the others may wait for this one, which torchrun ends with its process.

@@ -22,3 +22,13 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         raise OSError("read-only")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_said_of_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    for name in (None, "temporary"):
+        with (
+            pytest.raises(OSError, match="No space") as full,
+            write_atomically(tmp_path / "file") as temporary,
+        ):
+            raise OSError(28, "No space left on device", str(temporary) if name else None)
+        assert full.value.filename == str(tmp_path / "file")

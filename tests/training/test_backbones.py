@@ -44,6 +44,7 @@ def test_without_its_package_a_light_network_is_downloaded(
 
 
 def test_a_file_of_the_folder_comes_before_a_package(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
     torch.save(build(LITE0).state_dict(), tmp_path / "tf_efficientnet_lite0.pth")
     (tmp_path / "weights.toml").write_text(
         '[tf_efficientnet_lite0]\nmean = [0.4, 0.4, 0.4]\nnote = "ours"\n'
@@ -53,6 +54,14 @@ def test_a_file_of_the_folder_comes_before_a_package(tmp_path: Path) -> None:
     assert backbone.mean == (0.4, 0.4, 0.4)
     assert backbone.std == LITE0.std
     assert find_source(LITE0, tmp_path / "elsewhere")[0].kind == "package"
+
+
+def test_a_folder_or_notes_that_are_not_there_are_not_done_without(tmp_path: Path) -> None:
+    (entry,) = choose(["tf_efficientnet_lite0"])
+    with pytest.raises(WeightsError, match=r"weights_dir: .*nowhere is not a folder"):
+        find_source(entry, tmp_path / "nowhere")
+    with pytest.raises(WeightsError, match=r"weights_notes: .*notes.toml does not exist"):
+        find_source(entry, tmp_path, tmp_path / "notes.toml")
 
 
 def test_other_weights_have_another_label(tmp_path: Path) -> None:

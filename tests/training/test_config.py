@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from training.config import Config, changed_fields, configure
+from training.config import Config, changed_fields, configure, parse_config
 from training.data.manifest import DataError
 from training.zoo import choose
 
@@ -56,3 +56,12 @@ def test_the_ready_configurations_are_sound(path: Path) -> None:
 def test_the_papers_setting_is_the_papers() -> None:
     paper = configure(CONFIGS / "paper.toml")
     assert (paper.backbone, paper.batch_size) == ("regnet_x_16gf", 32)
+
+
+@pytest.mark.parametrize(
+    "values", [{"learning_rate": float("inf")}, {"weight_decay": float("inf")}, {"train_on": []}]
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(values: dict[str, object]) -> None:
+    (name,) = values
+    with pytest.raises(DataError, match=f"a recipe: {name}: "):
+        parse_config(values, "a recipe")

@@ -43,6 +43,22 @@ def test_the_soft_targets_are_the_teachers_mean_answers(
     assert kept.suffix == ".npz"
 
 
+def test_what_was_said_of_other_pictures_is_not_taken(
+    teacher: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.distillation.TAUGHT", {"site": ()})
+    run = Run(tmp_path)
+    first = soft_targets(run, [teacher], RECORDS, IMAGES, [1, 3])
+    turned = soft_targets(run, [teacher], RECORDS[::-1], IMAGES[::-1], [1, 3])
+    assert torch.equal(turned["melanoma"], first["melanoma"].flip(0))
+    again = soft_targets(run, [teacher], RECORDS, IMAGES, [3, 1])
+    assert torch.equal(again["melanoma"], first["melanoma"])
+    for file in run.teachers.iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    again = soft_targets(run, [teacher], RECORDS, IMAGES, [1, 3])
+    assert torch.equal(again["melanoma"], first["melanoma"])
+
+
 def test_a_teacher_of_other_images_or_labels_is_refused(teacher: Bundle, tmp_path: Path) -> None:
     folder = str(teacher.folder)
     with pytest.raises(DataError, match=r"looks at 32 x 32 pixels; the run's images have 160"):

@@ -204,7 +204,7 @@ def test_predictions_are_read_back_and_so_are_other_peoples(tmp_path: Path) -> N
     with (tmp_path / "theirs.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["Image", "Melanoma_Probability"])
-        writer.writerows([[record.image, "0.25"] for record in tested[:30]])
+        writer.writerows([[record.image + ".jpg", "0.25"] for record in tested[:30]])
     found = load_predictions(tmp_path / "theirs.csv", tested, 0.2)
     assert len(found.records) == 30
     assert found.labels == {}

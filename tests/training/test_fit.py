@@ -1,5 +1,6 @@
 """The loop's parts: what is drawn, what is frozen, what a step is."""
 
+import csv
 import resource
 import shutil
 from collections import Counter
@@ -15,12 +16,13 @@ from torch import nn
 from training.config import Config
 from training.data.manifest import DataError
 from training.draws import AugmentedImages, draw
-from training.fit import Step, set_mode, start
+from training.fit import Step, _show, set_mode, start, train_one_epoch
 from training.losses import MultiTaskLoss
 from training.network import MultiTaskNetwork
 from training.run import Run
 from training.state import State, load_tensors, save_tensors
 from training.tasks import TASKS, Targets
+from training.team import Team
 
 
 def network() -> MultiTaskNetwork:
@@ -206,3 +208,30 @@ def test_on_a_full_disk_what_was_fitted_before_is_kept(tmp_path: Path) -> None:
         save_tensors(path, {"epoch": 2, "weights": torch.zeros(10_000)})
     assert load_tensors(path) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_task_whose_labels_are_few_has_its_column_and_its_own_mean(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    rows = [
+        {"epoch": "1", "train_melanoma": "0.5", "validation_auroc": "0.6"},
+        {"epoch": "2", "train_melanoma": "0.4", "train_age": "2", "validation_auroc": "0.7"},
+    ]
+    _show(run, rows)
+    with run.log.open() as file:
+        first, second = csv.DictReader(file)
+    assert (first["train_age"], second["train_age"]) == ("", "2")
+
+
+def test_a_task_s_loss_is_the_mean_over_the_batches_that_have_its_labels() -> None:
+    known = targets([0, 1] * 8)
+    sex = torch.full((16,), -1)
+    sex[0] = 1  # in one batch of four
+    known = Targets(known.classes | {"sex": sex})
+    config = Config(size=32, batch_size=4, learning_rate=1e-12, drop_path=0)
+    net = network()
+    state = State(net, MultiTaskLoss(config, known), config, 16, torch.device("cpu"))
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    images = AugmentedImages(pixels, draw(list(range(16)), known, config, 0), config, 0)
+    losses = train_one_epoch(state, images, known, 0, Team())
+    assert losses["train_sex"] > 0.2  # about ln 2; a quarter of it, were it of all batches
+    assert "train_age" not in losses

@@ -257,6 +257,18 @@ def test_what_is_missing_is_said_in_a_sentence(tmp_path: Path, data: Path) -> No
         fit(run)
     with pytest.raises(DataError, match="holds no dataset in a layout"):
         prepare(tmp_path, run, CONFIG)
+    with pytest.raises(DataError, match=r"train_on must name HAM10000.*prepare --manifest"):
+        prepare(data, run, CONFIG.model_copy(update={"train_on": ("isic2017",)}))
+    for update, sentence in (
+        ({"validate_on": "elsewhere"}, r"no images of elsewhere \(validate_on\)"),
+        ({"folds": 1000}, r"cannot be parted in 1000"),
+        ({"weights_dir": "nowhere"}, r"weights_dir: nowhere is not a folder"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            prepare(data, run, CONFIG.model_copy(update=update))
+        assert not run.config.exists()  # and another recipe may have the folder
+    with pytest.raises(DataError, match=r"start_from: nowhere has no fitted network"):
+        prepare(data, run, CONFIG.model_copy(update={"start_from": "nowhere"}))
     prepare(data, run, CONFIG)
     with pytest.raises(DataError, match=r"is not fitted\. Run `mmtl-train fit` first"):
         export(run, tmp_path / "bundle")
@@ -264,6 +276,20 @@ def test_what_is_missing_is_said_in_a_sentence(tmp_path: Path, data: Path) -> No
         export(run, tmp_path / "bundle", name="Our network")
     with pytest.raises(DataError, match=r"three numbers, 1\.0\.2, not 'v2'"):
         export(run, tmp_path / "bundle", version="v2")
+
+
+def test_why_a_dataset_cannot_be_learned_from_is_told(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    ham = draw_ham10000(tmp_path / "data" / "ham10000", 20)
+    table = ham / "HAM10000_metadata.csv"
+    whole = table.read_text()
+    table.write_text(whole.replace(",dx,", ",diagnosis_code,"))
+    with pytest.raises(DataError, match=r"holds no images of HAM10000; found are .* and dx\."):
+        prepare(tmp_path / "data", run, CONFIG.model_copy(update={"train_on": ("HAM10000",)}))
+    table.write_text(whole)
+    shutil.rmtree(ham / "HAM10000_images")
+    with pytest.raises(DataError, match=r"with 40 rows, but none of their image files"):
+        prepare(tmp_path / "data", run, CONFIG.model_copy(update={"train_on": ("HAM10000",)}))
 
 
 def test_every_backbone_gives_a_bundle_its_name() -> None:
@@ -298,6 +324,11 @@ def test_a_damaged_file_is_named(fitted: Run, tmp_path: Path) -> None:
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
     with pytest.raises(DataError, match=r"checkpoint\.pt is damaged .* Delete it and fit again"):
         fit(run, workers=0)
+    whole = bytearray((fitted.checkpoint).read_bytes())
+    for start in (40, 200, 500, 1500):  # within the pickle
+        run.checkpoint.write_bytes(bytes(whole[:start] + b"\xff" * 30 + whole[start + 30 :]))
+        with pytest.raises(DataError, match=r"checkpoint\.pt "):
+            fit(run, workers=0)
     run.cache.write_bytes(run.cache.read_bytes()[:1000])
     with pytest.raises(DataError, match=r"pixels\.npy is damaged"):
         fit(run, workers=0)
@@ -313,6 +344,61 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch.setattr(MultiTaskLoss, "forward", lambda *_: (nan, {}))
     with pytest.raises(DataError, match="not finite"):
         fit(run, workers=0)
+
+
+def test_a_network_that_diverges_in_an_epoch_s_last_step_stops_the_run(
+    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, run.folder)
+    run.checkpoint.unlink()
+    one_epoch = fitting.train_one_epoch
+
+    def diverge(state, *arguments):
+        losses = one_epoch(state, *arguments)
+        for parameter in state.average.parameters():
+            parameter.data.fill_(torch.nan)
+        return losses
+
+    monkeypatch.setattr(fitting, "train_one_epoch", diverge)
+    with pytest.raises(DataError, match=r"loss of epoch 1 is not finite\. Prepare another"):
+        fit(run, workers=0)
+
+
+def test_what_goes_wrong_in_a_worker_is_told_as_it_is(
+    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, run.folder)
+    run.checkpoint.unlink()
+
+    def fail(*_: object):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(fitting.AugmentedImages, "__getitem__", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        fit(run, workers=1)
+
+
+def test_a_log_that_was_not_written_is_made_up_for(fitted: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, run.folder)
+    whole = run.log.read_text()
+    run.log.write_text("".join(whole.splitlines(keepends=True)[:-1]))  # killed just before the end
+    run.curves.unlink()
+    fit(run, workers=0)
+    assert run.log.read_text() == whole
+    assert run.curves.is_file()
+
+
+def test_a_run_resumes_without_what_it_began_with(fitted: Run, tmp_path: Path) -> None:
+    before, run = Run(tmp_path / "before"), Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, before.folder)
+    recipe = CONFIG.model_copy(update={"epochs": 1, "start_from": str(before.folder)})
+    prepare_manifest(load_manifest(fitted.manifest), run, recipe)
+    best = fit(run, workers=0)
+    shutil.rmtree(before.folder)
+    assert fit(run, workers=0, pretrained=True) == best
 
 
 def test_a_worker_that_vanishes_is_one_sentence_and_what_was_fitted_stays(
@@ -403,8 +489,12 @@ def test_a_network_in_integers_decides_alike_and_is_what_a_cpu_serves(
     assert all(
         (quantized_folder / name).read_bytes() == data
         for name, data in before.items()
-        if name != "bundle.json"
+        if name not in ("bundle.json", "metrics.json", "MODEL_CARD.md")
     )
+    # What was published is of what a CPU answered with before.
+    assert bundle.manifest.metrics == ()
+    assert load_bundle(bundle_folder).manifest.metrics
+    assert not (quantized_folder / "metrics.json").exists()
     graph = onnx.load(bundle.path(bundle.artifact_for_cpu())).graph
     assert "QuantizeLinear" in {node.op_type for node in graph.node}
     trunk = next(node for node in graph.node if TRUNK_WEIGHT in node.input)
@@ -418,6 +508,22 @@ def test_a_network_in_integers_decides_alike_and_is_what_a_cpu_serves(
     with started(Settings(bundle=quantized_folder, device="cpu", max_batch=2)) as client:
         for record, expected in list(zip(tested, integers.probability, strict=True))[:5]:
             assert _probability(client, Path(record.path)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_cannot_be_quantized_is_one_sentence(
+    bundle_folder: Path, fitted: Run, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, run.folder)
+    records, mapped = run.load_data()
+    pixels = np.array(mapped)
+    np.save(run.cache, pixels[:, ::2, ::2])
+    with pytest.raises(DataError, match=r"looks at 64 x 64 pixels; the images of .* have 32 x 32"):
+        quantizing.quantize(run, bundle_folder)
+    save_manifest(run.manifest, [replace(record, melanoma=None) for record in records])
+    np.save(run.cache, pixels)
+    with pytest.raises(DataError, match="validation images with and without melanoma"):
+        quantizing.quantize(run, bundle_folder)
 
 
 def test_integers_that_decide_otherwise_are_not_written(

@@ -55,6 +55,12 @@ def test_a_share_of_all_or_none_has_an_exact_interval() -> None:
     assert bounded(Estimate(0.9, 0.8, 1.0), 10) == Estimate(0.9, 0.8, 1.0)
 
 
+def test_another_figure_that_no_resample_changes_has_no_interval() -> None:
+    found = bounded(Estimate(0.5, 0.5, 0.5))
+    assert (found.value, np.isnan([found.low, found.high]).all()) == (0.5, True)
+    assert bounded(Estimate(0.5, 0.4, 0.6)) == Estimate(0.5, 0.4, 0.6)
+
+
 def test_a_paired_difference_is_sharper_than_two_intervals() -> None:
     generator = np.random.default_rng(2)
     hard = generator.normal(size=300)

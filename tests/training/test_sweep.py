@@ -110,3 +110,22 @@ def test_a_stopped_sweep_goes_on_and_compares_with_the_first(
     recipes.write_text(SWEEP + "seed = 1\n")
     with pytest.raises(DataError, match=r"another configuration \(seed 0 -> 1\)"):
         cli(told, standalone_mode=False)
+
+
+def test_a_recipe_that_fails_does_not_keep_the_others_from_their_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "sweep.toml"
+    first, _, _ = SWEEP.partition("[recipes.mixup]")
+    path.write_text(f"{first}[recipes.hot]\nlearning_rate = 1e30\n[recipes.last]\nseed = 1\n")
+    draw_ham10000(tmp_path / "data" / "ham10000", 320)
+    monkeypatch.setattr(fitting, "build_feature_map", team_member.build)
+    told = [str(path), str(tmp_path / "data"), "--run", str(tmp_path / "sweep"), "--workers", "0"]
+    with pytest.raises(DataError, match=r"1 of 3 recipes failed; .*sweep\.md says why"):
+        cli(["sweep", *told], standalone_mode=False)
+    table = (tmp_path / "sweep" / "sweep.md").read_text()
+    assert "2 of 3 recipes are done" in table
+    assert "| hot | failed: The loss of epoch 1 is not finite. Prepare another run" in table
+    assert "| last | seed 0 -> 1" in table
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert list(found["failed"]) == ["hot"]

@@ -94,7 +94,7 @@ def _fill(
                 done += good
                 bar.update(good)
                 if good < len(problems):
-                    raise DataError(problems[good])
+                    raise DataError(f"{problems[good]} `mmtl-train data check` shows every fault.")
                 if done - noted >= _STEP:
                     _note_down(note, key, pixels, done)
                     noted = done

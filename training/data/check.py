@@ -68,6 +68,13 @@ def check(dataset: Dataset, pixels: bool = True) -> Check:
             f"{dataset.place.folder}: {len(absent):,} images have no file ({some}, ...).",
             fatal=False,
         )
+    if records and all(record.melanoma is None for record in records):
+        faults.add(
+            "no labels",
+            f"{dataset.place.folder}: nothing tells which of its images are melanoma "
+            f"(read as: {dataset.layout.TITLE}).",
+            fatal=False,
+        )
     names = sorted({record.dataset.split(" (")[0] for record in records})
     return Check(
         dataset=", ".join(names) or dataset.place.name,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from models.files import write_atomically
+from training.data.text import delimiter_of, encoding_of
 from training.data.vocabulary import Diagnosis, Sex, Site, Split
 
 OLDEST = 120
@@ -80,7 +81,7 @@ def save_manifest(path: Path, records: Sequence[Record]) -> None:
 
 
 def load_manifest(path: Path) -> list[Record]:
-    """Read a manifest that `save_manifest` wrote.
+    """Read a manifest that `save_manifest` wrote, and a spreadsheet may have saved again.
 
     Raises:
         DataError: The file is missing or a row does not fit the vocabulary.
@@ -90,8 +91,10 @@ def load_manifest(path: Path) -> list[Record]:
             f"{path} does not exist. Write it with `mmtl-train prepare` or `mmtl-train data split`."
         )
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            reader = csv.DictReader(file)
+        with path.open(newline="", encoding=encoding_of(path), errors="surrogateescape") as file:
+            delimiter = delimiter_of(file.readline())
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=delimiter)
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise DataError(f"{path}: expected the columns {', '.join(COLUMNS)}.")
             return [_parse(path, number, row) for number, row in enumerate(reader, start=2)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from training.data.manifest import OLDEST, DataError
+from training.data.text import delimiter_of, encoding_of
 from training.data.vocabulary import Term, diagnosis_of
 
 Value = TypeVar("Value")
@@ -135,13 +136,16 @@ class Row:
 
 
 def read_header(path: Path) -> frozenset[str]:
-    """The column names of a table, in lower case; none where it cannot be read."""
+    """The column names of a table, in lower case; none where they cannot be read."""
     try:
-        with path.open(newline="", encoding=_encoding(path)) as file:
+        # What follows the header may be in another encoding, which is for `read_rows` to say.
+        with path.open(newline="", encoding=encoding_of(path), errors="replace") as file:
             line = file.readline()
-        return frozenset(_names(next(csv.reader([line], delimiter=_delimiter(line)), [])))
+        names = _names(next(csv.reader([line], delimiter=delimiter_of(line)), []))
     except (OSError, UnicodeError, csv.Error):
         return frozenset()
+    text = not any("\ufffd" in name or "\0" in name for name in names)
+    return frozenset(names if text else ())
 
 
 def read_rows(path: Path, columns: set[str], faults: Faults) -> Iterator[Row]:
@@ -155,9 +159,9 @@ def read_rows(path: Path, columns: set[str], faults: Faults) -> Iterator[Row]:
     number = 1
     faults.tables.add(path)
     try:
-        with path.open(newline="", encoding=_encoding(path)) as file:
+        with path.open(newline="", encoding=encoding_of(path)) as file:
             line = file.readline()
-            delimiter = _delimiter(line)
+            delimiter = delimiter_of(line)
             names = _names(next(csv.reader([line], delimiter=delimiter), []))
             if missing := columns - set(names):
                 raise DataError(f"{path}: the column {sorted(missing)[0]} is missing.")
@@ -179,16 +183,6 @@ def read_rows(path: Path, columns: set[str], faults: Faults) -> Iterator[Row]:
         raise DataError(
             f"{path}, after row {number}: it is not a CSV file in UTF-8: {error}."
         ) from None
-
-
-def _encoding(path: Path) -> str:
-    with path.open("rb") as file:
-        mark = file.read(2)
-    return "utf-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-
-
-def _delimiter(header: str) -> str:
-    return max(",;\t", key=header.count)
 
 
 def _names(cells: list[str]) -> list[str]:

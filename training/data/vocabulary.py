@@ -99,6 +99,8 @@ _DIAGNOSES: dict[str, Diagnosis | None] = {
     "solar or actinic keratosis": Diagnosis.AKIEC,
     # HAM10000 counts Bowen's disease among its actinic keratoses.
     "squamous cell carcinoma in situ": Diagnosis.AKIEC,
+    "bowen's disease": Diagnosis.AKIEC,
+    "bowens disease": Diagnosis.AKIEC,
     "lentigo maligna": Diagnosis.MEL,
     # Known, and none of the eight
     "atypical melanocytic proliferation": None,
@@ -109,6 +111,7 @@ _DIAGNOSES: dict[str, Diagnosis | None] = {
 # Finer terms than the eight, by a word that only they contain ("Melanoma in situ, NOS").
 _DENIED = re.compile(r"\b(non|not|no|without|rule out|versus|vs|suspected|possible)\b")
 _CONTAINED = {
+    "squamous cell carcinoma in situ": Diagnosis.AKIEC,
     "melanoma": Diagnosis.MEL,
     "nevus": Diagnosis.NV,
     "basal cell carcinoma": Diagnosis.BCC,
@@ -137,7 +140,7 @@ def diagnosis_of(words: str) -> Term:
     if text in _DIAGNOSES:
         found = _DIAGNOSES[text]
         return Term(found, None if found is None else found is Diagnosis.MEL)
-    if _DENIED.search(text):
+    if _DENIED.search(text.replace("not otherwise specified", "nos")):
         return Term(None, None, known=False)
     for part, diagnosis in _CONTAINED.items():
         if part in text:

@@ -181,8 +181,39 @@ def test_a_table_that_no_layout_claims_is_told_of(tmp_path: Path) -> None:
     (dataset,) = read_datasets([tmp_path])
     unread = sorted(fault.message for fault in dataset.faults if fault.kind == "unread table")
     assert [str(table) in unread[0], "latin.csv" in unread[1]] == [True, True]
+    (tmp_path / "latin.csv").write_bytes("imagé,sexe\na,f\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin\.csv holds no dataset .* not a CSV file in UTF-8"):
         read_datasets([tmp_path / "latin.csv"])
+
+
+@pytest.mark.parametrize("name", ["ham10000", "plain"])
+def test_a_table_in_another_encoding_does_not_vanish(tmp_path: Path, name: str) -> None:
+    LAYOUTS[name][1](tmp_path)
+    (table,) = (path for path in tmp_path.iterdir() if path.is_file())
+    rows = table.read_bytes().splitlines()
+    rows[2] = rows[2] + " é".encode("latin-1")
+    table.write_bytes(b"\n".join(rows))
+    with pytest.raises(DataError, match=r"after row \d: it is not a CSV file in UTF-8"):
+        read_datasets([tmp_path])
+
+
+def test_predictions_that_lie_about_hide_no_dataset(tmp_path: Path) -> None:
+    (tmp_path / "ham10000").mkdir()
+    LAYOUTS["ham10000"][1](tmp_path / "ham10000")
+    row = {"image": "a", "melanoma": "1", "melanoma_probability": "0.5"}
+    write(tmp_path / "predictions.csv", [row])
+    (dataset,) = read_datasets([tmp_path])
+    assert dataset.layout.TITLE == "HAM10000"
+    (named,) = read_datasets([tmp_path / "predictions.csv"])
+    assert (named.layout.TITLE, named.records[0].melanoma) == ("plain CSV", True)
+
+
+def test_kaggles_classes_alone_are_read_without_a_split(tmp_path: Path) -> None:
+    LAYOUTS["kaggle10k"][1](tmp_path)
+    (tmp_path / "train").rename(tmp_path / "mine")
+    (dataset,) = read_datasets([tmp_path / "mine"])
+    assert {record.split for record in dataset.records} == {None}
+    assert {record.melanoma for record in dataset.records} == {True, False}
 
 
 def test_a_table_with_labels_of_its_own_is_not_isic_2019s(tmp_path: Path) -> None:
@@ -218,11 +249,14 @@ def test_labels_that_disagree_are_told_and_malignant_alone_is_not_melanoma(tmp_p
     rows = [
         {"image": "a", "diagnosis": "nevus", "melanoma": "1"},
         {"image": "b", "diagnosis": "basal cell carcinoma", "melanoma": "Malignant"},
+        {"image": "c", "diagnosis": "Merkel cell carcinoma", "melanoma": "malignant"},
+        {"image": "d", "diagnosis": "melanoma in situ", "melanoma": "malignant"},
+        {"image": "e", "diagnosis": "", "melanoma": "malignant"},
     ]
     write(tmp_path / "mine.csv", rows)
     (dataset,) = read_datasets([tmp_path])
-    assert [record.melanoma for record in dataset.records] == [True, False]
-    assert [fault.kind for fault in dataset.faults] == ["labels disagree"]
+    assert [record.melanoma for record in dataset.records] == [True, False, None, True, True]
+    assert [fault.kind for fault in dataset.faults] == ["unknown value", "labels disagree"]
 
 
 def test_pairs_alone_are_a_dataset_without_images(tmp_path: Path) -> None:

@@ -42,6 +42,19 @@ def test_a_manifest_is_read_back_as_it_was(tmp_path_factory, written: list[Recor
     assert load_manifest(path) == written
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_spreadsheet_may_have_saved_it_again(
+    tmp_path: Path, encoding: str, delimiter: str
+) -> None:
+    path = tmp_path / "manifest.csv"
+    written = [Record("a", "Müller/a.jpg", "d", melanoma=True), Record("b", "b.jpg", "d")]
+    save_manifest(path, written)
+    text = path.read_text(encoding="utf-8").replace(",", delimiter)
+    path.write_text(text, encoding=encoding)
+    assert load_manifest(path) == written
+
+
 def test_a_manifest_that_does_not_fit_is_named(tmp_path: Path) -> None:
     path = tmp_path / "manifest.csv"
     with pytest.raises(DataError, match="Write it with `mmtl-train prepare`"):
@@ -97,6 +110,9 @@ def test_an_isic_id_is_found_in_the_names_that_copies_have(name: str, image: str
         ("Blue nevus", Diagnosis.NV, False, True),
         ("LENTIGO NOS", None, None, True),
         ("Squamous cell carcinoma in situ", Diagnosis.AKIEC, False, True),
+        ("Squamous cell carcinoma in situ, Bowens disease", Diagnosis.AKIEC, False, True),
+        ("Bowen's disease", Diagnosis.AKIEC, False, True),
+        ("Melanoma, not otherwise specified", Diagnosis.MEL, True, True),
         ("Squamous cell carcinoma, Invasive", Diagnosis.SCC, False, True),
         ("wart", None, None, False),
         ("Non-melanoma", None, None, False),

@@ -23,7 +23,8 @@ def read(place: Place, faults: Faults) -> list[Record]:
     records = []
     for path in place.files:
         part, name = path.parts[-3], path.parts[-2]
-        if part not in _PARTS or name not in _CLASSES:
+        flat = path.parent.parent == place.folder  # the classes alone, wherever they lie
+        if name not in _CLASSES or (part not in _PARTS and not flat):
             faults.add("stray file", f"{path} is in none of its folders.", fatal=False)
             continue
         records.append(
@@ -32,7 +33,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
                 path=str(path),
                 dataset=TITLE,
                 melanoma=_CLASSES[name],
-                split=_PARTS[part],
+                split=_PARTS.get(part),
             )
         )
     return records

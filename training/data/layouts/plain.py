@@ -19,14 +19,14 @@ _LABELS = (*_MELANOMA, "diagnosis", "dx", *_AGE, "sex", *_SITE)
 
 def recognise(place: Place) -> bool:
     """By an image column and a label column, of any of the usual names."""
-    return any(_is_table(header) for header in place.tables.values())
+    return any(_is_table(header, place) for header in place.tables.values())
 
 
 def read(place: Place, faults: Faults) -> list[Record]:
     """Read every such table; paths are relative to it."""
     records = []
     for table, header in place.tables.items():
-        if _is_table(header):
+        if _is_table(header, place):
             for row in read_rows(table, set(), faults):
                 image = image_of(row, *_IMAGE)
                 if image is not None:
@@ -34,10 +34,11 @@ def read(place: Place, faults: Faults) -> list[Record]:
     return records
 
 
-def _is_table(header: frozenset[str]) -> bool:
-    # A manifest that lies about is no data of its own.
+def _is_table(header: frozenset[str], place: Place) -> bool:
+    # A manifest, or a table of predictions, that lies about is no data of its own.
     return (
         not set(COLUMNS) <= header
+        and (place.alone or not {"melanoma_logit", "melanoma_probability"} & header)
         and any(name in header for name in _IMAGE)
         and any(name in header for name in _LABELS)
     )
@@ -47,8 +48,8 @@ def _record(row: Row, image: str, place: Place) -> Record:
     term = row.diagnosis("diagnosis", "dx")
     melanoma = row.choice(TRUTHS, *_MELANOMA)
     said = (row.text(*_MELANOMA) or "").lower()
-    if said == "malignant" and term.melanoma is False:
-        melanoma = False  # a carcinoma is malignant, and no melanoma
+    if said == "malignant" and row.text("diagnosis", "dx"):
+        melanoma = None  # a carcinoma is malignant, and no melanoma: the diagnosis tells
     named = next((c for name in _IMAGE if (c := row.text(name)) and _is_path(name, c)), None)
     path = place.folder / named.replace("\\", "/") if named else None
     if path and not path.is_file():

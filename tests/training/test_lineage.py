@@ -1,0 +1,130 @@
+"""What a network has learned from, by whatever way."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from models.bundle import TrainingData
+from tests.bundles import make_bundle
+from training.config import Config, parse_config
+from training.data.manifest import DataError, Record, load_manifest, save_manifest
+from training.data.vocabulary import Split
+from training.lineage import inheritance, keep_inheritance, learned, training_data
+from training.run import Run
+
+
+def records(splits: str, dataset: str = "HAM10000", first: int = 0) -> list[Record]:
+    """One a letter: t(rain), v(alidation), T(est), x(cluded)."""
+    named = {"t": Split.TRAIN, "v": Split.VALIDATION, "T": Split.TEST, "x": Split.EXCLUDED}
+    return [
+        Record(
+            f"ISIC_{number:07d}", "", dataset, split=named[letter], component=f"ISIC_{number:07d}"
+        )
+        for number, letter in enumerate(splits, start=first)
+    ]
+
+
+def fitted(folder: Path, own: list[Record], **settings: object) -> Run:
+    run = Run(folder)
+    folder.mkdir()
+    run.save_config(Config(**settings))
+    save_manifest(run.manifest, own)
+    run.best.touch()
+    return run
+
+
+def inherit(run: Run, config: Config, own: list[Record]) -> None:
+    keep_inheritance(run, inheritance(config, own))
+
+
+def names(found: list[Record]) -> list[int]:
+    return sorted(int(record.image.removeprefix("ISIC_")) for record in found)
+
+
+def test_a_run_that_goes_on_keeps_what_was_learned_before(tmp_path: Path) -> None:
+    first = fitted(tmp_path / "first", records("ttvTx"))
+    second = fitted(
+        tmp_path / "second", records("tv", "isic2017", 10), start_from=str(first.folder)
+    )
+    inherit(second, second.load_config(), load_manifest(second.manifest))
+    assert names(learned(second)) == [0, 1, 2, 10, 11]
+    third = fitted(tmp_path / "third", records("t", first=20), start_from=str(second.folder))
+    inherit(third, third.load_config(), load_manifest(third.manifest))
+    assert names(learned(third)) == [0, 1, 2, 10, 11, 20]
+    found = training_data(third)
+    assert [(source.name, source.images) for source in found.sources] == [
+        ("HAM10000", 4),
+        ("isic2017", 2),
+    ]
+
+
+def test_what_is_learned_twice_counts_once(tmp_path: Path) -> None:
+    first = fitted(tmp_path / "first", records("ttvT"))
+    again = fitted(tmp_path / "again", records("ttvT"), start_from=str(first.folder))
+    inherit(again, again.load_config(), load_manifest(again.manifest))
+    assert names(learned(again)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "sentence"),
+    [
+        ("tttv", "ttTv", r"learned from 1 of the 1 images of the split test \(ISIC_0000002"),
+        ("tttv", "tttT", "split test"),  # it was chosen by it
+        ("tttv", "ttvt", "split validation"),
+    ],
+)
+def test_a_run_does_not_go_on_from_one_that_knows_what_it_is_measured_on(
+    tmp_path: Path, before: str, now: str, sentence: str
+) -> None:
+    first = fitted(tmp_path / "first", records(before))
+    run, config = Run(tmp_path / "now"), Config(start_from=str(first.folder))
+    with pytest.raises(DataError, match=sentence):
+        inherit(run, config, records(now))
+    assert not run.inherited.exists()
+
+
+def test_another_image_of_the_same_lesion_is_known_too(tmp_path: Path) -> None:
+    first = fitted(tmp_path / "first", records("tv"))
+    other = [replace(record, component="ISIC_0000000") for record in records("T", first=50)]
+    with pytest.raises(DataError, match="split test"):
+        inherit(Run(tmp_path / "now"), Config(start_from=str(first.folder)), other)
+
+
+def test_images_of_two_clinics_may_have_one_name(tmp_path: Path) -> None:
+    named = [replace(record, image="17", component="") for record in records("t")]
+    first = fitted(tmp_path / "first", named)
+    other = [replace(named[0], dataset="elsewhere", split=Split.TEST)]
+    assert inheritance(Config(start_from=str(first.folder)), other) == named
+
+
+def test_a_run_whose_inheritance_is_not_known_says_so(tmp_path: Path) -> None:
+    run = fitted(tmp_path / "run", records("tv"), start_from="elsewhere")
+    with pytest.raises(DataError, match=r"prepared by an earlier version.*prepare` again"):
+        training_data(run)
+
+
+def test_validation_may_be_the_same(tmp_path: Path) -> None:
+    first = fitted(tmp_path / "first", records("tvT"))
+    run = fitted(tmp_path / "now", records("tvT"))
+    inherit(run, Config(start_from=str(first.folder)), records("tvT"))
+    assert run.inherited.is_file()
+    inherit(run, Config(), records("tvT"))  # prepared anew, from the beginning
+    assert not run.inherited.exists()
+
+
+def test_there_must_be_something_to_go_on_from(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"start_from: .*nowhere has no fitted network"):
+        inherit(Run(tmp_path), Config(start_from=str(tmp_path / "nowhere")), records("tv"))
+    with pytest.raises(DataError, match=r"start_from: with folds"):
+        parse_config({"start_from": "runs/a", "folds": 3}, "a recipe")
+
+
+def test_what_teachers_learned_from_is_named(tmp_path: Path) -> None:
+    teacher = make_bundle(tmp_path / "teacher")
+    run = fitted(tmp_path / "run", records("tv"), teachers=(str(teacher.folder),))
+    found = training_data(run)
+    assert isinstance(found, TrainingData)
+    theirs = {source.name for source in teacher.manifest.training_data.sources}
+    assert theirs
+    assert {source.name for source in found.sources} == {"HAM10000"} | theirs
