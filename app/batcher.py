@@ -78,8 +78,8 @@ class Answer:
 
 @dataclass(slots=True)
 class _Job:
-    # None once nobody waits for it: it holds the upload, and may stand in the queue for long.
-    decode: Callable[[], Pixels] | None
+    # One; none once a worker has it, or nobody waits for it: it holds the upload.
+    decode: list[Callable[[], Pixels]]
     deadline: float
     future: "Future[Answer]"
     since: float = field(default_factory=time.monotonic)
@@ -95,11 +95,6 @@ class _Job:
             self.fail(DeadlineExceeded())
             return "deadline"
         return None
-
-    def forget(self, future: "Future[Answer]") -> None:
-        """Hold the upload no longer, if nobody waits for it."""
-        if future.cancelled():
-            self.decode = None
 
     def fail(self, error: Exception) -> None:
         """Answer with an error, unless nobody waits for it any more."""
@@ -264,8 +259,10 @@ class Batcher:
             future: Gets the answer, or what `decode` raised, or the subclass of `Refused` that says
                 why there is none. Who no longer wants it cancels it.
         """
-        job = _Job(decode, deadline, future)
-        future.add_done_callback(job.forget)
+        held = [decode]
+        # Not the job, which holds the future: each would keep the other from being freed.
+        future.add_done_callback(lambda _: held.clear())
+        job = _Job(held, deadline, future)
         with self._changed:
             if not self._failed and not self._closed:
                 self._encoded.append(job)
@@ -350,8 +347,9 @@ class Batcher:
         return why is None
 
     def _decode(self, job: _Job) -> None:
-        decode = job.decode
-        if decode is None:  # the caller has gone just now
+        try:
+            decode = job.decode.pop()
+        except IndexError:  # the caller has gone just now
             return
         try:
             job.pixels = decode()

@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import threading
 import time
 import weakref
@@ -350,6 +351,29 @@ async def test_the_upload_of_a_caller_who_has_gone_is_not_held(batcher: Batcher)
     go_on.set()
     for future in asked:
         await asyncio.wrap_future(future)
+
+
+async def test_what_is_answered_is_freed_without_a_collection(batcher: Batcher) -> None:
+    class Upload:
+        pass
+
+    def decode(upload: Upload) -> NDArray[np.uint8]:
+        return image(1)
+
+    gc.disable()  # uploads are large, and collections are far between
+    try:
+        held = []
+        for _ in range(30):
+            upload, future = Upload(), Future()
+            held.append((weakref.ref(upload), weakref.ref(future)))
+            batcher.put(partial(decode, upload), time.monotonic() + 9, future)
+            future.result(5)
+        del upload, future
+        assert not any(upload() for upload, _ in held)
+        # A worker keeps its last job until it has another.
+        assert sum(future() is not None for _, future in held) <= len(batcher._workers) + 1
+    finally:
+        gc.enable()
 
 
 async def test_an_image_that_is_decoded_while_the_network_is_given_up_is_refused(
