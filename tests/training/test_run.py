@@ -1,0 +1,240 @@
+"""`fit`: what it writes, what interrupts it, and how it goes on."""
+
+import csv
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training.conftest import SMALL
+from training import fit as fitting
+from training.data.manifest import DataError, load_manifest
+from training.export import export
+from training.fit import fit
+from training.losses import MultiTaskLoss
+from training.prepare import prepare, prepare_manifest
+from training.run import Run
+from training.state import warmup_cosine
+
+pytestmark = pytest.mark.usefixtures("small_backbone")
+
+
+def test_fit_writes_a_log_and_the_best_weights(fitted: Run) -> None:
+    with fitted.log.open() as file:
+        log = list(csv.DictReader(file))
+    assert [row["epoch"] for row in log] == [str(epoch) for epoch in range(1, 9)]
+    assert max(float(row["validation_auroc"]) for row in log) > 0.8
+    assert all(np.isfinite(float(value)) for row in log for value in row.values())
+    assert fitted.best.is_file()
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(
+    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = Run(tmp_path / "again")
+    shutil.copytree(fitted.folder, again.folder)
+    for path in (again.checkpoint, again.best, again.log):
+        path.unlink()
+    one_epoch = fitting.train_one_epoch
+
+    def killed_in_the_fourth(state, *arguments):
+        if state.epoch == 3:
+            raise KeyboardInterrupt
+        return one_epoch(state, *arguments)
+
+    monkeypatch.setattr(fitting, "train_one_epoch", killed_in_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        fit(again, workers=0)
+    monkeypatch.undo()
+    fit(again, workers=1)  # the number of workers does not change what is drawn
+    ours, theirs = (torch.load(r.best, weights_only=True) for r in (again, fitted))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+
+
+def test_a_run_keeps_its_configuration_and_its_data(fitted: Run, data: Path) -> None:
+    with pytest.raises(DataError, match=r"another configuration \(epochs 8 -> 3\)"):
+        prepare(data, fitted, SMALL.model_copy(update={"epochs": 3}))
+
+
+def test_every_option_of_a_recipe_is_learned_with(
+    data: Path, tmp_path: Path, fitted_bundle: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    recipe = {
+        "epochs": 2,
+        "accumulate": 2,
+        "backbone_rate": 0.5,
+        "frozen_epochs": 1,
+        "freeze_batch_norm": True,
+        "imbalance": "focal",
+        "task_balancing": "uncertainty",
+        "teachers": (str(fitted_bundle),),
+        "validate_on": "",
+    }
+    prepare(data, run, SMALL.model_copy(update=recipe))
+    fit(run, workers=0)
+    with run.log.open() as file:
+        first, second = csv.DictReader(file)
+    assert float(second["train_age"]) < float(first["train_age"])
+    assert "<svg" in run.curves.read_text()
+    bundle, _ = export(run, tmp_path / "bundle", views=4, name="ours", version="1.2.3")
+    assert (bundle.manifest.name, bundle.manifest.version) == ("ours", "1.2.3")
+    assert bundle.manifest.operating_point.dataset == "validation split"
+
+
+def test_a_recipe_of_mixtures_goes_on_where_it_was_stopped(
+    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {
+        "epochs": 2,
+        "sizes": (48, 64),
+        "augmentation": "occluded",
+        "mixing": "mixup",
+        "first_layer_rate": 0.1,
+        "task_balancing": "famo",
+        "precision": "bfloat16",
+    }
+    undisturbed, stopped = Run(tmp_path / "undisturbed"), Run(tmp_path / "stopped")
+    some = load_manifest(fitted.manifest)[::2]
+    prepare_manifest(some, undisturbed, SMALL.model_copy(update=recipe))
+    shutil.copytree(undisturbed.folder, stopped.folder)
+    fit(undisturbed, workers=0)
+    one_epoch = fitting.train_one_epoch
+
+    def stopped_in_the_second(state, *arguments):
+        if state.epoch == 1:
+            raise KeyboardInterrupt
+        return one_epoch(state, *arguments)
+
+    monkeypatch.setattr(fitting, "train_one_epoch", stopped_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopped, workers=0)
+    monkeypatch.undo()
+    fit(stopped, workers=0)
+    with undisturbed.log.open() as one, stopped.log.open() as other:
+        ours, theirs = list(csv.DictReader(one)), list(csv.DictReader(other))
+    for row in (*ours, *theirs):
+        del row["seconds"]
+    assert ours == theirs
+    assert float(ours[1]["train_age"]) < float(ours[0]["train_age"])
+    assert len(list(stopped.tensorboard.iterdir())) == 2  # a file for each start
+
+
+def test_a_damaged_file_is_named(fitted: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, run.folder)
+    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"checkpoint\.pt is damaged .* Delete it and fit again"):
+        fit(run, workers=0)
+    whole = bytearray((fitted.checkpoint).read_bytes())
+    for start in (40, 200, 500, 1500):  # within the pickle
+        run.checkpoint.write_bytes(bytes(whole[:start] + b"\xff" * 30 + whole[start + 30 :]))
+        with pytest.raises(DataError, match=r"checkpoint\.pt "):
+            fit(run, workers=0)
+    run.cache.write_bytes(run.cache.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"pixels\.npy is damaged"):
+        fit(run, workers=0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, run.folder)
+    run.checkpoint.unlink()
+    nan = torch.tensor(torch.nan, requires_grad=True)
+    monkeypatch.setattr(MultiTaskLoss, "forward", lambda *_: (nan, {}))
+    with pytest.raises(DataError, match="not finite"):
+        fit(run, workers=0)
+
+
+def test_a_network_that_diverges_in_an_epoch_s_last_step_stops_the_run(
+    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, run.folder)
+    run.checkpoint.unlink()
+    one_epoch = fitting.train_one_epoch
+
+    def diverge(state, *arguments):
+        losses = one_epoch(state, *arguments)
+        for parameter in state.average.parameters():
+            parameter.data.fill_(torch.nan)
+        return losses
+
+    monkeypatch.setattr(fitting, "train_one_epoch", diverge)
+    with pytest.raises(DataError, match=r"loss of epoch 1 is not finite\. Prepare another"):
+        fit(run, workers=0)
+
+
+def test_what_goes_wrong_in_a_worker_is_told_as_it_is(
+    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, run.folder)
+    run.checkpoint.unlink()
+
+    def fail(*_: object):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(fitting.AugmentedImages, "__getitem__", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        fit(run, workers=1)
+
+
+def test_a_log_that_was_not_written_is_made_up_for(fitted: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, run.folder)
+    whole = run.log.read_text()
+    run.log.write_text("".join(whole.splitlines(keepends=True)[:-1]))  # killed just before the end
+    run.curves.unlink()
+    fit(run, workers=0)
+    assert run.log.read_text() == whole
+    assert run.curves.is_file()
+
+
+def test_a_run_resumes_without_what_it_began_with(fitted: Run, tmp_path: Path) -> None:
+    before, run = Run(tmp_path / "before"), Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, before.folder)
+    recipe = SMALL.model_copy(update={"epochs": 1, "start_from": str(before.folder)})
+    prepare_manifest(load_manifest(fitted.manifest), run, recipe)
+    best = fit(run, workers=0)
+    shutil.rmtree(before.folder)
+    assert fit(run, workers=0, pretrained=True) == best
+
+
+def test_a_worker_that_vanishes_is_one_sentence_and_what_was_fitted_stays(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    prepare(data, run, SMALL.model_copy(update={"epochs": 3}))
+    item = fitting.AugmentedImages.__getitem__
+
+    def die(images: fitting.AugmentedImages, number: int):
+        if images.epoch == 1 and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item(images, number)
+
+    monkeypatch.setattr(fitting.AugmentedImages, "__getitem__", die)
+    with pytest.raises(DataError, match=r"died in epoch 2 .* fewer --workers"):
+        fit(run, workers=1)
+    with run.log.open() as file:
+        assert len(list(csv.DictReader(file))) == 1
+    fit(run, workers=0)
+    with run.log.open() as file:
+        assert len(list(csv.DictReader(file))) == 3
+
+
+def test_warm_up_rises_and_the_cosine_falls() -> None:
+    rates = [warmup_cosine(epoch / 10, 1, 5) for epoch in range(51)]
+    assert rates[0] == pytest.approx(0, abs=2e-3)
+    assert rates[10] == 1
+    assert rates[30] == pytest.approx(0.5)
+    assert rates[50] == pytest.approx(0)
+    assert np.all(np.diff(rates[:11]) > 0)
+    assert np.all(np.diff(rates[10:]) < 0)
