@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from tests.training.data.drawn import draw_isic_cli_old
@@ -40,11 +41,14 @@ def small() -> Iterator[None]:
         )
         return backbone, 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a service that was tested before may have changed it, and the sums
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "build_feature_map", build)
         # A tenth of the resamples: what is tested is what is measured, not how sharply.
         patch.setattr(evaluating, "REPLICATES", 100)
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
