@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 ROUNDS, IMAGES = 3, 192
@@ -65,10 +65,7 @@ def main() -> None:
                         "GOMP_SPINCOUNT": rounds,
                         "PYTHONPATH": str(Path(__file__).parents[1]),
                     }
-                    if beside:
-                        with busy():
-                            said = _run(command, environment)
-                    else:
+                    with busy() if beside else nullcontext():
                         said = _run(command, environment)
                     found.setdefault((name, beside), []).append(said)
                     print(name, "beside" if beside else "alone", said, file=sys.stderr)

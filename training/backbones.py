@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from models.bundle import sha256_of
-from training.data.manifest import DataError
+from training.data.manifest import DataError, first_line
 from training.zoo import Backbone
 
 IMAGENET_CLASSES = 1000
@@ -188,8 +188,7 @@ def fill(model: nn.Module, path: Path, by_position: bool) -> None:
     try:
         source = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to call
-        text = str(error).partition("\n")[0] or type(error).__name__
-        raise WeightsError(f"{path} cannot be read: {text}") from None
+        raise WeightsError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(source, dict) or not all(isinstance(t, Tensor) for t in source.values()):
         raise WeightsError(f"{path} is no state dict: save `model.state_dict()`.")
     state = model.state_dict()
@@ -221,8 +220,9 @@ def _download(backbone: Backbone) -> nn.Module:
         built: nn.Module = torchvision.models.get_model(backbone.name, weights=weights)
     # Each library's network code raises its own kinds.
     except Exception as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{backbone.weights} cannot be downloaded: {text}") from None
+        raise WeightsError(
+            f"{backbone.weights} cannot be downloaded: {first_line(error)}"
+        ) from None
     if hasattr(built, "AuxLogits"):
         built.aux_logits, built.AuxLogits = False, None  # type: ignore[assignment]  # as it does itself
     return built

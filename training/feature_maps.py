@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from training.backbones import BUILT_PLAIN, Source, build, fill, load_classifier
-from training.data.manifest import DataError
+from training.data.manifest import DataError, first_line
 from training.zoo import Backbone
 
 # What stands behind the features in torchvision's networks.
@@ -170,7 +170,7 @@ def _channels(features: nn.Module, backbone: Backbone, size: int) -> int:
         channels = features.eval()(torch.zeros(1, 3, size, size)).shape[1]
     # Each library says it in its own way.
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise DataError(
             f"{backbone.name} takes no images of {size} px ({reason}). Set size = "
             f"{backbone.input_size}."

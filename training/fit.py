@@ -20,8 +20,7 @@ from models.memory import give_back
 from training.backbones import find_source
 from training.config import Config
 from training.data.cache import Pixels
-from training.data.manifest import DataError, Record, load_manifest
-from training.data.vocabulary import Split
+from training.data.manifest import DataError, load_manifest
 from training.distillation import open_teachers, soft_targets
 from training.draws import AugmentedImages, draw, targets_of
 from training.feature_maps import build_feature_map
@@ -31,7 +30,7 @@ from training.losses import MultiTaskLoss, Part
 from training.memory import keep_freed_memory
 from training.network import MultiTaskNetwork, melanoma_log_odds
 from training.plots import curves
-from training.run import Run, rows
+from training.run import Run, to_learn_from
 from training.runners import batches
 from training.state import State, identity_of, load_tensors, save_tensors
 from training.tasks import Targets, encode_targets
@@ -122,7 +121,7 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
                 prepare_members(run)
         runs = [member for member, _ in members(run, load_manifest(run.manifest))]
         for member in runs:
-            to_learn_from(member, load_manifest(member.manifest))
+            to_learn_from(load_manifest(member.manifest), member.load_config(), member.manifest)
         best = []
         for number, member in enumerate(runs, start=1):
             if len(runs) > 1 and team.leads:
@@ -135,7 +134,7 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
     config = run.load_config()
     records, pixels = run.load_data()
     targets = encode_targets(records)
-    train, validation = to_learn_from(run, records)
+    train, validation = to_learn_from(records, config, run.manifest)
     keep_freed_memory()
     teachers = open_teachers(config.teachers, config.size)
     if teachers:
@@ -189,23 +188,6 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
             scalars.add(row)
             tqdm.write("  ".join(f"{name} {value}" for name, value in state.history[-1].items()))
     return state.best
-
-
-def to_learn_from(run: Run, records: list[Record]) -> tuple[list[int], list[int]]:
-    """Positions of the images that a run trains and validates on.
-
-    Raises:
-        DataError: There are none, or the latter do not have both classes.
-    """
-    train = rows(records, Split.TRAIN)
-    validation = rows(records, Split.VALIDATION, run.load_config().validate_on)
-    counts = Counter(records[row].melanoma for row in validation)
-    if not train or not counts[True] or not counts[False]:
-        raise DataError(
-            f"{run.manifest} must have training images, and validation images with and without "
-            f"melanoma; it has {len(train)}, {counts[True]} and {counts[False]}."
-        )
-    return train, validation
 
 
 def check_shareable(network: MultiTaskNetwork, config: Config, images: int, team: Team) -> None:

@@ -16,7 +16,7 @@ from training.data.vocabulary import Split
 from training.distillation import open_teachers
 from training.feature_maps import build_feature_map
 from training.lineage import check_fitted, inheritance, keep_inheritance
-from training.run import Run, rows
+from training.run import Run, rows, to_learn_from
 from training.zoo import choose
 
 
@@ -37,6 +37,11 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     Raises:
         DataError: The data does not fit, or the run folder holds another configuration.
     """
+    if ham10000.TITLE not in config.train_on:
+        raise DataError(
+            "train_on must name HAM10000, a part of which a folder's networks are validated and "
+            "tested on. For other data, `mmtl-train data split` and `prepare --manifest`."
+        )
     records, listed = gather(read_datasets([data]))
     if any(balanced.is_part(r) for r in records) and not any(map(is_published_test, records)):
         raise DataError(f"{data} holds the balanced set without its val, which must be left out.")
@@ -46,11 +51,6 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
         if record.path
         and (record.dataset in {*config.train_on, *config.test_on} or is_published_test(record))
     ]
-    if ham10000.TITLE not in config.train_on:
-        raise DataError(
-            "train_on must name HAM10000, a part of which a folder's networks are validated and "
-            "tested on. For other data, `mmtl-train data split` and `prepare --manifest`."
-        )
     if absent := {*config.train_on, *config.test_on} - {records[i].dataset for i in used}:
         raise DataError(
             _absent(data, ham10000.TITLE if ham10000.TITLE in absent else min(absent), records)
@@ -114,14 +114,7 @@ def check_splits(records: list[Record], config: Config) -> None:
                 f"There are no images{of} in the split {split}. `mmtl-train data split` deals out "
                 'those of a manifest; validate_on = "" takes every dataset.'
             )
-    told = Counter(
-        records[row].melanoma for row in rows(records, Split.VALIDATION, config.validate_on)
-    )
-    if not told[True] or not told[False]:
-        raise DataError(
-            f"Images with and without melanoma must validate; there are {told[True]} and "
-            f"{told[False]}."
-        )
+    to_learn_from(records, config, "The manifest")
     if config.folds > 1:
         hold_out(with_components(records), config.folds, config.seed)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,3 +140,27 @@ def rows(records: list[Record], split: Split, dataset: str = "") -> list[int]:
         for position, record in enumerate(records)
         if record.split is split and record.dataset.startswith(dataset)
     ]
+
+
+def to_learn_from(
+    records: list[Record], config: Config, where: object
+) -> tuple[list[int], list[int]]:
+    """Positions of the images that a network trains on, and of those that stop and calibrate it.
+
+    Args:
+        records: Of its manifest.
+        config: Of its run.
+        where: They are from, for the error.
+
+    Raises:
+        DataError: There are none to train on, or the others do not have both classes.
+    """
+    train = rows(records, Split.TRAIN)
+    validation = rows(records, Split.VALIDATION, config.validate_on)
+    counts = Counter(records[row].melanoma for row in validation)
+    if not train or not counts[True] or not counts[False]:
+        raise DataError(
+            f"{where} must have training images, and validation images with and without melanoma; "
+            f"it has {len(train)}, {counts[True]} and {counts[False]}."
+        )
+    return train, validation

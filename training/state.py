@@ -13,7 +13,7 @@ from tqdm import tqdm
 from models.bundle import Bundle
 from models.files import write_atomically
 from training.config import Config
-from training.data.manifest import DataError, Record, fingerprint
+from training.data.manifest import DataError, Record, fingerprint, first_line
 from training.losses import MultiTaskLoss
 from training.network import MultiTaskNetwork
 from training.run import Run
@@ -158,11 +158,6 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
             f"{path} is damaged ({first_line(error)}). Delete it and fit again."
         ) from None
     return saved
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without torch's further lines of advice."""
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def warmup_cosine(epoch: float, warmup: float, epochs: int) -> float:

@@ -32,24 +32,26 @@ def test_fit_writes_a_log_and_the_best_weights(fitted: Run) -> None:
     assert fitted.best.is_file()
 
 
-def test_an_interrupted_run_ends_as_an_undisturbed_one(
-    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def stop_after(epochs: int, run: Run) -> None:
+    """Fit so many epochs, and be interrupted in the next."""
+    one_epoch = fitting.train_one_epoch
+
+    def interrupted(state, *arguments):
+        if state.epoch == epochs:
+            raise KeyboardInterrupt
+        return one_epoch(state, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fitting, "train_one_epoch", interrupted)
+        fit(run, workers=0)
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(fitted: Run, tmp_path: Path) -> None:
     again = Run(tmp_path / "again")
     shutil.copytree(fitted.folder, again.folder)
     for path in (again.checkpoint, again.best, again.log):
         path.unlink()
-    one_epoch = fitting.train_one_epoch
-
-    def killed_in_the_fourth(state, *arguments):
-        if state.epoch == 3:
-            raise KeyboardInterrupt
-        return one_epoch(state, *arguments)
-
-    monkeypatch.setattr(fitting, "train_one_epoch", killed_in_the_fourth)
-    with pytest.raises(KeyboardInterrupt):
-        fit(again, workers=0)
-    monkeypatch.undo()
+    stop_after(3, again)
     fit(again, workers=1)  # the number of workers does not change what is drawn
     ours, theirs = (torch.load(r.best, weights_only=True) for r in (again, fitted))
     for name, value in theirs.items():
@@ -87,9 +89,7 @@ def test_every_option_of_a_recipe_is_learned_with(
     assert bundle.manifest.operating_point.dataset == "validation split"
 
 
-def test_a_recipe_of_mixtures_goes_on_where_it_was_stopped(
-    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_of_mixtures_goes_on_where_it_was_stopped(fitted: Run, tmp_path: Path) -> None:
     recipe = {
         "epochs": 2,
         "sizes": (48, 64),
@@ -104,17 +104,7 @@ def test_a_recipe_of_mixtures_goes_on_where_it_was_stopped(
     prepare_manifest(some, undisturbed, SMALL.model_copy(update=recipe))
     shutil.copytree(undisturbed.folder, stopped.folder)
     fit(undisturbed, workers=0)
-    one_epoch = fitting.train_one_epoch
-
-    def stopped_in_the_second(state, *arguments):
-        if state.epoch == 1:
-            raise KeyboardInterrupt
-        return one_epoch(state, *arguments)
-
-    monkeypatch.setattr(fitting, "train_one_epoch", stopped_in_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        fit(stopped, workers=0)
-    monkeypatch.undo()
+    stop_after(1, stopped)
     fit(stopped, workers=0)
     with undisturbed.log.open() as one, stopped.log.open() as other:
         ours, theirs = list(csv.DictReader(one)), list(csv.DictReader(other))

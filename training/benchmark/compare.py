@@ -15,7 +15,7 @@ from training.benchmark.probes import Study
 from training.benchmark.table import add_finetuned, judge
 from training.data.components import with_components
 from training.data.layouts import balanced
-from training.data.manifest import DataError, Record, fingerprint
+from training.data.manifest import DataError, Record, fingerprint, first_line
 from training.zoo import Backbone
 
 SEED = 0
@@ -168,7 +168,7 @@ def tune_best(report: Report, extracted: Extracted, number: int, epochs: int) ->
             )
         # Too little memory comes as a RuntimeError.
         except (DataError, RuntimeError) as error:
-            failed[f"{name}, fine-tuned"] = str(error).splitlines()[0]
+            failed[f"{name}, fine-tuned"] = first_line(error)
     add_finetuned(report, extracted.study, scores)
     return report | {"finetuned": list(scores), "missing": report["missing"] | failed}
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from models.files import write_atomically
 from training.backbones import Classifier, Source, load_classifier
 from training.data.cache import build_cache, files_key, open_cache
-from training.data.manifest import DataError, Record
+from training.data.manifest import DataError, Record, first_line
 from training.zoo import Backbone
 
 Floats = NDArray[np.floating]
@@ -281,7 +281,7 @@ def _report(to: Connection, function: Callable[..., None], arguments: tuple[Any,
         to.send("")
     # Whatever one backbone fails with, the others go on.
     except Exception as error:
-        to.send(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        to.send(first_line(error))
 
 
 def _by_size(work: Sequence[Work]) -> Iterator[tuple[int, Iterable[Work]]]:

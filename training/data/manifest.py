@@ -22,6 +22,11 @@ class DataError(Exception):
     """Data that cannot be used; the message names the file (and row) and says what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, without its further lines of advice."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One image and what is known of it; None where it is not known.
