@@ -49,6 +49,7 @@ class Protocol(HttpToolsProtocol):
         self._settings = settings
         self._metrics = metrics
         self._timer: asyncio.TimerHandle | None = None
+        self._heard = False
         self._reading_headers = True
         self._header_bytes = 0
         # Calls of on_body: bytes that caused none are not body.
@@ -73,6 +74,7 @@ class Protocol(HttpToolsProtocol):
         """Bytes of a request."""
         if self.transport.is_closing():
             return
+        self._heard = True
         bodies = self._bodies
         if self._reading_headers:
             self._header_bytes += len(data)
@@ -154,7 +156,9 @@ class Protocol(HttpToolsProtocol):
             self._timer = None
 
     def _too_slow(self) -> None:
-        if self._reading_headers:
+        if not self._heard:  # a probe of the port, or a browser's spare connection: no request
+            self.transport.close()
+        elif self._reading_headers:
             self._refuse(_TOO_SLOW)
         else:  # an answer may be under way
             self.transport.close()

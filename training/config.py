@@ -113,6 +113,14 @@ class Config(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs: the learning rate would never be reached in {self.epochs} epochs"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sources_differ(self) -> Self:
         if both := sorted(set(self.train_on) & set(self.test_on)):
             raise ValueError(f"test_on: {both[0]} is in train_on, too")

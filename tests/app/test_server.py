@@ -66,7 +66,7 @@ def refusals(server: Server, reason: str) -> float:
     )
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET / HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize("sent", [b"GET /hea", b"GET / HTTP/1.1\r\nHost: x\r\n"])
 def test_headers_that_never_end_are_timed_out(server: Server, port: int, sent: bytes) -> None:
     with connect(port) as slow:
         slow.sendall(sent)
@@ -76,6 +76,12 @@ def test_headers_that_never_end_are_timed_out(server: Server, port: int, sent: b
         assert slow.recv(1000) == b""
         assert refusals(server, "upload-too-slow") == 1
         assert time.monotonic() - began < 2
+
+
+def test_a_connection_without_a_request_is_closed_and_no_refusal(server: Server, port: int) -> None:
+    with connect(port) as silent:
+        assert silent.recv(1000) == b""
+    assert refusals(server, "upload-too-slow") == 0
 
 
 def test_a_byte_now_and_then_gains_no_time(port: int) -> None:

@@ -26,6 +26,10 @@ def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path: Pat
         ("epochs = 0", "epochs: Input should be greater than or equal to 1 (found 0)"),
         ('size = "large"', "size: Input should be a valid integer"),
         ('imbalance = "some"', "imbalance: Input should be 'none', 'balanced_sampling'"),
+        (
+            "epochs = 2\nwarmup_epochs = 3.0",
+            "warmup_epochs: the learning rate would never be reached in 2 epochs.",
+        ),
         ("size = 64\nsizes = [32, 96]", "sizes: 96 is larger than size (64)."),
         ('train_on = ["a"]\ntest_on = ["b", "a"]', "test_on: a is in train_on, too."),
         ("epochs = ", "is not TOML"),
