@@ -53,6 +53,7 @@ UNEXPECTED_FIELD = Kind("unexpected-field", 422, "A form field has another name 
 MALFORMED_FORM = Kind("malformed-form", 400, "The multipart body cannot be read")
 BODY_TOO_LARGE = Kind("body-too-large", 413, "The request has too many bytes")
 UPLOAD_TOO_SLOW = Kind("upload-too-slow", 408, "The request took too long to arrive")
+MALFORMED_REQUEST = Kind("malformed-request", 400, "This is no HTTP request that can be read")
 HEADERS_TOO_LARGE = Kind("headers-too-large", 431, "The request's headers have too many bytes")
 UNSUPPORTED_MEDIA_TYPE = Kind(
     "unsupported-media-type", 415, "The request's content type is not supported"
@@ -88,6 +89,7 @@ KINDS = {
         MALFORMED_FORM,
         BODY_TOO_LARGE,
         UPLOAD_TOO_SLOW,
+        MALFORMED_REQUEST,
         HEADERS_TOO_LARGE,
         UNSUPPORTED_MEDIA_TYPE,
         ALL_FILES_FAILED,

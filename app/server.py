@@ -9,7 +9,9 @@ from http import HTTPStatus
 from math import ceil
 from types import FrameType
 from typing import Any
+from uuid import uuid4
 
+import structlog
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -24,11 +26,13 @@ from app.telemetry import Metrics
 _MARGIN_SECONDS = 10.0
 # Requests that a client may send before the first is answered.
 _MOST_PIPELINED = 8
+_MALFORMED = Problem(problems.MALFORMED_REQUEST, "Send HTTP/1.1, without TLS on this port.")
 _TOO_LARGE = Problem(problems.HEADERS_TOO_LARGE, "Send fewer or shorter headers, or a shorter URL.")
 _TOO_SLOW = Problem(problems.UPLOAD_TOO_SLOW, "The headers did not end in time. Send it again.")
 _TOO_MANY = Problem(
     problems.SATURATED, "Too many connections are open. Try again after Retry-After seconds."
 )
+log = structlog.get_logger()
 
 
 class Protocol(HttpToolsProtocol):
@@ -88,6 +92,10 @@ class Protocol(HttpToolsProtocol):
         elif self._timer is None and self.timeout_keep_alive_task is None and self._answered:
             # A byte between two requests: the next one's headers have begun.
             self._start_timer(self._settings.header_seconds)
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls when it cannot read a request."""
+        self._refuse(_MALFORMED)
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -171,7 +179,9 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
             return
         self._metrics.rejected.labels(problem.kind.name).inc()
-        answer = respond(problem)
+        request_id = uuid4().hex
+        log.info("refused", request_id=request_id, problems=[problem.kind.name])
+        answer = respond(problem, headers={"X-Request-ID": request_id})
         status = HTTPStatus(answer.status_code)
         lines = [
             f"HTTP/1.1 {status} {status.phrase}".encode(),

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -57,6 +58,7 @@ def problem_of(answer: bytes) -> str:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"content-type: application/problem+json" in head
     assert f"content-length: {len(body)}".encode() in head
+    assert re.search(rb"x-request-id: [0-9a-f]{32}", head)
     return json.loads(body)["type"].rpartition(":")[2]
 
 
@@ -100,6 +102,18 @@ def test_headers_that_grow_are_refused(server: Server, port: int) -> None:
         answer = greedy.recv(1000)
         assert (status(answer), problem_of(answer)) == (431, "headers-too-large")
         assert refusals(server, "headers-too-large") == 1
+
+
+@pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00 a TLS hello", b"hello\r\n\r\n"])
+def test_what_is_no_request_is_a_problem_like_any_other(
+    server: Server, port: int, sent: bytes
+) -> None:
+    with connect(port) as garbled:
+        garbled.sendall(sent)
+        answer = garbled.recv(1000)
+        assert (status(answer), problem_of(answer)) == (400, "malformed-request")
+        assert garbled.recv(1000) == b""
+    assert refusals(server, "malformed-request") == 1
 
 
 def test_headers_that_are_too_large_are_refused_even_when_whole(port: int) -> None:
