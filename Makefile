@@ -46,6 +46,7 @@ default-bundle: $(VENV)/.dev
 	$(VENV)/bin/mmtl-train quantize --run $(RUN) --bundle models/default
 	$(VENV)/bin/mmtl-train evaluate $(DATA) --run $(RUN) --bundle models/default --publish \
 		--out docs/evaluation
+	$(VENV)/bin/python benchmarks/targets.py > docs/targets.md
 
 # Bundles that shipped before, out of this repository's history: teachers (configs/distilled.toml).
 shipped_0.2.0 := fa6b4c0
