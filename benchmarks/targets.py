@@ -115,8 +115,9 @@ its threshold was not.""".format(*(-drop[end] for end in ("value", "high", "low"
 What was tried: other imbalance, augmentation, mixing and balance of tasks ([sweep.md](sweep.md),
 short fits of a smaller backbone); more sources ([sweep-sources.md](sweep-sources.md), which is what
 ships); going on, with teachers and with pseudo-labels ([sweep-teachers.md](sweep-teachers.md),
-which only loses). Not tried at full length: an ensemble of folds and a student of it, balanced
-sampling, larger images, larger backbones.""")
+which only loses); a student of two networks that shipped before (configs/distilled.toml, which fell
+behind and was stopped). Not tried at full length: an ensemble of folds and a student of it,
+balanced sampling, larger images, larger backbones.""")
 
 
 if __name__ == "__main__":
