@@ -1,16 +1,16 @@
 """How fast an epoch goes: mmtl beside loops over timm's and torchvision's loaders.
 
-.venv/bin/python benchmarks/training_speed.py ../shared/data > docs/training-speed.md
+.venv/bin/python benchmarks/training_speed.py ../shared/data ../shared/weights > training-speed.md
 
-Same images, same backbone (EfficientNet-Lite0, 160 px), batches of 32, AdamW, two workers, each in
-a process of its own and in turn, twice; medians. `timm` is `timm.data.create_loader(...,
-is_training=True)` with its defaults, `torchvision` an `ImageFolder` with the transforms of its
-documented training recipe (RandomResizedCrop, horizontal flip, TrivialAugmentWide, normalisation).
-Both train one head, the library's own; mmtl trains five. mmtl's first epoch decodes into its cache,
-on every core, the others' every epoch decodes from the files. "Memory given back" is mmtl without
-training/memory.py. "The step alone" is mmtl's network on images that are there already: no input
-could make an epoch faster. The input alone is the same epochs without a network: what two cores can
-feed to a GPU.
+Same images, same backbone, 160 px, batches of 32, AdamW, two workers, each in a process of its own
+and in turn, twice; medians. `timm` is `timm.data.create_loader(..., is_training=True)` with its
+defaults, `torchvision` an `ImageFolder` with the transforms of its documented training recipe
+(RandomResizedCrop, horizontal flip, TrivialAugmentWide, normalisation). Both train one head, the
+library's own; mmtl trains five. mmtl's first epoch decodes into its cache, on every core, the
+others' every epoch decodes from the files. "Memory given back" is mmtl without training/memory.py.
+"The step alone" is mmtl's network on images that are there already: no input could make an epoch
+faster. With EfficientNet-Lite0 the step takes most of an epoch here, with MobileNetV3-Small the
+input. The input alone is the same epochs without a network: what two cores can feed to a GPU.
 """
 
 import argparse
@@ -29,14 +29,12 @@ from pathlib import Path
 STEP_ALONE = "the step alone"
 VARIANTS = ("mmtl", "mmtl, memory given back", "timm", "torchvision", STEP_ALONE)
 SIZE, BATCH, WORKERS = 160, 32, 2
-SIZES = ("small", "large")
-# With a network and without; whole batches, as the last one is dropped.
-IMAGES = {
-    (True, "small"): 384,
-    (True, "large"): 160,
-    (False, "small"): 3200,
-    (False, "large"): 160,
-}
+# Heavy for two cores, and light for them; and the input without a network.
+BACKBONES = ("tf_efficientnet_lite0", "tf_mobilenetv3_small_100")
+INPUT_ALONE = "none"
+# Whole batches, as the last one is dropped.
+IMAGES = {"small": 384, "large": 640}
+IMAGES_ALONE = {"small": 3200, "large": 320}
 REPEATS = 2
 
 
@@ -50,7 +48,14 @@ def lay_out(data: Path, folder: Path, size: str, count: int) -> None:
         shutil.copyfile(paths[number % len(paths)], target)
 
 
-def mmtl_epochs(folder: Path, variant: str, train: bool) -> list[float]:
+def images_of(backbone: str) -> dict[str, int]:
+    """How many, by size."""
+    return IMAGES_ALONE if backbone == INPUT_ALONE else IMAGES
+
+
+def mmtl_epochs(
+    folder: Path, variant: str, backbone: str = BACKBONES[0], weights: str = ""
+) -> list[float]:
     """Seconds of the first epoch, cache included, and of the second."""
     import torch
     from torch.utils.data import DataLoader
@@ -69,7 +74,8 @@ def mmtl_epochs(folder: Path, variant: str, train: bool) -> list[float]:
 
     if variant != "mmtl, memory given back":
         keep_freed_memory()
-    config = Config(size=SIZE, batch_size=BATCH)
+    named = {} if backbone == INPUT_ALONE else {"backbone": backbone, "weights_dir": weights}
+    config = Config(size=SIZE, batch_size=BATCH, **named)
     records = [
         Record(
             dataset="drawn",
@@ -85,10 +91,14 @@ def mmtl_epochs(folder: Path, variant: str, train: bool) -> list[float]:
         for path in sorted(folder.glob("*/*.jpg"))
     ]
     targets = encode_targets(records)
-    network = build_network(config)
-    state = State(
-        network, MultiTaskLoss(config, targets), config, len(records), torch.device("cpu")
-    )
+    if train := backbone != INPUT_ALONE:
+        state = State(
+            build_network(config),
+            MultiTaskLoss(config, targets),
+            config,
+            len(records),
+            torch.device("cpu"),
+        )
     if variant == STEP_ALONE:
         there = torch.randint(256, (3, SIZE, SIZE), dtype=torch.uint8), 0, 0, 1.0
         AugmentedImages.__getitem__ = lambda *_: there
@@ -108,7 +118,7 @@ def mmtl_epochs(folder: Path, variant: str, train: bool) -> list[float]:
     return times
 
 
-def library_epochs(folder: Path, library: str, train: bool) -> list[float]:
+def library_epochs(folder: Path, library: str, backbone: str) -> list[float]:
     """Seconds of the first epoch and of the second."""
     import timm
     import torch
@@ -147,10 +157,10 @@ def library_epochs(folder: Path, library: str, train: bool) -> list[float]:
             num_workers=WORKERS,
             drop_last=True,
         )
-    network = timm.create_model("tf_efficientnet_lite0", num_classes=2)
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
-    loss = torch.nn.CrossEntropyLoss()
-    network.train()
+    if train := backbone != INPUT_ALONE:
+        network = timm.create_model(backbone, num_classes=2).train()
+        optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
+        loss = torch.nn.CrossEntropyLoss()
     times = []
     for _ in range(2):
         began = time.perf_counter()
@@ -164,14 +174,12 @@ def library_epochs(folder: Path, library: str, train: bool) -> list[float]:
     return times
 
 
-def measure(variant: str, folder: Path, train: bool) -> list[float]:
+def measure(variant: str, backbone: str, weights: str, folder: Path) -> list[float]:
     """In a process of its own."""
     for file in folder.glob("cache*"):
         file.unlink()
-    told = [sys.executable, __file__, "--one", variant, str(folder)]
-    if not train:
-        told.append("--input-alone")
-    done = subprocess.run(told, capture_output=True, text=True, check=True)
+    told = [sys.executable, __file__, str(folder), weights, "--one", variant, backbone]
+    done = subprocess.run(told, stdout=subprocess.PIPE, text=True, check=True)
     found: list[float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -180,54 +188,55 @@ def main() -> None:
     """Measure, and print the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--one", help="Of the variants: measure it here, and print its seconds.")
-    parser.add_argument("--input-alone", action="store_true", help="Without a network.")
+    parser.add_argument("weights", help="Folder of NAME.pth; what is not there is downloaded.")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        epochs = library_epochs if arguments.one in ("timm", "torchvision") else mmtl_epochs
-        times = epochs(arguments.data, arguments.one, not arguments.input_alone)
+        variant, backbone = arguments.one
+        if variant in ("timm", "torchvision"):
+            times = library_epochs(arguments.data, variant, backbone)
+        else:
+            times = mmtl_epochs(arguments.data, variant, backbone, arguments.weights)
         print(json.dumps(times))
         return
-    seconds: dict[tuple[bool, str, str], list[list[float]]] = {}
+    seconds: dict[tuple[str, str, str], list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for (train, size), count in IMAGES.items():
-            folder = Path(temporary) / f"{train}-{size}"
-            lay_out(arguments.data, folder, size, count)
-            for repeat in range(REPEATS):
-                for variant in VARIANTS[repeat:] + VARIANTS[:repeat]:
-                    if train or variant != STEP_ALONE:
-                        times = measure(variant, folder, train)
-                        seconds.setdefault((train, variant, size), []).append(times)
-                        print(train, variant, size, [round(t, 1) for t in times], file=sys.stderr)
+        for backbone in (*BACKBONES, INPUT_ALONE):
+            for size, count in images_of(backbone).items():
+                folder = Path(temporary) / f"{backbone}-{size}"
+                lay_out(arguments.data, folder, size, count)
+                for repeat in range(REPEATS):
+                    for variant in VARIANTS[repeat:] + VARIANTS[:repeat]:
+                        if (backbone, variant) != (INPUT_ALONE, STEP_ALONE):
+                            times = measure(variant, backbone, arguments.weights, folder)
+                            seconds.setdefault((backbone, variant, size), []).append(times)
+                            told = [round(t, 1) for t in times]
+                            print(backbone, variant, size, told, file=sys.stderr)
     print(f"""# Training speed
 
 <!-- Generated by benchmarks/training_speed.py; do not edit. -->
 
 {" ".join(islice((__doc__ or "").split(chr(10) + chr(10)), 2, 3)).strip()}
 
-Images a second on {len(os.sched_getaffinity(0))} cores ({IMAGES[True, "small"]} images of 200 px,
-{IMAGES[True, "large"]} of 1,024 to 6,000 px), medians of {REPEATS}, and how many times as fast mmtl
-is:
-
-{table(seconds, True)}
-
-The input alone ({IMAGES[False, "small"]:,} and {IMAGES[False, "large"]} images):
-
-{table(seconds, False)}
-""")
+Images a second on {len(os.sched_getaffinity(0))} cores, medians of {REPEATS}, and how many times as
+fast mmtl is; small images are of 200 px, full-size ones of 1,024 to 6,000 px.""")
+    for backbone in (*BACKBONES, INPUT_ALONE):
+        small, large = images_of(backbone).values()
+        name = "The input alone" if backbone == INPUT_ALONE else f"`{backbone}`"
+        print(f"\n{name}, {small:,} small images and {large} full-size ones:\n")
+        print(table(seconds, backbone))
 
 
-def table(seconds: dict[tuple[bool, str, str], list[list[float]]], train: bool) -> str:
+def table(seconds: dict[tuple[str, str, str], list[list[float]]], backbone: str) -> str:
     """Images a second of each variant, and mmtl's ratio to it."""
     rates = {
         variant: [
-            IMAGES[train, size]
-            / statistics.median(times[epoch] for times in seconds[train, variant, size])
-            for size in SIZES
+            count / statistics.median(times[epoch] for times in seconds[backbone, variant, size])
+            for size, count in images_of(backbone).items()
             for epoch in (0, 1)
         ]
         for variant in VARIANTS
-        if (train, variant, SIZES[0]) in seconds
+        if (backbone, variant, "small") in seconds
     }
     rows = [
         " | ".join(
