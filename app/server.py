@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 from uuid import uuid4
 
+import httptools
 import structlog
 import uvicorn
 from fastapi import FastAPI
@@ -26,7 +27,10 @@ from app.telemetry import Metrics
 _MARGIN_SECONDS = 10.0
 # Requests that a client may send before the first is answered.
 _MOST_PIPELINED = 8
-_MALFORMED = Problem(problems.MALFORMED_REQUEST, "Send HTTP/1.1, without TLS on this port.")
+_MALFORMED = Problem(
+    problems.MALFORMED_REQUEST,
+    "Send HTTP/1.1 without TLS: a known method, a percent-encoded URL, one length of the body.",
+)
 _TOO_LARGE = Problem(problems.HEADERS_TOO_LARGE, "Send fewer or shorter headers, or a shorter URL.")
 _TOO_SLOW = Problem(problems.UPLOAD_TOO_SLOW, "The headers did not end in time. Send it again.")
 _TOO_MANY = Problem(
@@ -39,7 +43,9 @@ class Protocol(HttpToolsProtocol):
     """Uvicorn's protocol, which bounds headers in bytes and seconds, and connections in number.
 
     Uvicorn waits for ever for the end of the headers of a client that sends a byte now and then
-    (slowloris), and keeps headers of any size.
+    (slowloris), and keeps headers of any size. It loses the body of a client that offers to speak
+    another protocol from here on (Java's and curl's HTTP/2, RFC 9110, section 7.8), which a server
+    may ignore.
 
     Args:
         settings: The limits.
@@ -56,6 +62,8 @@ class Protocol(HttpToolsProtocol):
         self._heard = False
         self._reading_headers = True
         self._header_bytes = 0
+        # Whether the request offers another protocol, and so is parsed a second time, without that.
+        self._offered = False
         # Calls of on_body: bytes that caused none are not body.
         self._bodies = 0
         self._unread: asyncio.TimerHandle | None = None
@@ -82,7 +90,8 @@ class Protocol(HttpToolsProtocol):
         bodies = self._bodies
         if self._reading_headers:
             self._header_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self.transport.is_closing():
             return
         if not self._reading_headers and self._bodies == bodies:
@@ -93,9 +102,27 @@ class Protocol(HttpToolsProtocol):
             # A byte between two requests: the next one's headers have begun.
             self._start_timer(self._settings.header_seconds)
 
-    def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls when it cannot read a request."""
-        self._refuse(_MALFORMED)
+    def _parse(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self._offered:  # CONNECT, which is answered; what follows is not for us
+                    return
+                self._offered = False
+                data = self._head_without_offer() + data[upgrade.args[0] :]
+            except httptools.HttpParserError:
+                self._refuse(_MALFORMED)
+                return
+
+    def _head_without_offer(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [
+            self.parser.get_method() + b" " + self.url + b" HTTP/" + version,
+            *(name + b": " + value for name, value in self.headers if name != b"upgrade"),
+        ]
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -107,6 +134,9 @@ class Protocol(HttpToolsProtocol):
         self._reading_headers = False
         self._header_bytes = 0
         if self.transport.is_closing():
+            return
+        if self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers):
+            self._offered = True
             return
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > self._settings.max_header_bytes:
@@ -127,6 +157,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The whole request is here; what comes next begins with headers."""
+        if self._offered:
+            return
         self._stop_timer()
         self._reading_headers = True
         self._header_bytes = 0

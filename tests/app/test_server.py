@@ -116,6 +116,38 @@ def test_what_is_no_request_is_a_problem_like_any_other(
     assert refusals(server, "malformed-request") == 1
 
 
+@pytest.mark.parametrize("cut", [0, 60, 187, 200])
+@pytest.mark.parametrize("framing", ["Content-Length: 9", "Transfer-Encoding: chunked"])
+def test_the_offer_of_another_protocol_costs_a_request_nothing(
+    port: int, framing: str, cut: int
+) -> None:
+    head = (
+        "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+        "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    )
+    body = b"9\r\nno images\r\n0\r\n\r\n" if "chunked" in framing else b"no images"
+    sent = f"{head}{framing}\r\n\r\n".encode() + body
+    with connect(port) as client:
+        for _ in range(2):  # on one connection
+            client.sendall(sent[:cut])
+            time.sleep(0.01)
+            client.sendall(sent[cut:])
+            answer = client.recv(2000)
+            assert (status(answer), problem_of(answer)) == (415, "unsupported-image")
+        client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n" + sent)
+        answers = b""
+        while b"unsupported-image" not in answers:
+            answers += client.recv(2000)
+        assert status(answers) == 200
+
+
+@pytest.mark.parametrize(("target", "expected"), [(b"x:443", 400), (b"/predict", 405)])
+def test_there_are_no_tunnels(port: int, target: bytes, expected: int) -> None:
+    with connect(port) as client:
+        client.sendall(b"CONNECT " + target + b" HTTP/1.1\r\nHost: x\r\n\r\nwhatever")
+        assert status(client.recv(2000)) == expected
+
+
 def test_headers_that_are_too_large_are_refused_even_when_whole(port: int) -> None:
     with connect(port) as greedy:
         greedy.sendall(
