@@ -194,7 +194,7 @@ class Batcher:
             worker.start()
 
     def drain(self) -> None:
-        """Admit no more requests, and answer those that are. Safe in a signal handler."""
+        """Admit no more requests, and answer those that have begun. Safe in a signal handler."""
         self._draining = True
 
     def close(self, timeout: float | None = None) -> None:
@@ -226,8 +226,12 @@ class Batcher:
         self._refuse_all(NotReady())
 
     @contextmanager
-    def reserve(self, count: int) -> Iterator[None]:
+    def reserve(self, count: int, begun: bool = False) -> Iterator[None]:
         """Hold places for a request's images while the block runs.
+
+        Args:
+            count: Of the images.
+            begun: The request had begun before the batcher drained, if it does: it is answered.
 
         Raises:
             Draining: The batcher is closing.
@@ -235,9 +239,9 @@ class Batcher:
             Saturated: There is no place for all of them.
         """
         with self._changed:
-            if self._closed or self._draining:
+            if self._closed or (self._draining and not begun):
                 raise Draining
-            if not self.ready:
+            if self._failed or not self._warm.is_set():
                 raise NotReady
             if self._admitted + count > self._queue_size:
                 raise Saturated

@@ -56,7 +56,7 @@ def sign(
     try:
         write_signature((folder / MANIFEST).read_bytes(), key, folder / SIGNATURE)
     except SignatureError as error:
-        fail(str(error))
+        fail(f"{error}.")
     print(f"signed   {folder / SIGNATURE}")
 
 

@@ -114,6 +114,8 @@ def bench(
 ) -> None:
     """Measure how much a running service answers, and how fast, to size a host."""
     pairs = [entry.partition(":") for entry in header or []]
+    if any(not (name.strip() and colon) for name, colon, _ in pairs):
+        fail("A --header is `Name: value`.")
     target = load.Target(
         url,
         [path.read_bytes() for path in images or []] or load.draw_images(),
@@ -193,11 +195,12 @@ async def _predict(settings: Settings, images: list[Path], explain: bool) -> Pre
 
 def _read(path: Path) -> Upload | Failure:
     """A file as if it had been posted."""
+    name = os.fsencode(path).decode(errors="replace")  # a name may be other bytes than UTF-8
     try:
-        return Upload(str(path), path.read_bytes())
+        return Upload(name, path.read_bytes())
     except OSError as error:
         detail = f"The file cannot be read: {error.strerror}."
-        return Failure(filename=str(path), error=Problem(NOT_FOUND, detail).body())
+        return Failure(filename=name, error=Problem(NOT_FOUND, detail).body())
 
 
 def _print_table(answer: PredictResponse) -> None:

@@ -1,6 +1,9 @@
 """A multipart body to its files, in memory: nothing is spooled to disk, or copied twice."""
 
+import re
+from contextlib import suppress
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -9,6 +12,8 @@ from app import problems
 from app.problems import Problem
 
 FIELD = "files"
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_EXTENDED = re.compile(rb";\s*filename\*=([\w-]+)'[\w-]*'([^;\s]+)", re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -122,7 +127,8 @@ class _Parts:
         if b"name" not in options:
             raise Problem(problems.MALFORMED_FORM, "A part of the form has no name.")
         name = options[b"name"].decode("utf-8", "replace")
-        if name != FIELD or b"filename" not in options:
+        filename = _filename(self._disposition, options)
+        if name != FIELD or filename is None:
             what = "a file" if name == FIELD else f"`{FIELD}`"
             raise Problem(
                 problems.UNEXPECTED_FIELD,
@@ -134,10 +140,25 @@ class _Parts:
                 problems.TOO_MANY_FILES,
                 f"A request may hold at most {self._max_files} images; send the others in another.",
             )
-        self.files.append(File(options[b"filename"].decode("utf-8", "replace")))
+        self.files.append(File(filename))
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         self.files[-1].pieces.append(memoryview(data)[start:end])
 
     def on_end(self) -> None:
         self.ended = True
+
+
+def _filename(disposition: bytes, options: dict[bytes, bytes]) -> str | None:
+    """A part's file name.
+
+    RFC 7578 asks for UTF-8 in `filename`, and the parser takes nothing else; some clients send
+    `filename*` (RFC 8187) instead, or beside a `filename` for those who cannot read it.
+    """
+    extended = _EXTENDED.search(_QUOTED.sub(b'""', disposition))
+    if extended:
+        charset, quoted = (group.decode("latin-1") for group in extended.groups())
+        with suppress(LookupError, ValueError):  # no such charset, or none of a text
+            return unquote(quoted, charset, "replace")
+    name = options.get(b"filename")
+    return None if name is None else name.decode("utf-8", "replace")

@@ -4,13 +4,15 @@ A key is `mmtl_ID_SECRET`. The secret is 256 random bits: nobody guesses it from
 they would a password that a person chose. It is shown once, when the key is made.
 """
 
+import fcntl
 import hashlib
 import hmac
 import os
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from math import ceil
 from pathlib import Path
@@ -80,6 +82,12 @@ def create_key(path: Path, name: str, scopes: Sequence[Scope], per_minute: int |
     Raises:
         KeysError: The file is not one of keys, or has an active key of that name.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path):
+        return _create(path, name, scopes, per_minute)
+
+
+def _create(path: Path, name: str, scopes: Sequence[Scope], per_minute: int | None) -> str:
     keys = read_keys(path) if path.exists() else ()
     if any(key.name == name and key.revoked is None for key in keys):
         raise KeysError(
@@ -107,13 +115,34 @@ def revoke_key(path: Path, name: str) -> Key:
     Raises:
         KeysError: There is none.
     """
-    keys = read_keys(path)
-    for key in keys:
-        if name in (key.name, key.id) and key.revoked is None:
-            ended = key.model_copy(update={"revoked": datetime.now(UTC).replace(microsecond=0)})
-            _save(path, tuple(ended if each is key else each for each in keys))
-            return ended
+    with _alone(path):
+        keys = read_keys(path)
+        for key in keys:
+            if name in (key.name, key.id) and key.revoked is None:
+                ended = key.model_copy(update={"revoked": datetime.now(UTC).replace(microsecond=0)})
+                _save(path, tuple(ended if each is key else each for each in keys))
+                return ended
     raise KeysError(f"{path} has no active key named {name!r}; `mmtl keys list` shows them.")
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Change a key file while nobody else does: a key that was handed out must not be lost.
+
+    The folder is locked, as the file is another one after each change.
+
+    Raises:
+        KeysError: There is no such folder.
+    """
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise KeysError(f"{path.parent} cannot be read: {error.strerror}.") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed
+        yield
+    finally:
+        os.close(folder)
 
 
 def _save(path: Path, keys: tuple[Key, ...]) -> None:

@@ -106,12 +106,16 @@ class Target:
         images: Sequence[bytes],
         headers: Sequence[tuple[str, str]] = (),
     ):
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:  # of a port or an IPv6 address that is none
+            parts, port = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise LoadError(f"{url} is not a URL such as http://127.0.0.1:8000.")
         self.host = parts.hostname
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self.port = parts.port or (443 if self.tls else 80)
+        self.port = port or (443 if self.tls else 80)
         path = parts.path if parts.path.strip("/") else "/predict"
         further = "".join(f"{name}: {value}\r\n" for name, value in headers)
         self.requests = [_request(parts.netloc, path, further, image) for image in images]

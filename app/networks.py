@@ -79,7 +79,7 @@ class Networks:
         threading.Thread(target=self._watch, name="mmtl-watch", daemon=True).start()
 
     def drain(self) -> None:
-        """Admit no more requests, and answer those that are. Safe in a signal handler."""
+        """Admit no more requests, and answer those that have begun. Safe in a signal handler."""
         self._draining = True
         self.current.batcher.drain()
 
@@ -89,8 +89,12 @@ class Networks:
         self.current.batcher.close(self._settings.deadline_seconds)
 
     @contextmanager
-    def reserve(self, count: int) -> Iterator[Network]:
+    def reserve(self, count: int, begun: bool = False) -> Iterator[Network]:
         """The served network, with places held for a request's images while the block runs.
+
+        Args:
+            count: Of the images.
+            begun: As `Batcher.reserve` has it.
 
         Raises:
             app.batcher.Refused: As `Batcher.reserve` does.
@@ -99,7 +103,7 @@ class Networks:
             while True:
                 network = self.current
                 try:
-                    held.enter_context(network.batcher.reserve(count))
+                    held.enter_context(network.batcher.reserve(count, begun))
                     break
                 except Draining:
                     if network is self.current:

@@ -148,7 +148,8 @@ class Predictor:
         deadline = time.monotonic() + self._deadline_seconds
         refusal: type[batching.Refused]
         try:
-            with self.networks.reserve(len(uploads)) as network:
+            # Its upload may have begun before a drain.
+            with self.networks.reserve(len(uploads), begun=True) as network:
                 trace.model_version = network.facts.version
                 trace.model_sha256 = network.facts.sha256
                 work = [

@@ -299,7 +299,7 @@ def load_bundle(folder: Path, signed_by: Path | None = None) -> Bundle:
             verify(content, folder / SIGNATURE, signed_by)
         manifest = Manifest.model_validate_json(content)
     except SignatureError as error:
-        raise BundleError(f"{folder} is not signed with {signed_by}: {error}.") from None
+        raise BundleError(f"{folder} cannot be trusted: {error}.") from None
     except OSError:
         raise BundleError(f"{folder} is not a bundle: {MANIFEST} cannot be read.") from None
     except ValidationError as error:

@@ -31,10 +31,14 @@ def sign(content: bytes, private_key: Path, signature: Path) -> None:
 
     try:
         key = load_pem_private_key(private_key.read_bytes(), None)
-    except (OSError, ValueError, TypeError) as error:
-        raise SignatureError(f"{private_key} cannot be used: {error}.") from None
+    except OSError as error:
+        raise SignatureError(f"{private_key} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError):
+        raise SignatureError(
+            f"{private_key} is no PEM file of a private key without a passphrase"
+        ) from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise SignatureError(f"{private_key} is no Ed25519 key.")
+        raise SignatureError(f"{private_key} is no Ed25519 key")
     with write_atomically(signature) as temporary:
         temporary.write_bytes(key.sign(content))
 
@@ -56,15 +60,17 @@ def verify(content: bytes, signature: Path, public_key: Path) -> None:
 
     try:
         key = load_pem_public_key(public_key.read_bytes())
-    except (OSError, ValueError, TypeError) as error:
-        raise SignatureError(f"{public_key} cannot be used: {error}.") from None
+    except OSError as error:
+        raise SignatureError(f"{public_key} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError):
+        raise SignatureError(f"{public_key} is no PEM file of a public key") from None
     if not isinstance(key, Ed25519PublicKey):
-        raise SignatureError(f"{public_key} is no Ed25519 key.")
+        raise SignatureError(f"{public_key} is no Ed25519 key")
     try:
         key.verify(signature.read_bytes(), content)
     except OSError:
         raise SignatureError(f"there is no {signature.name}") from None
     except InvalidSignature:
         raise SignatureError(
-            f"{signature.name} is not by that key, or of another manifest"
+            f"{signature.name} is not by {public_key}, or of another manifest"
         ) from None

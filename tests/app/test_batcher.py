@@ -281,6 +281,8 @@ async def test_draining_admits_no_more_and_answers_what_was_admitted(batcher: Ba
         with pytest.raises(Draining), batcher.reserve(1):
             pass
         assert await ask(batcher, 5) == 5
+    with batcher.reserve(1, begun=True):  # by a request whose upload took until now
+        assert await ask(batcher, 6) == 6
 
 
 def test_places_are_limited_and_given_back(batcher: Batcher) -> None:

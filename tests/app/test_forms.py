@@ -36,6 +36,23 @@ def test_files_come_back_as_they_were_however_the_body_is_cut(
     assert [file.take() for file in form.end()] == files
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("filename*=UTF-8''na%C3%AFve.jpg", "naïve.jpg"),
+        ("filename=\"M?ller.jpg\"; filename*=utf-8'de'M%C3%BCller.jpg", "Müller.jpg"),
+        ("filename*=iso-8859-1''M%FCller.jpg", "Müller.jpg"),
+        ("filename=\"a.jpg\"; filename*=klingon''%62.jpg", "a.jpg"),
+        ("filename=\"a.jpg\"; filename*=idna''%62.jpg", "a.jpg"),
+        ('filename="a.jpg"; filename*=b.jpg', "a.jpg"),
+        ("filename=\"a; filename*=utf-8''b.jpg\"", "a; filename*=utf-8''b.jpg"),
+    ],
+)
+def test_a_file_name_in_either_form_that_clients_send(names: str, expected: str) -> None:
+    body = part(b"one", f'form-data; name="files"; {names}') + b"--cut--\r\n"
+    assert read(body) == [(expected, b"one")]
+
+
 def test_an_upload_is_not_held_until_the_next_garbage_collection() -> None:
     form = Form(TYPE, 1)
     form.write(part(b"one") + b"--cut--\r\n")

@@ -1,6 +1,7 @@
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,19 @@ def test_a_file_that_is_damaged_meanwhile_leaves_the_keys_that_were_read(path: P
     path.unlink()
     clock.now += 2
     assert running.find(key)
+
+
+def test_keys_that_are_made_at_once_are_all_kept(path: Path) -> None:
+    def change(number: int) -> None:
+        create_key(path, f"key {number}", ["predict"], None)
+        if number % 2:
+            revoke_key(path, f"key {number}")
+
+    with ThreadPoolExecutor(8) as together:
+        list(together.map(change, range(16)))
+    found = read_keys(path)
+    assert {key.name for key in found} == {f"key {number}" for number in range(16)}
+    assert sum(key.revoked is None for key in found) == 8
 
 
 def test_a_quota_is_a_minute_s_requests_and_refills(path: Path, clock) -> None:

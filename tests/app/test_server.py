@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import signal
 import socket
 import threading
 import time
@@ -264,6 +265,22 @@ def test_who_does_not_read_the_answer_is_cut_off(port: int) -> None:
                 read += len(part)
             raise ConnectionAbortedError
         assert read < 8_000_000
+
+
+def test_an_upload_that_had_begun_when_the_service_ends_is_answered(
+    server: Server, port: int
+) -> None:
+    state = server.config.app.state
+    state.settings = state.settings.model_copy(update={"upload_seconds": 30.0})
+    with connect(port) as slow:
+        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n")
+        slow.sendall(b"Content-Length: 9\r\n\r\nno ")
+        time.sleep(0.1)
+        server.handle_exit(signal.SIGTERM, None)
+        time.sleep(0.1)
+        slow.sendall(b"images")
+        answer = slow.recv(1000)
+        assert (status(answer), problem_of(answer)) == (415, "unsupported-image")
 
 
 def test_an_upload_that_outlasts_the_service_is_told_so(server: Server, port: int) -> None:
