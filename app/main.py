@@ -20,7 +20,8 @@ from app.tokens import tokens_of
 from app.uploads import Held
 
 DESCRIPTION = (
-    "Calibrated melanoma probability, age bin and anatomical site from dermoscopic images. "
+    "Calibrated melanoma probability, age bin, anatomical site, sex and diagnosis from dermoscopic "
+    "images. "
     "**Research software, not a medical device.**"
 )
 API_VERSION = "1.0.0"

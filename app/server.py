@@ -207,9 +207,15 @@ class Protocol(HttpToolsProtocol):
         self._stop_timer()
         if self.transport.is_closing():
             return
-        if not self._answered:  # it would be taken for the answer to an earlier request
-            self.transport.close()
-            return
+        if not self._answered:
+            cycle = self.cycle
+            if self.pipeline or cycle.response_started or not cycle.more_body:
+                # It would be taken for the answer to an earlier request.
+                self.transport.close()
+                return
+            # The request at hand is what is refused, in mid-body: the application has no say in it.
+            cycle.disconnected = True
+            cycle.message_event.set()
         self._metrics.rejected.labels(problem.kind.name).inc()
         request_id = uuid4().hex
         log.info("refused", request_id=request_id, problems=[problem.kind.name])

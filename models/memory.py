@@ -2,6 +2,11 @@
 
 import ctypes
 import gc
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 
 def give_back() -> None:
@@ -9,7 +14,25 @@ def give_back() -> None:
 
     An engine leaves a hundred megabytes behind, in heaps of threads that have ended.
     """
-    gc.collect()
+    with _uninterrupted():
+        gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let SIGINT wait for the block's end: Python drops what a collection's callbacks raise."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            before(*came[0])

@@ -38,7 +38,12 @@ def main() -> None:
     except OSError as error:
         # Of a copy, the second is where it was to go.
         where = error.filename2 or error.filename or "a file"
-        print(f"mmtl-train: {where}: {error.strerror}.", file=sys.stderr)
+        what = error.strerror
+        if isinstance(error, NotADirectoryError | FileExistsError):  # as mkdir has it
+            what = "it is, or stands in, a file where a folder is asked for"
+        elif isinstance(error, IsADirectoryError):
+            what = "it is a folder, and a file is asked for"
+        print(f"mmtl-train: {where}: {what}.", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -116,7 +116,11 @@ def check_splits(records: list[Record], config: Config) -> None:
             )
     to_learn_from(records, config, "The manifest")
     if config.folds > 1:
-        hold_out(with_components(records), config.folds, config.seed)
+        for own in hold_out(with_components(records), config.folds, config.seed):
+            try:
+                to_learn_from(own, config, "each network")
+            except DataError as error:
+                raise DataError(f"folds = {config.folds} is too many: {error}") from None
 
 
 def check_network(config: Config) -> None:
@@ -143,7 +147,8 @@ def _absent(data: Path, name: str, records: Sequence[Record]) -> str:
         return f"{data} holds a table of {name} with {rows:,} rows, but none of their image files."
     found = ", ".join(sorted({record.dataset for record in records if record.path})) or "none"
     why = (
-        " A HAM10000_metadata.csv is known by its columns lesion_id, image_id and dx."
+        " A HAM10000_metadata.csv is known by its columns image_id and dx, and needs lesion_id, "
+        "age, sex and localization, too."
         if name == ham10000.TITLE
         else ""
     )

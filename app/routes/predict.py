@@ -63,14 +63,15 @@ _BODY = {
         **dict.fromkeys((*MEDIA_TYPES, "application/octet-stream"), _BINARY),
     },
 }
+_STATUSES = (400, 401, 403, 408, 413, 415, 422, 429, 431, 500, 503)
 
 
 @router.post(
     "/predict",
     response_model=PredictResponse,
-    responses=dict.fromkeys((400, 401, 403, 408, 413, 415, 422, 429, 500, 503), problems.RESPONSE),
+    responses=dict.fromkeys(_STATUSES, problems.RESPONSE),
     openapi_extra={"requestBody": _BODY},
-    summary="Melanoma probability, age bin and anatomical site of dermoscopic images",
+    summary="Melanoma probability, age bin, anatomical site, sex and diagnosis of each image",
 )
 async def predict(
     request: Request,

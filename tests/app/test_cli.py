@@ -85,6 +85,25 @@ def test_a_file_that_cannot_be_read_costs_the_others_nothing(
     assert run("predict", tmp_path)[0] == 1
 
 
+def test_a_name_that_is_no_text_is_shown_all_the_same(run, picture: Path) -> None:
+    odd = picture.with_name("picture\udcff.png")
+    try:
+        picture.rename(odd)
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 alone")
+    status, output, _ = run("predict", "--json", odd)
+    assert status == 0
+    assert json.loads(output)["results"][0]["filename"].endswith(
+        "picture\N{REPLACEMENT CHARACTER}.png"
+    )
+
+
+@pytest.mark.parametrize("header", ["bogus", ": value"])
+def test_a_header_without_a_name_or_a_value_is_refused(run, header: str) -> None:
+    status, _, told = run("bench", "http://127.0.0.1:9", "--header", header)
+    assert (status, told.strip()) == (2, "mmtl: A --header is `Name: value`.")
+
+
 def test_check_validates_and_exits(run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("serve", "--check")[:2] == (0, "ok: test 1.2.3 on 127.0.0.1:8000\n")
     monkeypatch.setenv("MMTL_BUNDLE", "/nowhere")

@@ -80,7 +80,10 @@ async def test_nobody_there_is_one_sentence() -> None:
         await run_load(Target("http://127.0.0.1:1", [b"x"]), 3, 0.1)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://host", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    ["127.0.0.1:8000", "ftp://host", "http://", "http://h:99999", "http://h:x", "http://[::1"],
+)
 def test_a_url_that_is_none(url: str) -> None:
     with pytest.raises(LoadError, match="is not a URL"):
         Target(url, [b"x"])

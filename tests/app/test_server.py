@@ -215,13 +215,27 @@ def test_many_small_chunks_are_no_large_header(port: int) -> None:
             b"Transfer-Encoding: chunked\r\n\r\n"
         )
         size = b"0" * 30 + b"1\r\n"
-        for _ in range(100):  # more than the limit, together
+        for _ in range(70):  # more than the limit, together
             patient.sendall(size)
             time.sleep(0.0005)
             patient.sendall(b"x\r\n")
             time.sleep(0.0005)
         patient.sendall(b"0\r\n\r\n")
         assert status(patient.recv(1000)) == 415
+
+
+def test_a_chunk_that_is_none_is_a_problem(server: Server, port: int) -> None:
+    with connect(port) as garbled:
+        garbled.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+        )
+        time.sleep(0.05)
+        garbled.sendall(b"zz\r\n")
+        answer = garbled.recv(1000)
+        assert (status(answer), problem_of(answer)) == (400, "malformed-request")
+        assert garbled.recv(1000) == b""
+    assert refusals(server, "malformed-request") == 1
 
 
 def test_trailers_and_chunks_that_grow_are_cut_off(port: int) -> None:

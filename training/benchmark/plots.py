@@ -84,7 +84,7 @@ def probe(report: Report) -> str:
         axes.set_yticks(places, names, fontsize=8 if len(names) < 30 else 6)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set(xlabel="AUROC of the logistic probe", title=_title(report, "What can be learned"))
-        axes.legend(frameon=False, loc="upper left")
+        axes.figure.legend(frameon=False, loc="outside lower center", ncols=2)
 
     return draw(plot, 6.2, max(2.8, 0.9 + 0.17 * len(backbones)))
 

@@ -91,6 +91,8 @@ def load_manifest(path: Path) -> list[Record]:
     Raises:
         DataError: The file is missing or a row does not fit the vocabulary.
     """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name a manifest, a CSV file, in its place.")
     if not path.is_file():
         raise DataError(
             f"{path} does not exist. Write it with `mmtl-train prepare` or `mmtl-train data split`."

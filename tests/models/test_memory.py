@@ -1,0 +1,34 @@
+"""Memory that is given back, and an interrupt that comes meanwhile."""
+
+import gc
+import signal
+import weakref
+
+import pytest
+
+from models.memory import give_back
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.own = self
+
+
+def test_cycles_are_collected() -> None:
+    gone = weakref.ref(Cycle())
+    give_back()
+    assert gone() is None
+
+
+def test_an_interrupt_in_a_callback_of_the_collection_is_not_lost() -> None:
+    cycle = Cycle()
+    watched = weakref.ref(cycle, lambda _: signal.raise_signal(signal.SIGINT))
+    gc.disable()
+    try:
+        del cycle
+        with pytest.raises(KeyboardInterrupt):
+            give_back()
+    finally:
+        gc.enable()
+    assert watched() is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
