@@ -82,17 +82,6 @@ def create_key(path: Path, name: str, scopes: Sequence[Scope], per_minute: int |
     Raises:
         KeysError: The file is not one of keys, or has an active key of that name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(path):
-        return _create(path, name, scopes, per_minute)
-
-
-def _create(path: Path, name: str, scopes: Sequence[Scope], per_minute: int | None) -> str:
-    keys = read_keys(path) if path.exists() else ()
-    if any(key.name == name and key.revoked is None for key in keys):
-        raise KeysError(
-            f"{path} has a key named {name!r}: revoke it first, or choose another name."
-        )
     identity, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
     try:
         made = Key(
@@ -105,7 +94,14 @@ def _create(path: Path, name: str, scopes: Sequence[Scope], per_minute: int | No
         )
     except ValidationError as error:
         raise KeysError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}.") from None
-    _save(path, (*keys, made))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path):
+        keys = read_keys(path) if path.exists() else ()
+        if any(key.name == name and key.revoked is None for key in keys):
+            raise KeysError(
+                f"{path} has a key named {name!r}: revoke it first, or choose another name."
+            )
+        _save(path, (*keys, made))
     return f"{_PREFIX}_{identity}_{secret}"
 
 

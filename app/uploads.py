@@ -13,8 +13,8 @@ from app.problems import Problem
 from app.settings import Settings
 from models.images import MEDIA_TYPES
 
-# Of an image whose sender does not know its own.
-_ANY = "application/octet-stream"
+# Of a body that is one image; the last where its sender does not know which.
+RAW_TYPES = (*MEDIA_TYPES, "application/octet-stream")
 # A body that is refused is read on for so long, so that the caller gets to read the answer.
 _LINGER_SECONDS = 5.0
 _LINGER_BYTES = 512_000_000
@@ -170,12 +170,12 @@ async def _read(
         async with asyncio.timeout(settings.upload_seconds):
             if media_type == "multipart/form-data":
                 return await _read_form(request, body, settings)
-            if media_type in MEDIA_TYPES or media_type == _ANY:
+            if media_type in RAW_TYPES:
                 return [await _read_raw(body)]
         raise Problem(
             problems.UNSUPPORTED_MEDIA_TYPE,
             f"Send multipart/form-data with the field `{FIELD}`, or one image as the body with "
-            f"the content type {', '.join((*MEDIA_TYPES, _ANY))}.",
+            f"the content type {', '.join(RAW_TYPES)}.",
         )
     except TimeoutError:
         raise Problem(

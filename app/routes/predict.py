@@ -17,8 +17,7 @@ from app.predictor import Predictor
 from app.problems import Problem, respond
 from app.schemas import Failure, PredictResponse, ProblemBody, Result, Success
 from app.trace import Trace, trace_of
-from app.uploads import Upload, open_uploads
-from models.images import MEDIA_TYPES
+from app.uploads import RAW_TYPES, Upload, open_uploads
 
 T = TypeVar("T")
 
@@ -60,7 +59,7 @@ _BODY = {
     "required": True,
     "content": {
         "multipart/form-data": _FORM,
-        **dict.fromkeys((*MEDIA_TYPES, "application/octet-stream"), _BINARY),
+        **dict.fromkeys(RAW_TYPES, _BINARY),
     },
 }
 _STATUSES = (400, 401, 403, 408, 413, 415, 422, 429, 431, 500, 503)
