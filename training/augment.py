@@ -3,8 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -64,13 +63,15 @@ class Framing(nn.Module):
         inward = np.vstack([inward, [0, 0, 1]])
         outward = whole / 2 * (rotation @ view @ inward)
         outward[:, 2] += (whole - 1) / 2
+        # With a fourth channel, as OpenCV computes four at once, but three one by one.
         seen = cv2.warpAffine(
-            _pixels(image),
+            cv2.cvtColor(_pixels(image), cv2.COLOR_RGB2RGBA),
             outward,
             (points, points),
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_REFLECT,
         )
+        seen = cv2.cvtColor(seen, cv2.COLOR_RGBA2RGB)
         if finer > 1:
             seen = cv2.resize(seen, (self.out, self.out), interpolation=cv2.INTER_AREA)
         return _image(seen)
@@ -148,9 +149,9 @@ class Jpeg(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """uint8 [3, H, W] -> uint8 [3, H, W]."""
         quality = int(torch.randint(self.lowest, self.highest + 1, ()))
-        buffer = BytesIO()
-        Image.fromarray(_pixels(image)).save(buffer, "JPEG", quality=quality)
-        return _image(np.array(Image.open(buffer)))
+        pixels = cv2.cvtColor(_pixels(image), cv2.COLOR_RGB2BGR)
+        _, encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])
+        return _image(cast(Pixels, cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)))
 
 
 class Hairs(nn.Module):

@@ -44,8 +44,8 @@ def draw(
 class AugmentedImages(Dataset[tuple[Tensor, int, int, float]]):
     """Training images of one epoch, each drawn from (seed, epoch, sample).
 
-    An item is an image, its position, that of the image mixed into it (its own where none is), and
-    its share of the mixture.
+    An item is an image (uint8 [H, W, 3]), its position, that of the image mixed into it (its own
+    where none is), and its share of the mixture.
 
     Args:
         pixels: Of all images.
@@ -73,11 +73,11 @@ class AugmentedImages(Dataset[tuple[Tensor, int, int, float]]):
         with drawn_from(self.config.seed, self.epoch, sample):
             image = self._look(position)
             if self.config.mixing == "none":
-                return image, position, position, 1.0
+                return image.permute(1, 2, 0), position, position, 1.0
             partner, _ = self.draws[int(torch.randint(len(self), ()))]
             concentration = self.config.mixing_concentration
             image, share = mix(image, self._look(partner), self.config.mixing, concentration)
-            return image, position, partner, share
+            return image.permute(1, 2, 0), position, partner, share
 
     def _look(self, position: int) -> Tensor:
         image: Tensor = self.transform(

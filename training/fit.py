@@ -254,7 +254,8 @@ def train_one_epoch(
     try:
         for number, (batch, positions, partners, shares) in enumerate(bar, start=1):
             group = (number - 1) // config.accumulate
-            batch = batch.to(state.device).contiguous(memory_format=torch.channels_last)
+            # Of this stride, it is channels_last as it stands.
+            batch = batch.to(state.device).permute(0, 3, 1, 2)
             chosen = targets_of(targets, config, positions, partners, shares)
             part = team.part(chosen)
             chosen = chosen.to(state.device)

@@ -94,7 +94,7 @@ def test_small_images_first_and_the_largest_last() -> None:
     sizes = [config.training_size(epoch) for epoch in range(7)]
     assert sizes == [32, 32, 32, 48, 48, 64, 64]
     pixels = np.zeros((2, 64, 64, 3), dtype=np.uint8)
-    assert AugmentedImages(pixels, [(0, 0)], config, epoch=4)[0][0].shape == (3, 48, 48)
+    assert AugmentedImages(pixels, [(0, 0)], config, epoch=4)[0][0].shape == (48, 48, 3)
 
 
 def test_the_first_layer_may_learn_slowest() -> None:

@@ -132,7 +132,7 @@ def _tune(
             generator=order,
         )
         for batch, positions, *_ in loader:
-            logits = model(batch.to(device).permute(0, 2, 3, 1))
+            logits = model(batch.to(device))
             target = truth[positions].to(device)
             loss = functional.binary_cross_entropy_with_logits(logits, target)
             if not math.isfinite(loss.item()):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +24,8 @@ from models.images import ImageError, decode
 from training.data.manifest import DataError, Record
 
 Pixels = NDArray[np.uint8]
-# Images between two notes of how far it has come.
-_STEP = 512
+# Seconds between two notes of how far it has come.
+_PAUSE = 5.0
 # Images that a process decodes before it says so.
 _TOGETHER = 16
 
@@ -62,7 +63,7 @@ def build_cache(path: Path, records: Sequence[Record], height: int, width: int) 
         start = 0
         note.unlink(missing_ok=True)
         pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-        # Taken from the disk now: writing into a hole of a mapped file on a full disk is a SIGBUS.
+        # Taken from the disk now, so that a disk too small is told before hours of decoding.
         if hasattr(os, "posix_fallocate"):  # not on macOS
             with partial.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
@@ -85,19 +86,19 @@ def _fill(
     Raises:
         DataError: An image cannot be read, or a process that decodes died.
     """
-    done = noted = start
+    done, noted = start, time.monotonic()
     bar = tqdm(total=len(records), desc="decode", unit="image", initial=start)
     try:
         try:
-            for problems in _decode(path, records, start):
+            for problems in _decode(path, pixels, records, start):
                 good = next((row for row, problem in enumerate(problems) if problem), len(problems))
                 done += good
                 bar.update(good)
                 if good < len(problems):
                     raise DataError(f"{problems[good]} `mmtl-train data check` shows every fault.")
-                if done - noted >= _STEP:
+                if time.monotonic() - noted >= _PAUSE:
                     _note_down(note, key, pixels, done)
-                    noted = done
+                    noted = time.monotonic()
         except BaseException:
             with suppress(OSError):  # a full disk, most likely, which has been said
                 _note_down(note, key, pixels, done)
@@ -117,35 +118,41 @@ def _fill(
 class _Rows(Dataset[str]):
     """Decodes a record's image into its row of a file; an item is what is wrong with it."""
 
-    def __init__(self, path: Path, records: Sequence[Record], start: int):
+    def __init__(
+        self, path: Path, pixels: "np.memmap[Any, Any]", records: Sequence[Record], start: int
+    ):
         self.path, self.records, self.start = path, records, start
-        self.pixels: Pixels | None = None
+        self.offset, self.shape = pixels.offset, pixels.shape
 
     def __len__(self) -> int:
         return len(self.records) - self.start
 
     def __getitem__(self, item: int) -> str:
         row = self.start + item
-        path = self.path
+        _, height, width, channels = self.shape
+        path = Path(self.records[row].path)
         try:
-            if self.pixels is None:  # opened by each process that decodes
-                self.pixels = np.lib.format.open_memmap(path, mode="r+")
-            path = Path(self.records[row].path)
-            _, height, width, _ = self.pixels.shape
-            self.pixels[row] = decode(path.read_bytes(), height, width).pixels
+            decoded = decode(path.read_bytes(), height, width).pixels
+            path = self.path
+            # Written, not mapped: each page of a new file that is mapped is a fault.
+            with path.open("r+b") as file:
+                file.seek(self.offset + row * height * width * channels)
+                file.write(np.ascontiguousarray(decoded).data)
         except (OSError, ImageError) as error:
             return f"{path}: {error}"
         return ""
 
 
-def _decode(path: Path, records: Sequence[Record], start: int) -> DataLoader[str]:
+def _decode(
+    path: Path, pixels: "np.memmap[Any, Any]", records: Sequence[Record], start: int
+) -> DataLoader[str]:
     """Fill a file's rows from `start` on, in order: what is wrong with each image, or nothing.
 
     In processes, as threads wait for the interpreter where images are small; torch's end soon after
     the one that started them, however that ends.
     """
     return DataLoader(
-        _Rows(path, records, start),
+        _Rows(path, pixels, records, start),
         _TOGETHER,
         num_workers=available_cores() if len(records) - start > _TOGETHER else 0,
         collate_fn=list,

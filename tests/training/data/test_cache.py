@@ -35,7 +35,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return decode(data, height, width)
 
     monkeypatch.setattr(cache, "decode", count)
-    monkeypatch.setattr(cache, "_STEP", 2)
+    monkeypatch.setattr(cache, "_PAUSE", 0.0)
     monkeypatch.setattr(cache, "_TOGETHER", 2)
     monkeypatch.setattr(cache, "available_cores", lambda: 0)
     return seen
@@ -107,7 +107,7 @@ def test_a_process_that_dies_is_said_in_one_sentence_and_the_rest_is_decoded_lat
         return decode(data, height, width)
 
     monkeypatch.setattr(cache, "_TOGETHER", 2)
-    monkeypatch.setattr(cache, "_STEP", 2)
+    monkeypatch.setattr(cache, "_PAUSE", 0.0)
     with monkeypatch.context() as patched:
         patched.setattr(cache, "decode", die)
         with pytest.raises(DataError, match="A process that decodes images died"):
