@@ -50,7 +50,8 @@ class State:
                 *_groups(network.trunk.parameters(), config.learning_rate, config),
                 *_groups(network.heads.parameters(), config.learning_rate, config),
                 *_groups(loss.parameters(), config.learning_rate, config),
-            ]
+            ],
+            fused=True,
         )
         batches = max(images // config.batch_size, 1)
         self.steps = math.ceil(batches / config.accumulate)
