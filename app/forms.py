@@ -80,7 +80,11 @@ class Form:
         try:
             self._parser.write(chunk)
         except FormParserError:
-            raise Problem(problems.MALFORMED_FORM, "Invalid multipart data.") from None
+            raise Problem(
+                problems.MALFORMED_FORM,
+                "The body is no multipart data (RFC 7578), or the headers of a part, with the file "
+                "name, are longer than 4 kB.",
+            ) from None
 
     def end(self) -> list[File]:
         """The files, in order.

@@ -1,5 +1,6 @@
 """The application: settings -> networks -> predictor -> routes."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -45,10 +46,14 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         predictor.start()
+        longest = settings.deadline_seconds
         try:
             yield
+        except asyncio.CancelledError:
+            longest = 0.0  # a second signal, or Ctrl-C: nothing is waited for
+            raise
         finally:
-            predictor.close()
+            predictor.close(longest)
             for last in (app.state.audit, spans):
                 if last is not None:
                     last.close()

@@ -83,10 +83,10 @@ class Networks:
         self._draining = True
         self.current.batcher.drain()
 
-    def close(self) -> None:
-        """Stop; what is still queued is run first, as long as its deadline allows."""
+    def close(self, longest: float) -> None:
+        """Stop; what is still queued is run first, for so many seconds at most."""
         self._stopped.set()
-        self.current.batcher.close(self._settings.deadline_seconds)
+        self.current.batcher.close(longest)
 
     @contextmanager
     def reserve(self, count: int, begun: bool = False) -> Iterator[Network]:

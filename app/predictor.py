@@ -114,9 +114,9 @@ class Predictor:
         """Start the network."""
         self.networks.start()
 
-    def close(self) -> None:
-        """Stop; what is still queued is run first, as long as its deadline allows."""
-        self.networks.close()
+    def close(self, longest: float) -> None:
+        """Stop; what is still queued is run first, for so many seconds at most."""
+        self.networks.close(longest)
         self._drawers.shutdown(wait=False, cancel_futures=True)
 
     def check_open(self) -> None:

@@ -1,6 +1,7 @@
 """The HTTP server: uvicorn, with signals, and limits on what comes before a request is one."""
 
 import asyncio
+import logging
 import signal
 import threading
 from contextlib import suppress
@@ -268,6 +269,12 @@ class Server(uvicorn.Server):
             return  # which alone gets signals, as uvicorn has it, too
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, self._reload))
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Stop; what a second signal cuts off is not logged as a failure."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            logging.getLogger("uvicorn.error").disabled = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGINT and SIGTERM."""

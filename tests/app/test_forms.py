@@ -89,8 +89,18 @@ def test_a_form_without_files_or_without_an_end() -> None:
         read(b"--cut--\r\n")
     with pytest.raises(Problem, match="before its closing boundary"):
         read(part(b"one"))
-    with pytest.raises(Problem, match="Invalid multipart data"):
+    with pytest.raises(Problem, match="no multipart data"):
         read(b"no form at all")
+
+
+def test_a_file_name_of_any_length_up_to_4_kb() -> None:
+    def named(length: int) -> bytes:
+        name = "x" * length
+        return part(b"one", f'form-data; name="files"; filename="{name}"') + b"--cut--\r\n"
+
+    assert read(named(4000)) == [("x" * 4000, b"one")]
+    with pytest.raises(Problem, match="with the file name, are longer than 4 kB"):
+        read(named(5000))
 
 
 @pytest.mark.parametrize("boundary", ["", "; boundary=", f"; boundary={'x' * 300}"])

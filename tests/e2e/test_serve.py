@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.lesions import encode, huge_png, lesion
+from tests.lesions import encode, flat, huge_png, lesion
 
 VENV = ".venv-e2e"
 BOUNDARY = "lesion"
@@ -209,6 +209,23 @@ def test_a_hangup_reloads_and_a_second_stop_does_not_wait(service: Service) -> N
         service.process.send_signal(signal.SIGTERM)
         service.process.wait(5)
     assert service.process.returncode == 0
+    assert "Traceback" not in service.process.stderr.read()
+
+
+def test_a_second_stop_does_not_wait_for_what_is_queued_either(service: Service) -> None:
+    takes_a_while = flat(1, 5000, 5000)
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(service.post, *[takes_a_while] * 30)
+        until = time.monotonic() + 20
+        while b"mmtl_queue_depth 30.0" not in service.get("/metrics")[1]:
+            assert time.monotonic() < until
+        for _ in range(2):
+            service.process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        service.process.wait(2)
+    assert service.process.returncode == 0
+    assert answer.exception() or answer.result()[0] == 503
+    assert "Traceback" not in service.process.stderr.read()
 
 
 def test_real_images_are_answered(service: Service, shared_data: Path) -> None:
