@@ -19,6 +19,8 @@ import atheris
 with atheris.instrument_imports(include=["PIL", "models"]):
     from PIL import Image
 
+    Image.init()  # its parsers, which it imports at the first image otherwise, unseen
+
     from models.bundle import BundleError, load_bundle
     from models.images import ImageError, Limits, decode
 

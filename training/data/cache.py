@@ -129,14 +129,14 @@ class _Rows(Dataset[str]):
 
     def __getitem__(self, item: int) -> str:
         row = self.start + item
-        _, height, width, channels = self.shape
+        _, height, width, _ = self.shape
         path = Path(self.records[row].path)
         try:
             decoded = decode(path.read_bytes(), height, width).pixels
             path = self.path
             # Written, not mapped: each page of a new file that is mapped is a fault.
             with path.open("r+b") as file:
-                file.seek(self.offset + row * height * width * channels)
+                file.seek(self.offset + row * decoded.nbytes)
                 file.write(np.ascontiguousarray(decoded).data)
         except (OSError, ImageError) as error:
             return f"{path}: {error}"
