@@ -7,7 +7,9 @@ and in turn; medians. `timm` is `timm.data.create_loader(..., is_training=True)`
 defaults, `torchvision` an `ImageFolder` with the transforms of its documented training recipe
 (RandomResizedCrop, horizontal flip, TrivialAugmentWide, normalisation). Both train one head, the
 library's own; mmtl trains five. mmtl's first epoch decodes into its cache, on every core, the
-others' every epoch decodes from the files. "Memory given back" is mmtl without training/memory.py.
+others' every epoch decodes from the files. "In bfloat16" is mmtl with `precision = "bfloat16"`,
+which gains where the processor multiplies such numbers; "memory given back" is mmtl without
+training/memory.py, "PyTorch's gradients" mmtl without training/gradients.py.
 "The step alone" is mmtl's network on images that are there already: no input could make an epoch
 faster. With EfficientNet-Lite0 the step takes most of an epoch here, with MobileNetV3-Small the
 input. The input alone is the same epochs without a network: what two cores can feed to a GPU.
@@ -23,11 +25,17 @@ import sys
 import tempfile
 import time
 from collections import deque
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
 STEP_ALONE = "the step alone"
-VARIANTS = ("mmtl", "mmtl, memory given back", "timm", "torchvision", STEP_ALONE)
+MIXED = "mmtl, in bfloat16"
+GIVEN_BACK = "mmtl, memory given back"
+PLAIN_GRADIENTS = "mmtl, PyTorch's gradients"
+VARIANTS = ("mmtl", MIXED, GIVEN_BACK, PLAIN_GRADIENTS, "timm", "torchvision", STEP_ALONE)
+# Nothing of a network.
+WITHOUT_NETWORK = ("mmtl", GIVEN_BACK, "timm", "torchvision")
 SIZE, BATCH, WORKERS = 160, 32, 2
 # Heavy for two cores, and light for them; and the input without a network.
 BACKBONES = ("tf_efficientnet_lite0", "tf_mobilenetv3_small_100")
@@ -61,21 +69,25 @@ def mmtl_epochs(
     import torch
     from torch.utils.data import DataLoader
 
+    from training import fit
     from training.config import Config
     from training.data.cache import build_cache
     from training.data.manifest import Record
     from training.data.vocabulary import Diagnosis, Sex, Site, Split
     from training.draws import AugmentedImages, draw
-    from training.fit import build_network, train_one_epoch
     from training.losses import MultiTaskLoss
     from training.memory import keep_freed_memory
     from training.state import State
     from training.tasks import encode_targets
     from training.team import Team
 
-    if variant != "mmtl, memory given back":
+    if variant != GIVEN_BACK:
         keep_freed_memory()
+    if variant == PLAIN_GRADIENTS:
+        fit.FasterGradients = nullcontext
     named = {} if backbone == INPUT_ALONE else {"backbone": backbone, "weights_dir": weights}
+    if variant == MIXED:
+        named["precision"] = "bfloat16"
     config = Config(size=SIZE, batch_size=BATCH, **named)
     records = [
         Record(
@@ -94,7 +106,7 @@ def mmtl_epochs(
     targets = encode_targets(records)
     if train := backbone != INPUT_ALONE:
         state = State(
-            build_network(config),
+            fit.build_network(config),
             MultiTaskLoss(config, targets),
             config,
             len(records),
@@ -112,7 +124,7 @@ def mmtl_epochs(
         order = draw(list(range(len(records))), targets, config, epoch)
         images = AugmentedImages(pixels, order, config, epoch)
         if train:
-            train_one_epoch(state, images, targets, workers, Team())
+            fit.train_one_epoch(state, images, targets, workers, Team())
         else:
             deque(DataLoader(images, BATCH, num_workers=WORKERS, drop_last=True), 0)
         times.append(time.perf_counter() - began)
@@ -209,7 +221,7 @@ def main() -> None:
                 for repeat in range(REPEATS_ALONE if backbone == INPUT_ALONE else REPEATS):
                     first = repeat % len(VARIANTS)
                     for variant in VARIANTS[first:] + VARIANTS[:first]:
-                        if (backbone, variant) != (INPUT_ALONE, STEP_ALONE):
+                        if backbone != INPUT_ALONE or variant in WITHOUT_NETWORK:
                             times = measure(variant, backbone, arguments.weights, folder)
                             seconds.setdefault((backbone, variant, size), []).append(times)
                             told = [round(t, 1) for t in times]

@@ -25,6 +25,7 @@ from training.distillation import open_teachers, soft_targets
 from training.draws import AugmentedImages, draw, targets_of
 from training.feature_maps import build_feature_map
 from training.folds import members, prepare_members
+from training.gradients import FasterGradients
 from training.lineage import check_fitted
 from training.losses import MultiTaskLoss, Part
 from training.memory import keep_freed_memory
@@ -87,7 +88,8 @@ class Step(nn.Module):
 
     def logits(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
         """One row a target."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.mixed_precision):
+        mixed = torch.autocast(images.device.type, torch.bfloat16, enabled=self.mixed_precision)
+        with mixed, FasterGradients():
             logits: dict[str, Tensor] = self.network(images)
         logits = {task: values.float() for task, values in logits.items()}
         if targets.weights is None:

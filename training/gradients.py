@@ -1,0 +1,153 @@
+"""On a CPU: the gradients of two kinds of layers, sooner than PyTorch has them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+# The widest kernel for whose weights oneDNN has a depthwise gradient. For a wider one it takes that
+# of a dense convolution, sixteen times the work (`ONEDNN_VERBOSE=1` names it: jit, not jit_dw).
+_WIDEST = 3
+_convolution_backward = torch.ops.aten.convolution_backward
+
+
+class FasterGradients(TorchFunctionMode):
+    """While it is entered, what is run on a CPU gets the gradients of this module.
+
+    They are PyTorch's, up to rounding (benchmarks/training_speed.py measures what they save). What
+    layers call is replaced, not the layers: they may be any library's.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """What `func` returns."""
+        named = kwargs or {}
+        if torch.compiler.is_compiling():  # which makes gradients of its own
+            return func(*args, **named)
+        if func is torch.conv2d and len(args) == 7 and _is_slow(*args):
+            images, weight, bias, stride, padding, _, _ = args
+            return _Depthwise.apply(images, weight, bias, list(stride), list(padding))
+        if func is functional.hardtanh and named.get("inplace") and _is_changeable(args[0]):
+            return _Clamp.apply(args[0], named["min_val"], named["max_val"])
+        return func(*args, **named)
+
+
+def _is_slow(
+    images: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, *more: Any
+) -> bool:
+    """Whether these are the arguments of a depthwise convolution whose gradients are slow.
+
+    In bfloat16, some of oneDNN's are fifty times as slow as in float32, so none is used.
+    """
+    dilation, groups = more
+    return (
+        images.device.type == "cpu"
+        and weight.requires_grad
+        and weight.shape[:2] == (groups, 1)
+        and list(dilation) == [1, 1]
+        and not isinstance(padding, str)
+        and (weight.shape[3] > _WIDEST or torch.is_autocast_enabled("cpu"))
+    )
+
+
+def _is_changeable(values: Tensor) -> bool:
+    """Whether autograd lets a function of ours change these values in place."""
+    return (
+        values.device.type == "cpu"
+        and values.requires_grad
+        and not values.is_leaf
+        and not values._is_view()
+    )
+
+
+class _Clamp(Function):
+    """`hardtanh_` (ReLU6), which PyTorch does in a copy that it then copies back."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, lowest: float, highest: float) -> Tensor:
+        ctx.mark_dirty(values)
+        values.clamp_(lowest, highest)
+        ctx.save_for_backward(values)
+        ctx.bounds = lowest, highest
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (values,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradient, values, *ctx.bounds), None, None
+
+
+class _Depthwise(Function):
+    """A depthwise convolution; the gradient of wide kernels in parts, and always in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+    ) -> Tensor:
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else images.dtype
+        images = images.to(kind)
+        ctx.save_for_backward(images, weight)
+        ctx.stride, ctx.padding = stride, padding
+        bias = None if bias is None else bias.to(kind)
+        return torch.conv2d(images, weight.to(kind), bias, stride, padding, 1, len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        images, weight = (values.float() for values in ctx.saved_tensors)
+        gradient = gradient.float()
+        stride, padding = ctx.stride, ctx.padding
+
+        def convolution(images: Tensor, weight: Tensor, padding: list[int], of: int) -> Tensor:
+            """The gradient of its images (0) or its weight (1)."""
+            which = [of == 0, of == 1, False]
+            found: Tensor = _convolution_backward(
+                gradient,
+                images,
+                weight,
+                None,
+                stride,
+                padding,
+                [1, 1],
+                False,
+                [0, 0],
+                len(weight),
+                which,
+            )[of]
+            return found
+
+        def columns(first: int) -> Tensor:
+            """The gradient of a few columns of the kernel, from the pixels they are laid on."""
+            part = weight[..., first : first + _WIDEST]
+            left = padding[1] - first
+            reach = stride[1] * (gradient.shape[3] - 1) + part.shape[3]
+            laid = functional.pad(images, (left, reach - left - images.shape[3]))
+            return convolution(laid, part, [padding[0], 0], 1)
+
+        of_images = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_images = convolution(images, weight, padding, 0)
+        if ctx.needs_input_grad[1] and weight.shape[3] > _WIDEST:
+            firsts = range(0, weight.shape[3], _WIDEST)
+            of_weight = torch.cat([columns(first) for first in firsts], 3)
+        elif ctx.needs_input_grad[1]:
+            of_weight = convolution(images, weight, padding, 1)
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum((0, 2, 3))
+        return of_images, of_weight, of_bias, None, None
