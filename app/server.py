@@ -37,6 +37,10 @@ _TOO_SLOW = Problem(problems.UPLOAD_TOO_SLOW, "The headers did not end in time. 
 _TOO_MANY = Problem(
     problems.SATURATED, "Too many connections are open. Try again after Retry-After seconds."
 )
+_PIPELINED = Problem(
+    problems.SATURATED,
+    f"At most {_MOST_PIPELINED} requests may be sent before the first is answered.",
+)
 log = structlog.get_logger()
 
 
@@ -144,7 +148,7 @@ class Protocol(HttpToolsProtocol):
             self._refuse(_TOO_LARGE)
             return
         if len(self.pipeline) >= _MOST_PIPELINED:
-            self.transport.abort()
+            self._refuse(_PIPELINED)
             return
         self._start_timer(self._settings.upload_seconds + _MARGIN_SECONDS)
         super().on_headers_complete()
@@ -208,6 +212,9 @@ class Protocol(HttpToolsProtocol):
         self._stop_timer()
         if self.transport.is_closing():
             return
+        request_id = uuid4().hex
+        self._metrics.rejected.labels(problem.kind.name).inc()
+        log.info("refused", request_id=request_id, problems=[problem.kind.name])
         if not self._answered:
             cycle = self.cycle
             if self.pipeline or cycle.response_started or not cycle.more_body:
@@ -217,9 +224,6 @@ class Protocol(HttpToolsProtocol):
             # The request at hand is what is refused, in mid-body: the application has no say in it.
             cycle.disconnected = True
             cycle.message_event.set()
-        self._metrics.rejected.labels(problem.kind.name).inc()
-        request_id = uuid4().hex
-        log.info("refused", request_id=request_id, problems=[problem.kind.name])
         answer = respond(problem, headers={"X-Request-ID": request_id})
         status = HTTPStatus(answer.status_code)
         lines = [

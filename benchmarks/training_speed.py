@@ -1,6 +1,6 @@
 """How fast an epoch goes: mmtl beside loops over timm's and torchvision's loaders.
 
-.venv/bin/python benchmarks/training_speed.py ../shared/data ../shared/weights > training-speed.md
+.venv/bin/python -m benchmarks.training_speed ../shared/data ../shared/weights > training-speed.md
 
 Same images, same backbone, 160 px, batches of 32, AdamW, two workers, each in a process of its own
 and in turn; medians. `timm` is `timm.data.create_loader(..., is_training=True)` with its
@@ -28,6 +28,8 @@ from collections import deque
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+
+from benchmarks.machine import processor
 
 STEP_ALONE = "the step alone"
 MIXED = "mmtl, in bfloat16"
@@ -191,7 +193,8 @@ def measure(variant: str, backbone: str, weights: str, folder: Path) -> list[flo
     """In a process of its own."""
     for file in folder.glob("cache*"):
         file.unlink()
-    told = [sys.executable, __file__, str(folder), weights, "--one", variant, backbone]
+    module = [sys.executable, "-m", "benchmarks.training_speed"]
+    told = [*module, str(folder), weights, "--one", variant, backbone]
     done = subprocess.run(told, stdout=subprocess.PIPE, text=True, check=True)
     found: list[float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -232,9 +235,9 @@ def main() -> None:
 
 {" ".join(islice((__doc__ or "").split(chr(10) + chr(10)), 2, 3)).strip()}
 
-Images a second on {len(os.sched_getaffinity(0))} cores, medians of {REPEATS}
-({REPEATS_ALONE} of the input alone), and how many times as fast mmtl is; small images are of
-200 px, full-size ones of 1,024 to 6,000 px.""")
+Images a second on {len(os.sched_getaffinity(0))} cores ({processor()}), medians of
+{REPEATS} ({REPEATS_ALONE} of the input alone), and how many times as fast mmtl is; small images
+are of 200 px, full-size ones of 1,024 to 6,000 px.""")
     for backbone in (*BACKBONES, INPUT_ALONE):
         small, large = images_of(backbone).values()
         name = "The input alone" if backbone == INPUT_ALONE else f"`{backbone}`"

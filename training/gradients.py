@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.modules.utils import _pair
 from torch.overrides import TorchFunctionMode
 
 # The widest kernel for whose weights oneDNN has a depthwise gradient. For a wider one it takes that
@@ -36,25 +37,31 @@ class FasterGradients(TorchFunctionMode):
             return func(*args, **named)
         if func is torch.conv2d and len(args) == 7 and _is_slow(*args):
             images, weight, bias, stride, padding, _, _ = args
-            return _Depthwise.apply(images, weight, bias, list(stride), list(padding))
+            return _Depthwise.apply(images, weight, bias, _pair(stride), _pair(padding))
         if func is functional.hardtanh and named.get("inplace") and _is_changeable(args[0]):
             return _Clamp.apply(args[0], named["min_val"], named["max_val"])
         return func(*args, **named)
 
 
 def _is_slow(
-    images: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, *more: Any
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
 ) -> bool:
     """Whether these are the arguments of a depthwise convolution whose gradients are slow.
 
     In bfloat16, some of oneDNN's are fifty times as slow as in float32, so none is used.
     """
-    dilation, groups = more
     return (
         images.device.type == "cpu"
+        and images.dim() == 4
         and weight.requires_grad
         and weight.shape[:2] == (groups, 1)
-        and list(dilation) == [1, 1]
+        and _pair(dilation) == (1, 1)
         and not isinstance(padding, str)
         and (weight.shape[3] > _WIDEST or torch.is_autocast_enabled("cpu"))
     )
@@ -89,7 +96,7 @@ class _Clamp(Function):
 
 
 class _Depthwise(Function):
-    """A depthwise convolution; the gradient of wide kernels in parts, and always in float32."""
+    """A depthwise convolution; its gradient in float32 at least, that of wide kernels in parts."""
 
     @staticmethod
     def forward(
@@ -97,8 +104,8 @@ class _Depthwise(Function):
         images: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        stride: list[int],
-        padding: list[int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
     ) -> Tensor:
         kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else images.dtype
         images = images.to(kind)
@@ -110,11 +117,14 @@ class _Depthwise(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        images, weight = (values.float() for values in ctx.saved_tensors)
-        gradient = gradient.float()
+        kind = torch.promote_types(gradient.dtype, torch.float32)
+        images, weight = (values.to(kind) for values in ctx.saved_tensors)
+        gradient = gradient.to(kind)
         stride, padding = ctx.stride, ctx.padding
 
-        def convolution(images: Tensor, weight: Tensor, padding: list[int], of: int) -> Tensor:
+        def convolution(
+            images: Tensor, weight: Tensor, padding: tuple[int, int], of: int
+        ) -> Tensor:
             """The gradient of its images (0) or its weight (1)."""
             which = [of == 0, of == 1, False]
             found: Tensor = _convolution_backward(
@@ -138,7 +148,7 @@ class _Depthwise(Function):
             left = padding[1] - first
             reach = stride[1] * (gradient.shape[3] - 1) + part.shape[3]
             laid = functional.pad(images, (left, reach - left - images.shape[3]))
-            return convolution(laid, part, [padding[0], 0], 1)
+            return convolution(laid, part, (padding[0], 0), 1)
 
         of_images = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:

@@ -123,4 +123,3 @@ def test_in_bfloat16_the_gradient_is_computed_in_float32(
 def test_a_narrow_kernel_is_left_to_pytorch(convolutions: list[tuple[torch.dtype, int]]) -> None:
     gradients(nn.Conv2d(4, 4, 3, groups=4), drawn(4), FasterGradients())
     assert not convolutions
-
