@@ -88,8 +88,9 @@ class Step(nn.Module):
 
     def logits(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
         """One row a target."""
-        mixed = torch.autocast(images.device.type, torch.bfloat16, enabled=self.mixed_precision)
-        with mixed, FasterGradients():
+        device = images.device.type
+        mixed = torch.autocast(device, torch.bfloat16, enabled=self.mixed_precision)
+        with mixed, FasterGradients() if device == "cpu" else nullcontext():
             logits: dict[str, Tensor] = self.network(images)
         logits = {task: values.float() for task, values in logits.items()}
         if targets.weights is None:

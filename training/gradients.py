@@ -18,7 +18,7 @@ _convolution_backward = torch.ops.aten.convolution_backward
 
 
 class FasterGradients(TorchFunctionMode):
-    """While it is entered, what is run on a CPU gets the gradients of this module.
+    """While it is entered, which is for a CPU, layers get the gradients of this module.
 
     They are PyTorch's, up to rounding (benchmarks/training_speed.py measures what they save). What
     layers call is replaced, not the layers: they may be any library's.
@@ -57,8 +57,7 @@ def _is_slow(
     In bfloat16, some of oneDNN's are fifty times as slow as in float32, so none is used.
     """
     return (
-        images.device.type == "cpu"
-        and images.dim() == 4
+        images.dim() == 4
         and weight.requires_grad
         and weight.shape[:2] == (groups, 1)
         and _pair(dilation) == (1, 1)
@@ -69,12 +68,7 @@ def _is_slow(
 
 def _is_changeable(values: Tensor) -> bool:
     """Whether autograd lets a function of ours change these values in place."""
-    return (
-        values.device.type == "cpu"
-        and values.requires_grad
-        and not values.is_leaf
-        and not values._is_view()
-    )
+    return values.requires_grad and not values.is_leaf and not values._is_view()
 
 
 class _Clamp(Function):
