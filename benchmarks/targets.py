@@ -113,11 +113,12 @@ its threshold was not.""".format(*(-drop[end] for end in ("value", "high", "low"
     )
     print("""
 What was tried: other imbalance, augmentation, mixing and balance of tasks ([sweep.md](sweep.md),
-short fits of a smaller backbone); more sources ([sweep-sources.md](sweep-sources.md), which is what
-ships); going on, with teachers and with pseudo-labels ([sweep-teachers.md](sweep-teachers.md),
+short fits of a smaller backbone); balanced sampling for longer, whose lead is gone then
+([sweep-longer.md](sweep-longer.md)); more sources ([sweep-sources.md](sweep-sources.md), which is
+what ships); going on, with teachers and with pseudo-labels ([sweep-teachers.md](sweep-teachers.md),
 which only loses); a student of two networks that shipped before (configs/distilled.toml, which fell
 behind and was stopped). Not tried at full length: an ensemble of folds and a student of it,
-balanced sampling, larger images, larger backbones.""")
+larger images, larger backbones; balanced sampling with the backbone that ships.""")
 
 
 if __name__ == "__main__":
