@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app import problems
 from app.networks import Networks, ReloadError
-from app.problems import Problem, respond
+from app.problems import Kind, Problem, respond
 from app.settings import Settings
 from app.telemetry import Metrics
 
@@ -36,10 +36,6 @@ _TOO_LARGE = Problem(problems.HEADERS_TOO_LARGE, "Send fewer or shorter headers,
 _TOO_SLOW = Problem(problems.UPLOAD_TOO_SLOW, "The headers did not end in time. Send it again.")
 _TOO_MANY = Problem(
     problems.SATURATED, "Too many connections are open. Try again after Retry-After seconds."
-)
-_PIPELINED = Problem(
-    problems.SATURATED,
-    f"At most {_MOST_PIPELINED} requests may be sent before the first is answered.",
 )
 log = structlog.get_logger()
 
@@ -148,7 +144,8 @@ class Protocol(HttpToolsProtocol):
             self._refuse(_TOO_LARGE)
             return
         if len(self.pipeline) >= _MOST_PIPELINED:
-            self._refuse(_PIPELINED)
+            self._note(problems.SATURATED)
+            self.transport.abort()
             return
         self._start_timer(self._settings.upload_seconds + _MARGIN_SECONDS)
         super().on_headers_complete()
@@ -208,13 +205,18 @@ class Protocol(HttpToolsProtocol):
         else:  # an answer may be under way
             self.transport.close()
 
+    def _note(self, kind: Kind) -> str:
+        """Count and log a refusal, under an id that is new."""
+        request_id = uuid4().hex
+        self._metrics.rejected.labels(kind.name).inc()
+        log.info("refused", request_id=request_id, problems=[kind.name])
+        return request_id
+
     def _refuse(self, problem: Problem) -> None:
         self._stop_timer()
         if self.transport.is_closing():
             return
-        request_id = uuid4().hex
-        self._metrics.rejected.labels(problem.kind.name).inc()
-        log.info("refused", request_id=request_id, problems=[problem.kind.name])
+        request_id = self._note(problem.kind)
         if not self._answered:
             cycle = self.cycle
             if self.pipeline or cycle.response_started or not cycle.more_body:
