@@ -1,10 +1,11 @@
-"""How many CPUs this process may use."""
+"""The CPUs that this process may use: how many, and what they multiply."""
 
 import os
 from math import ceil
 from pathlib import Path
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_PROCESSORS = Path("/proc/cpuinfo")
 
 
 def available_cores(quota: Path = _QUOTA) -> int:
@@ -16,3 +17,14 @@ def available_cores(quota: Path = _QUOTA) -> int:
     except (OSError, ValueError):  # no cgroup v2, or "max": no quota
         pass
     return max(cores or 1, 1)
+
+
+def multiplies_bfloat16(processors: Path = _PROCESSORS) -> bool:
+    """Whether they have AMX, with which matrices of bfloat16 take a fraction of float32's time.
+
+    Processors without it may know bfloat16, and gain nothing by it (docs/training-speed.md).
+    """
+    try:
+        return "amx_bf16" in processors.read_text().split()
+    except (OSError, UnicodeDecodeError):  # not Linux
+        return False

@@ -11,6 +11,7 @@ from training.data.manifest import DataError
 
 Augmentation = Literal["plain", "clinic", "occluded"]
 Mixing = Literal["none", "mixup", "cutmix"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class Config(BaseModel):
@@ -63,7 +64,9 @@ class Config(BaseModel):
         teachers: Folders of bundles, fitted before, whose mean answers are learned from beside the
             labels.
         distillation: The share of a taught task's loss that follows the teachers.
-        precision: Of the network's arithmetic in training; what is kept is float32.
+        precision: Of the network's arithmetic in training; what is kept is float32. `auto` is
+            bfloat16 where the hardware multiplies such numbers (GPUs, Intel's AMX); a run goes on
+            with what it has begun with.
         compile: With torch.compile, which takes minutes once and wants a C++ compiler on a CPU.
         validate_on: The dataset that stops training and calibrates, by the beginning of its name;
             empty for all.
@@ -102,7 +105,7 @@ class Config(BaseModel):
     task_balancing: Literal["fixed", "uncertainty", "famo"] = "fixed"
     teachers: tuple[str, ...] = ()
     distillation: float = Field(0.5, ge=0, le=1)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", Precision] = "auto"
     compile: bool = False
     validate_on: str = "HAM10000"
 

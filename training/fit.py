@@ -18,7 +18,7 @@ from tqdm import tqdm
 from models.files import write_atomically
 from models.memory import give_back
 from training.backbones import find_source
-from training.config import Config
+from training.config import Config, Precision
 from training.data.cache import Pixels
 from training.data.manifest import DataError, load_manifest
 from training.distillation import open_teachers, soft_targets
@@ -62,10 +62,12 @@ class Step(nn.Module):
     Args:
         network: To be trained.
         loss: Of it; may have parameters of its own.
-        precision: As the configuration has it.
+        precision: Of the network's arithmetic.
     """
 
-    def __init__(self, network: MultiTaskNetwork, loss: MultiTaskLoss, precision: str = "float32"):
+    def __init__(
+        self, network: MultiTaskNetwork, loss: MultiTaskLoss, precision: Precision = "float32"
+    ):
         super().__init__()
         self.network = network
         self.loss = loss
@@ -154,6 +156,9 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
         state.network.compile()
     identity = identity_of(config, records, teachers)
     state.resume(run, identity)
+    state.precision = team.told(state.precision)
+    if team.leads and config.precision == "auto" and state.precision != "float32":
+        tqdm.write(f"Computing in {state.precision}, which is faster here (see `precision`).")
     if team.leads and state.history:  # what was stopped after a checkpoint had not written its log
         _show(run, state.history)
     with open_scalars(run, state.epoch) if team.leads else nullcontext() as scalars:
@@ -247,7 +252,7 @@ def train_one_epoch(
     state.loss.train()
     set_mode(network, config, images.epoch)
     torch.manual_seed(config.seed * 1_000_003 + images.epoch)
-    step = Step(network, state.loss, config.precision)
+    step = Step(network, state.loss, state.precision)
     shared = team.join(step)
     # What the heap holds, forked workers would share, and the first step copy page by page.
     give_back()

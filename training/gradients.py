@@ -52,10 +52,7 @@ def _is_slow(
     dilation: Any,
     groups: int,
 ) -> bool:
-    """Whether these are the arguments of a depthwise convolution whose gradients are slow.
-
-    In bfloat16, some of oneDNN's are fifty times as slow as in float32, so none is used.
-    """
+    """Whether these are the arguments of a depthwise convolution whose gradients are slow."""
     return (
         images.dim() == 4
         and weight.requires_grad
@@ -72,12 +69,21 @@ def _is_changeable(values: Tensor) -> bool:
 
 
 class _Clamp(Function):
-    """`hardtanh_` (ReLU6), which PyTorch does in a copy that it then copies back."""
+    """`hardtanh_` (ReLU6), which PyTorch does in a copy that it then copies back.
+
+    The bits of bfloat16 numbers, read as integers, stand in the order of the numbers from zero up,
+    and integers are clamped five times as fast. That hides what is not a number; validation, which
+    is in float32, finds it.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, lowest: float, highest: float) -> Tensor:
         ctx.mark_dirty(values)
-        values.clamp_(lowest, highest)
+        if values.dtype == torch.bfloat16 and lowest == 0 <= highest:
+            top = torch.tensor(highest, dtype=torch.bfloat16).view(torch.int16)
+            values.view(torch.int16).clamp_(0, int(top))
+        else:
+            values.clamp_(lowest, highest)
         ctx.save_for_backward(values)
         ctx.bounds = lowest, highest
         return values
@@ -90,7 +96,11 @@ class _Clamp(Function):
 
 
 class _Depthwise(Function):
-    """A depthwise convolution; its gradient in float32 at least, that of wide kernels in parts."""
+    """A depthwise convolution; the gradient of a wide kernel's weight is taken in parts.
+
+    That of its images is taken in float32 where the kernel strides: oneDNN's in bfloat16 takes
+    twelve to a hundred and fifty times as long.
+    """
 
     @staticmethod
     def forward(
@@ -111,9 +121,8 @@ class _Depthwise(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        kind = torch.promote_types(gradient.dtype, torch.float32)
-        images, weight = (values.to(kind) for values in ctx.saved_tensors)
-        gradient = gradient.to(kind)
+        images, weight = ctx.saved_tensors
+        weight = weight.to(images.dtype)
         stride, padding = ctx.stride, ctx.padding
 
         def convolution(
@@ -122,7 +131,7 @@ class _Depthwise(Function):
             """The gradient of its images (0) or its weight (1)."""
             which = [of == 0, of == 1, False]
             found: Tensor = _convolution_backward(
-                gradient,
+                gradient.to(weight.dtype),
                 images,
                 weight,
                 None,
@@ -146,7 +155,12 @@ class _Depthwise(Function):
 
         of_images = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_images = convolution(images, weight, padding, 0)
+            kind = images.dtype
+            if stride != (1, 1):
+                kind = torch.promote_types(kind, torch.float32)
+            # Of the images, only the shape is looked at.
+            like = images if kind == images.dtype else torch.empty_like(images, dtype=kind)
+            of_images = convolution(like, weight.to(kind), padding, 0)
         if ctx.needs_input_grad[1] and weight.shape[3] > _WIDEST:
             firsts = range(0, weight.shape[3], _WIDEST)
             of_weight = torch.cat([columns(first) for first in firsts], 3)

@@ -11,8 +11,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from models.bundle import Bundle
+from models.cores import multiplies_bfloat16
 from models.files import write_atomically
-from training.config import Config
+from training.config import Config, Precision
 from training.data.manifest import DataError, Record, fingerprint, first_line
 from training.losses import MultiTaskLoss
 from training.network import MultiTaskNetwork
@@ -59,6 +60,7 @@ class State:
             self.optimizer,
             lambda step: warmup_cosine(step / self.steps, config.warmup_epochs, config.epochs),
         )
+        self.precision = precision_on(device.type, config)
         self.epoch = 0
         self.best = -math.inf
         self.stale = 0
@@ -107,7 +109,18 @@ class State:
         tqdm.write(f"Resuming after epoch {self.epoch}.")
 
     _PARTS = ("network", "average", "loss", "optimizer", "scheduler")
-    _PROGRESS = ("epoch", "best", "stale", "history")
+    _PROGRESS = ("precision", "epoch", "best", "stale", "history")
+
+
+def precision_on(device: str, config: Config) -> Precision:
+    """The arithmetic that a configuration means on such a device (`cpu`, `cuda`)."""
+    if config.precision != "auto":
+        return config.precision
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = multiplies_bfloat16()
+    return "bfloat16" if fast else "float32"
 
 
 def identity_of(

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from models.cores import available_cores
+from models.cores import available_cores, multiplies_bfloat16
 
 HERE = len(os.sched_getaffinity(0))
 
@@ -20,3 +20,17 @@ def test_the_container_s_quota_counts(tmp_path: Path, quota: str, cores: int) ->
 
 def test_without_a_cgroup_the_affinity_mask_counts(tmp_path: Path) -> None:
     assert available_cores(tmp_path / "nowhere") == HERE
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [("fpu avx512_bf16 amx_bf16 amx_tile", True), ("fpu avx512_bf16 avx512_vnni", False)],
+)
+def test_a_processor_with_amx_multiplies_bfloat16(tmp_path: Path, flags: str, found: bool) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    assert multiplies_bfloat16(file) is found
+
+
+def test_where_nothing_is_known_of_the_processor_it_does_not(tmp_path: Path) -> None:
+    assert not multiplies_bfloat16(tmp_path / "nowhere")

@@ -28,6 +28,7 @@ SMALL = Config(
     ema_decay=0.5,
     patience=8,
     train_on=("HAM10000", "isic2017"),
+    precision="float32",  # on every machine
 )
 
 

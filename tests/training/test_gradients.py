@@ -111,13 +111,26 @@ def test_a_wide_kernel_is_taken_three_columns_at_a_time(
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_in_bfloat16_the_gradient_is_computed_in_float32(
-    kernel: int, convolutions: list[tuple[torch.dtype, int]]
+@pytest.mark.parametrize("stride", [1, 2])
+def test_in_bfloat16_the_gradient_of_the_images_of_a_kernel_that_strides_is_computed_in_float32(
+    kernel: int, stride: int, convolutions: list[tuple[torch.dtype, int]]
 ) -> None:
-    images, net = drawn(4), nn.Conv2d(4, 4, kernel, 2, groups=4)
+    images, net = drawn(4), nn.Conv2d(4, 4, kernel, stride, groups=4)
     exact = gradients(net, images, nullcontext())
     assert_alike(gradients(net, images, FasterGradients(), mixed=True), exact, share=0.02)
-    assert {kind for kind, _ in convolutions} == {torch.float32}
+    of_images, *of_weight = (kind for kind, _ in convolutions)
+    assert of_images == (torch.bfloat16 if stride == 1 else torch.float32)
+    assert set(of_weight) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 6.0), (0.0, 0.3), (-0.5, 0.25)])
+def test_bfloat16_numbers_are_clamped_as_pytorch_does(bounds: tuple[float, float]) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    numbers = every[~every.isnan()]
+    values = numbers.clone().requires_grad_() * 1.0
+    with FasterGradients():
+        nn.Hardtanh(*bounds, inplace=True)(values)
+    assert torch.equal(values, numbers.clamp(*bounds))
 
 
 def test_a_narrow_kernel_is_left_to_pytorch(convolutions: list[tuple[torch.dtype, int]]) -> None:

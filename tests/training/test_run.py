@@ -18,7 +18,7 @@ from training.fit import fit
 from training.losses import MultiTaskLoss
 from training.prepare import prepare, prepare_manifest
 from training.run import Run
-from training.state import warmup_cosine
+from training.state import precision_on, warmup_cosine
 
 pytestmark = pytest.mark.usefixtures("small_backbone")
 
@@ -89,7 +89,9 @@ def test_every_option_of_a_recipe_is_learned_with(
     assert bundle.manifest.operating_point.dataset == "validation split"
 
 
-def test_a_recipe_of_mixtures_goes_on_where_it_was_stopped(fitted: Run, tmp_path: Path) -> None:
+def test_a_recipe_of_mixtures_goes_on_where_it_was_stopped(
+    fitted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = {
         "epochs": 2,
         "sizes": (48, 64),
@@ -97,15 +99,20 @@ def test_a_recipe_of_mixtures_goes_on_where_it_was_stopped(fitted: Run, tmp_path
         "mixing": "mixup",
         "first_layer_rate": 0.1,
         "task_balancing": "famo",
-        "precision": "bfloat16",
+        "precision": "auto",
     }
+    monkeypatch.setattr("training.state.multiplies_bfloat16", lambda: True)
     undisturbed, stopped = Run(tmp_path / "undisturbed"), Run(tmp_path / "stopped")
     some = load_manifest(fitted.manifest)[::2]
     prepare_manifest(some, undisturbed, SMALL.model_copy(update=recipe))
     shutil.copytree(undisturbed.folder, stopped.folder)
     fit(undisturbed, workers=0)
     stop_after(1, stopped)
+    assert "Computing in bfloat16" in capsys.readouterr().out
+    # On another machine, it goes on with what it has begun with.
+    monkeypatch.setattr("training.state.multiplies_bfloat16", lambda: False)
     fit(stopped, workers=0)
+    assert "Computing in bfloat16" in capsys.readouterr().out
     with undisturbed.log.open() as one, stopped.log.open() as other:
         ours, theirs = list(csv.DictReader(one)), list(csv.DictReader(other))
     for row in (*ours, *theirs):
@@ -218,6 +225,22 @@ def test_a_worker_that_vanishes_is_one_sentence_and_what_was_fitted_stays(
     fit(run, workers=0)
     with run.log.open() as file:
         assert len(list(csv.DictReader(file))) == 3
+
+
+@pytest.mark.parametrize(
+    ("precision", "fast", "found"),
+    [
+        ("auto", True, "bfloat16"),
+        ("auto", False, "float32"),
+        ("float32", True, "float32"),
+        ("bfloat16", False, "bfloat16"),
+    ],
+)
+def test_bfloat16_is_taken_where_the_processor_multiplies_it(
+    precision: str, fast: bool, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.state.multiplies_bfloat16", lambda: fast)
+    assert precision_on("cpu", SMALL.model_copy(update={"precision": precision})) == found
 
 
 def test_warm_up_rises_and_the_cosine_falls() -> None:

@@ -41,6 +41,7 @@ CONFIG = Config(
     task_balancing="uncertainty",
     mixing="mixup",
     sizes=(32,),
+    precision="float32",
 )
 
 
