@@ -243,6 +243,7 @@ class Networks:
             version=network.facts.version,
             artifact=network.artifact.file,
             precision=network.artifact.precision,
+            runtime=network.engine_name,
             sha256=network.artifact.sha256,
         )
         for artifact in network.bundle.manifest.artifacts:

@@ -20,6 +20,8 @@ OF_COMPOSE = frozenset(
     {"MMTL_BUNDLE_NAME", "MMTL_BUNDLES_FOLDER", "MMTL_CPUS", "MMTL_DOMAIN", "MMTL_PUBLISH"}
 )
 
+Runtime = Literal["onnxruntime", "openvino"]
+
 
 class SettingsError(Exception):
     """Settings that do not fit; the message names the variable and says what would."""
@@ -51,8 +53,12 @@ class Settings(BaseSettings):
     artifact: ArtifactFormat = "onnx"
     """Which of the bundle's artifacts to run."""
 
-    precision: Literal["auto"] | Precision = "auto"
-    """`fp32`, `fp16` or `int8`; `auto` takes int8 on a CPU where the bundle has it, else fp32."""
+    precision: Literal["auto", Precision] = "auto"
+    """`fp32`, `fp16` or `int8`; `auto` takes int8 on a CPU where the bundle has it, else fp32, and
+    on a CPU with AMX computes in bfloat16 what stays in floats (docs/int8.md)."""
+
+    runtime: Literal["auto", Runtime] = "auto"
+    """Of ONNX artifacts: `onnxruntime`, or `openvino`, which `auto` takes on a CPU with AMX."""
 
     trust_torch: bool = False
     """Allow torch artifacts. They are code: say yes only to a bundle that you made or trust."""

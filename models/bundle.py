@@ -416,8 +416,16 @@ def golden_batch(manifest: Manifest) -> NDArray[np.uint8]:
     return np.stack([golden_image(golden.seed, *size) for golden in manifest.golden])
 
 
-def check_golden(manifest: Manifest, artifact: Artifact, outputs: Outputs) -> None:
+def check_golden(
+    manifest: Manifest, artifact: Artifact, outputs: Outputs, rounding: float = 0.0
+) -> None:
     """Compare an engine's outputs for `golden_batch` with what the manifest says.
+
+    Args:
+        manifest: Of the artifact's bundle.
+        artifact: That answered.
+        outputs: Its answers.
+        rounding: Of a value, or of 1 for a smaller one: allowed beside the artifact's tolerance.
 
     Raises:
         BundleError: An output is missing or differs by more than the artifact's tolerance.
@@ -427,11 +435,12 @@ def check_golden(manifest: Manifest, artifact: Artifact, outputs: Outputs) -> No
             if name not in outputs:
                 raise BundleError(f"{artifact.file} has no output {name}.")
             found = np.asarray(outputs[name][row], np.float64).ravel()
+            allowed = artifact.tolerance + rounding * max(1.0, *map(abs, expected))
             difference = (
                 float(np.abs(found - expected).max()) if found.shape == (len(expected),) else np.inf
             )
-            if not difference <= artifact.tolerance:
+            if not difference <= allowed:
                 raise BundleError(
                     f"{artifact.file} on this machine differs from its golden prediction: {name} "
-                    f"by {difference:.3g}, at most {artifact.tolerance:g} is allowed."
+                    f"by {difference:.3g}, at most {allowed:.3g} is allowed."
                 )

@@ -17,7 +17,7 @@ from models.recalibration import LOGIT
 from training.data.layouts import name_of
 from training.data.manifest import DataError, Record
 from training.data.tables import Faults, Row, read_rows
-from training.runners import onnx_runner
+from training.runners import Runner, onnx_runner
 
 BATCH_SIZE = 32
 PROBABILITY = "melanoma_probability"
@@ -59,7 +59,10 @@ class Predictions:
 
 
 def predict(
-    bundle: Bundle, records: Sequence[Record], precision: Precision | None = None
+    bundle: Bundle,
+    records: Sequence[Record],
+    precision: Precision | None = None,
+    run: Runner | None = None,
 ) -> Predictions:
     """Run a bundle's ONNX artifact on image files, decoded as the service decodes them.
 
@@ -67,6 +70,7 @@ def predict(
         bundle: Whose artifact.
         records: The images.
         precision: Of the artifact; None for the one that a CPU serves.
+        run: That runs it; None for ONNX Runtime.
 
     Raises:
         BundleError: The bundle has no such artifact.
@@ -74,7 +78,7 @@ def predict(
     """
     manifest = bundle.manifest
     artifact = bundle.artifact("onnx", precision) if precision else bundle.artifact_for_cpu()
-    run = onnx_runner(bundle.path(artifact))
+    run = run or onnx_runner(bundle.path(artifact))
     size = manifest.input.height, manifest.input.width
 
     def read(record: Record) -> NDArray[np.uint8]:

@@ -1,13 +1,14 @@
 """Runtimes that execute a bundle's artifact, behind one small protocol."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from app.settings import Settings
+from app.settings import Runtime, Settings
 from models.bundle import (
     Artifact,
     Bundle,
@@ -16,7 +17,7 @@ from models.bundle import (
     check_golden,
     golden_batch,
 )
-from models.cores import available_cores
+from models.cores import available_cores, multiplies_bfloat16
 
 log = structlog.get_logger()
 
@@ -34,11 +35,14 @@ class Engine(Protocol):
         runs_at_once: Threads that call `run` at the same time: on the CPU one a core where the
             runtime's own threads would wait for each other; on a GPU two, so that one batch is
             prepared while another runs.
+        rounding: By what share of a golden output it may miss it, beside the artifact's tolerance:
+            what it rounds otherwise than the runtime that the artifact was made with.
     """
 
     name: str
     device: str
     runs_at_once: int
+    rounding: float
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """uint8 [N, H, W, 3] -> each output by name, float32 [N, ...]."""
@@ -48,60 +52,72 @@ class Engine(Protocol):
 def open_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
     """The engine that the settings ask for, and the artifact that it runs.
 
-    Where no precision is asked for, a CPU runs the int8 artifact of a bundle that has one. One that
-    does not answer here as it did when it was made (not every processor multiplies integers without
-    overflow) is passed over.
+    Where they leave it open, that is the fastest there is for this machine. An artifact that a
+    runtime does not answer as it should here (not every processor multiplies integers without
+    overflow) is passed over for the next fastest.
 
     Raises:
         BundleError: The bundle has no such artifact, or the artifact does not fit its manifest.
         EngineError: The runtime or the device is not there, or a torch artifact is not trusted.
     """
-    if settings.precision != "auto":
-        artifact = bundle.artifact(settings.artifact, settings.precision)
-        return artifact, load_engine(bundle, artifact, settings)
-    precise = bundle.artifact(settings.artifact)
-    fastest = precise
-    if settings.artifact == "onnx":
-        from app.engines.onnx import uses_gpu
-
-        if not uses_gpu(settings.device):
-            fastest = bundle.artifact_for_cpu()
-    try:
-        return fastest, load_engine(bundle, fastest, settings)
-    except BundleError as error:
-        if fastest is precise:
-            raise
-        log.warning("artifact passed over", file=fastest.file, reason=str(error))
-        return precise, load_engine(bundle, precise, settings)
+    *faster, last = _choices(bundle, settings)
+    for artifact, runtime in faster:
+        try:
+            return artifact, load_engine(bundle, artifact, settings, runtime)
+        except BundleError as error:
+            log.warning(
+                "artifact passed over", file=artifact.file, runtime=runtime, reason=str(error)
+            )
+    artifact, runtime = last
+    return artifact, load_engine(bundle, artifact, settings, runtime)
 
 
-def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
+def _choices(bundle: Bundle, settings: Settings) -> list[tuple[Artifact, Runtime]]:
+    """What may be run, the fastest first: on a CPU integers, by OpenVINO where it has AMX.
+
+    Raises:
+        BundleError: The bundle has no such artifact.
+    """
+    asked = None if settings.precision == "auto" else settings.precision
+    artifacts = [bundle.artifact(settings.artifact, asked)]
+    if settings.artifact != "onnx":
+        return [(artifacts[0], "onnxruntime")]
+    runtimes: list[Runtime] = ["onnxruntime"]
+    if settings.runtime != "auto":
+        runtimes = [settings.runtime]
+    elif not _uses_gpu(settings) and multiplies_bfloat16() and find_spec("openvino"):
+        runtimes.insert(0, "openvino")
+    if (
+        asked is None
+        and not _uses_gpu(settings)
+        and (fastest := bundle.artifact_for_cpu()) not in artifacts
+    ):
+        artifacts.insert(0, fastest)
+    return [(artifact, runtime) for artifact in artifacts for runtime in runtimes]
+
+
+def _uses_gpu(settings: Settings) -> bool:
+    from app.engines.onnx import uses_gpu
+
+    return uses_gpu(settings.device)
+
+
+def load_engine(
+    bundle: Bundle, artifact: Artifact, settings: Settings, runtime: Runtime = "onnxruntime"
+) -> Engine:
     """Load an artifact, and check its outputs against the manifest.
+
+    Args:
+        bundle: That it is of.
+        artifact: Of the bundle.
+        settings: Device, threads, and whether torch is trusted.
+        runtime: Of an ONNX artifact.
 
     Raises:
         BundleError: The artifact does not fit its manifest.
         EngineError: The runtime or the device is not there, or a torch artifact is not trusted.
     """
-    threads = settings.threads or available_cores()
-    if artifact.format == "onnx":
-        from app.engines.onnx import OnnxEngine
-
-        engine: Engine = OnnxEngine(artifact.file, bundle.read(artifact), settings.device, threads)
-    else:
-        if not settings.trust_torch:
-            raise EngineError(
-                f"{artifact.file} is code, and runs only where you say that you trust it: "
-                "set MMTL_TRUST_TORCH=true."
-            )
-        try:
-            from app.engines.pytorch import PytorchEngine
-        except ModuleNotFoundError:
-            raise EngineError(
-                f"{artifact.file} needs torch: install requirements/training.txt, "
-                "or serve the ONNX artifact."
-            ) from None
-        content = bundle.read(artifact)
-        engine = PytorchEngine(artifact.file, content, artifact.format, settings.device, threads)
+    engine = _load(bundle, artifact, settings, runtime)
     images = golden_batch(bundle.manifest)
     try:
         outputs = engine.run(images)
@@ -112,8 +128,46 @@ def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engin
     check_shapes(
         artifact, outputs, {name: (len(images), *shape[1:]) for name, shape in shapes.items()}
     )
-    check_golden(bundle.manifest, artifact, outputs)
+    check_golden(bundle.manifest, artifact, outputs, engine.rounding)
     return engine
+
+
+def _load(bundle: Bundle, artifact: Artifact, settings: Settings, runtime: Runtime) -> Engine:
+    threads = settings.threads or available_cores()
+    if artifact.format == "onnx" and runtime == "openvino":
+        if settings.device.startswith("cuda"):
+            raise EngineError(
+                f"MMTL_DEVICE={settings.device}: OpenVINO runs on the CPU here. "
+                "Leave MMTL_RUNTIME out, or set MMTL_DEVICE=cpu."
+            )
+        try:
+            from app.engines.openvino import OpenVinoEngine
+        except ModuleNotFoundError:
+            raise EngineError(
+                "MMTL_RUNTIME=openvino: OpenVINO is not installed: install requirements/cpu.txt "
+                "on x86-64, or leave MMTL_RUNTIME out."
+            ) from None
+        # Who names a precision gets the same answers from every processor, up to rounding.
+        bfloat16 = settings.precision == "auto" and multiplies_bfloat16()
+        return OpenVinoEngine(artifact.file, bundle.read(artifact), threads, bfloat16)
+    if artifact.format == "onnx":
+        from app.engines.onnx import OnnxEngine
+
+        return OnnxEngine(artifact.file, bundle.read(artifact), settings.device, threads)
+    if not settings.trust_torch:
+        raise EngineError(
+            f"{artifact.file} is code, and runs only where you say that you trust it: "
+            "set MMTL_TRUST_TORCH=true."
+        )
+    try:
+        from app.engines.pytorch import PytorchEngine
+    except ModuleNotFoundError:
+        raise EngineError(
+            f"{artifact.file} needs torch: install requirements/training.txt, "
+            "or serve the ONNX artifact."
+        ) from None
+    content = bundle.read(artifact)
+    return PytorchEngine(artifact.file, content, artifact.format, settings.device, threads)
 
 
 def check_shapes(

@@ -33,6 +33,7 @@ class OnnxEngine:
     """
 
     name = "onnx"
+    rounding = 0.0
 
     def __init__(self, file: str, content: bytes, device: str, threads: int):
         if device.startswith("cuda") and not uses_gpu(device):

@@ -25,6 +25,8 @@ class PytorchEngine:
         EngineError: A GPU is asked for and is not there.
     """
 
+    rounding = 0.0
+
     def __init__(
         self,
         file: str,

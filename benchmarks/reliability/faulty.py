@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from app import networks
 from app.cli import main
-from app.engines.onnx import OnnxEngine
-from models.bundle import Outputs
+from app.engines import Engine
+from app.settings import Settings
+from models.bundle import Artifact, Bundle, Outputs
 
 FAULTS = Path(os.environ.pop("FAULTS"))
-run = OnnxEngine.run
+open_engine = networks.open_engine
 
 
 def taken(name: str) -> bool:
@@ -29,15 +31,22 @@ def taken(name: str) -> bool:
     return True
 
 
-def run_with_faults(engine: OnnxEngine, images: NDArray[np.uint8]) -> Outputs:
-    """The engine's `run`."""
-    if taken("fail"):
-        raise RuntimeError("injected: the run failed")
-    if taken("hang"):
-        threading.Event().wait()
-    return run(engine, images)
+def open_faulty_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
+    """The service's engine, whose later runs obey."""
+    artifact, engine = open_engine(bundle, settings)
+    run = engine.run
+
+    def run_with_faults(images: NDArray[np.uint8]) -> Outputs:
+        if taken("fail"):
+            raise RuntimeError("injected: the run failed")
+        if taken("hang"):
+            threading.Event().wait()
+        return run(images)
+
+    engine.run = run_with_faults  # type: ignore[method-assign]  # the fault
+    return artifact, engine
 
 
-OnnxEngine.run = run_with_faults  # type: ignore[method-assign]  # the fault
+networks.open_engine = open_faulty_engine  # type: ignore[attr-defined]  # which it imports
 sys.argv = ["mmtl", "serve"]
 main()

@@ -67,10 +67,11 @@ def systems(network: Path, side: int) -> dict[str, System]:
     peers = HERE / "peers"
     shared = {"NETWORK": str(network), "SIDE": str(side), "CORES": str(CORES)}
     ours = {"MMTL_PORT": str(PORT), "MMTL_BUNDLE": str(network.parent)}
+    same = {**ours, "MMTL_PRECISION": "fp32", "MMTL_RUNTIME": "onnxruntime"}
     port = str(PORT)
     quiet = ("--port", port, "--log-level", "warning")
     return {
-        "mmtl, same network": System("mmtl", ("mmtl", "serve"), {**ours, "MMTL_PRECISION": "fp32"}),
+        "mmtl, same network": System("mmtl", ("mmtl", "serve"), same),
         "mmtl, as shipped": System("mmtl", ("mmtl", "serve"), ours),
         "mmtl, short queue": System(
             "mmtl", ("mmtl", "serve"), {**ours, "MMTL_QUEUE_SIZE": str(SHORT_QUEUE)}
@@ -316,13 +317,19 @@ def measure_generator(system: System, mixes: dict[str, list[Path]], log: Path) -
         process.stop()
 
 
-def measure_limit(network: Path, side: int, mixes: dict[str, list[Path]]) -> dict[str, Any]:
-    """The bare loop on every mix, and one image after the other."""
+def measure_limit(system: System, mixes: dict[str, list[Path]]) -> dict[str, Any]:
+    """The bare loop on every mix, and one image after the other, with what a system runs."""
     python = make_environment("mmtl") / "python"
 
     def run(mix: str, threads: int, batch: int) -> dict[str, Any]:
-        command = [python, HERE / "limit.py", network, side, SECONDS, threads, batch, *mixes[mix]]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+        command = [python, HERE / "limit.py", SECONDS, threads, batch, *mixes[mix]]
+        done = subprocess.run(
+            list(map(str, command)),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **system.variables, "MMTL_THREADS": str(threads)},
+        )
         if done.returncode:
             raise SystemExit(f"limit.py failed: {done.stderr[-500:]}")
         found: dict[str, Any] = json.loads(done.stdout)
@@ -345,7 +352,6 @@ def main() -> None:
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle.resolve())
     network = bundle.path(bundle.artifact("onnx", "fp32"))
-    int8 = bundle.path(bundle.artifact("onnx", "int8"))
     side = bundle.manifest.input.width
     mixes = make_images(arguments.data.resolve(), arguments.run / "images")
     known = systems(network, side)
@@ -363,8 +369,7 @@ def main() -> None:
             if (repeat, name) not in done:
                 log = arguments.run / f"{name.replace(', ', '-').replace(' ', '-')}.log"
                 if name.startswith("limit"):
-                    used = int8 if "shipped" in name else network
-                    found = measure_limit(used, side, mixes)
+                    found = measure_limit(known[name.replace("limit", "mmtl")], mixes)
                 elif name == "nothing":
                     found = measure_generator(known[name], mixes, log)
                 elif name == "mmtl, short queue":

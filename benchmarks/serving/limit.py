@@ -1,8 +1,9 @@
 """The limit: decode and infer in a bare loop without HTTP, on the same cores with perfect batches.
 
-Run by compare.py in mmtl's environment: images in turn from files, mmtl's decoder, ONNX Runtime.
+Run by compare.py in mmtl's environment, with the settings (MMTL_*) of the service that it is the
+limit of: images in turn from files, mmtl's decoder, the engine that the service runs.
 
-    limit.py NETWORK SIDE SECONDS THREADS BATCH IMAGE... -> one line of JSON
+    limit.py SECONDS THREADS BATCH IMAGE... -> one line of JSON
 """
 
 import json
@@ -14,16 +15,19 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
+from app.engines import open_engine
+from app.settings import load_settings
+from models.bundle import load_bundle
 from models.images import decode
 
 
-def main(network: str, side: int, seconds: float, threads: int, batch: int, paths: list[str]):
+def main(seconds: float, threads: int, batch: int, paths: list[str]):
     """Every thread takes a batch of images, decodes them and runs the network on them."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
+    settings = load_settings()
+    bundle = load_bundle(settings.bundle)
+    _, engine = open_engine(bundle, settings)
+    size = bundle.manifest.input.height, bundle.manifest.input.width
     images = cycle([Path(path).read_bytes() for path in paths])
     turn = threading.Lock()
     spans: list[float] = []
@@ -37,8 +41,8 @@ def main(network: str, side: int, seconds: float, threads: int, batch: int, path
                 began = time.process_time()
             with turn:
                 taken = list(islice(images, batch))
-            pixels = np.stack([decode(data, side, side).pixels for data in taken])
-            session.run(None, {"images": pixels})
+            pixels = np.stack([decode(data, *size).pixels for data in taken])
+            engine.run(pixels)
             if now >= start:
                 spans.append(time.monotonic() - now)
 
@@ -61,11 +65,4 @@ def main(network: str, side: int, seconds: float, threads: int, batch: int, path
 
 
 if __name__ == "__main__":
-    main(
-        sys.argv[1],
-        int(sys.argv[2]),
-        float(sys.argv[3]),
-        int(sys.argv[4]),
-        int(sys.argv[5]),
-        sys.argv[6:],
-    )
+    main(float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.machine import processor
 from models.bundle import Bundle
+from models.cores import multiplies_bfloat16
 
 Rows = Sequence[dict[str, Any]]
 PEERS = ("FastAPI", "LitServe", "BentoML", "Ray Serve")
@@ -76,6 +77,13 @@ def write(folder: Path, rows: Rows, bundle: Bundle, mixes: dict[str, list[Path]]
     print(text)
 
 
+def _shipped() -> str:
+    """What a CPU like this one runs, in words."""
+    if multiplies_bfloat16():
+        return "the int8 file in OpenVINO, what stays in floats in bfloat16 (the processor has AMX)"
+    return "the int8 file in ONNX Runtime"
+
+
 def _lines(
     results: Results, bundle: Bundle, mixes: dict[str, list[Path]], seconds: float
 ) -> Iterator[str]:
@@ -88,10 +96,10 @@ def _lines(
         f"{platform.python_version()}; {len(results.repeats)} repeats of {seconds:g} seconds a "
         "load after one of warm-up, medians. Everything runs on the same cores, the load generator "
         "included. Peers decode with Pillow and run the fp32 ONNX file, configured as their "
-        "documentation has it (benchmarks/serving/peers). *Same network*: mmtl runs that file "
-        "too. *As shipped*: mmtl runs what it takes by default. *The limit* is a bare loop without "
-        "HTTP: mmtl's decoder and the same network in batches of 4, a thread a core. No GPU was "
-        "measured."
+        "documentation has it (benchmarks/serving/peers). *Same network*: mmtl runs that file in "
+        f"ONNX Runtime, too. *As shipped*: mmtl runs what it takes by default, here {_shipped()}. "
+        "*The limit* is a bare loop without HTTP: mmtl's decoder and the same network in the same "
+        "runtime, in batches of 4, a thread a core. No GPU was measured."
     )
     yield (
         "\nImages: "
@@ -102,8 +110,9 @@ def _lines(
         + " (medians; small ones are originals made 600x450, the others as they are).\n"
     )
     yield (
-        "What integers cost: [int8.md](int8.md). Whether the service grows: [soak.md](soak.md). "
-        "What each optimisation gives: [performance-steps.md](performance-steps.md).\n"
+        "What integers and bfloat16 cost: [int8.md](int8.md). Whether the service grows: "
+        "[soak.md](soak.md). What each optimisation gives: "
+        "[performance-steps.md](performance-steps.md).\n"
     )
     yield "![images a second](performance.svg)\n"
     for ours, title in ((SAME, "Same network"), (SHIPPED, "As shipped")):

@@ -1,24 +1,39 @@
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import onnxruntime
 import pytest
 
-from app.engines import EngineError, load_engine, open_engine
+from app.engines import Engine, EngineError, load_engine, open_engine
 from app.engines.onnx import OnnxEngine
 from app.engines.pytorch import PytorchEngine
-from app.settings import Settings
-from models.bundle import Bundle, BundleError, load_bundle, save_bundle
+from app.settings import Runtime, Settings
+from models.bundle import Bundle, BundleError, Precision, load_bundle, save_bundle
 from tests.bundles import SIDE, expected_outputs, make_bundle
 
+needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO is not installed")
+runtimes = pytest.mark.parametrize(
+    "runtime", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)]
+)
 
-def load(bundle: Bundle, **settings: object):
-    return load_engine(bundle, bundle.manifest.artifacts[0], Settings(**settings))
+
+def load(bundle: Bundle, runtime: Runtime = "onnxruntime", **settings: object) -> Engine:
+    return load_engine(bundle, bundle.manifest.artifacts[0], Settings(**settings), runtime)
 
 
-def test_onnx_answers_by_name_at_any_batch_size(tmp_path: Path) -> None:
-    engine = load(make_bundle(tmp_path / "bundle"), device="cpu")
-    assert (engine.name, engine.device) == ("onnx", "cpu")
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor multiplies bfloat16, or the tests say so."""
+    monkeypatch.setattr("app.engines.multiplies_bfloat16", lambda: True)
+
+
+@runtimes
+def test_a_network_answers_by_name_at_any_batch_size(runtime: Runtime, tmp_path: Path) -> None:
+    engine = load(make_bundle(tmp_path / "bundle"), runtime, device="cpu")
+    assert (engine.name, engine.device) == (runtime.removesuffix("runtime"), "cpu")
     for count in (1, 3):
         images = np.random.default_rng(0).integers(0, 255, (count, SIDE, SIDE, 3), np.uint8)
         outputs = engine.run(images)
@@ -34,9 +49,16 @@ def test_a_gpu_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
         load(make_bundle(tmp_path / "bundle"), device="cuda:0")
 
 
-def test_a_file_that_is_no_network_is_refused() -> None:
-    with pytest.raises(BundleError, match=r"cannot load model\.onnx"):
-        OnnxEngine("model.onnx", b"not a network", "cpu", 1)
+@runtimes
+@pytest.mark.parametrize("content", [b"not a network", b""])
+def test_a_file_that_is_no_network_is_refused(runtime: Runtime, content: bytes) -> None:
+    with pytest.raises(BundleError, match=r"cannot load model\.onnx: .+"):
+        if runtime == "onnxruntime":
+            OnnxEngine("model.onnx", content, "cpu", 1)
+        else:
+            from app.engines.openvino import OpenVinoEngine
+
+            OpenVinoEngine("model.onnx", content, 1, bfloat16=False)
 
 
 def test_a_file_that_was_changed_after_its_bundle_was_verified_is_not_run(tmp_path: Path) -> None:
@@ -53,20 +75,26 @@ def test_a_file_that_was_changed_after_its_bundle_was_verified_is_not_run(tmp_pa
         bundle.read(artifact)
 
 
-def test_a_network_that_does_not_fit_its_manifest_is_refused(tmp_path: Path) -> None:
+@runtimes
+def test_a_network_that_does_not_fit_its_manifest_is_refused(
+    runtime: Runtime, tmp_path: Path
+) -> None:
     made = make_bundle(tmp_path / "bundle")
     site = made.manifest.tasks[2].model_copy(update={"labels": ("a", "b", "c")})
     manifest = made.manifest.model_copy(update={"tasks": (*made.manifest.tasks[:2], site)})
     with pytest.raises(BundleError, match=r"output site has shape \(1, 2\), not \(1, 3\)"):
-        load(Bundle(made.folder, manifest))
+        load(Bundle(made.folder, manifest), runtime)
 
 
-def test_an_input_of_another_size_is_refused_in_a_sentence(tmp_path: Path) -> None:
+@runtimes
+def test_an_input_of_another_size_is_refused_in_a_sentence(
+    runtime: Runtime, tmp_path: Path
+) -> None:
     made = make_bundle(tmp_path / "bundle")
     size = made.manifest.input.model_copy(update={"height": 64})
     manifest = made.manifest.model_copy(update={"input": size})
     with pytest.raises(BundleError, match=r"model\.onnx does not take the declared input"):
-        load(Bundle(made.folder, manifest))
+        load(Bundle(made.folder, manifest), runtime)
 
 
 def two_precisions(folder: Path, golden_shift: float = 0.0) -> Bundle:
@@ -114,6 +142,96 @@ def test_integers_that_answer_otherwise_here_are_passed_over(
         open_engine(bundle, Settings(device="cpu", precision="int8"))
 
 
+@needs_openvino
+@pytest.mark.usefixtures("amx")
+def test_a_cpu_with_amx_is_openvino_s(tmp_path: Path) -> None:
+    bundle = two_precisions(tmp_path / "bundle")
+    for settings, precision, name in (
+        (Settings(), "int8", "openvino"),
+        (Settings(precision="fp32"), "fp32", "openvino"),
+        (Settings(runtime="onnxruntime"), "int8", "onnx"),
+    ):
+        artifact, engine = open_engine(bundle, settings)
+        assert (artifact.precision, engine.name) == (precision, name)
+
+
+def test_another_one_is_so_where_it_is_asked_for(tmp_path: Path) -> None:
+    bundle = two_precisions(tmp_path / "bundle")
+    assert open_engine(bundle, Settings())[1].name == "onnx"
+    if find_spec("openvino"):
+        assert open_engine(bundle, Settings(runtime="openvino"))[1].name == "openvino"
+
+
+@pytest.mark.usefixtures("amx")
+def test_without_openvino_onnx_runtime_does_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    monkeypatch.delitem(sys.modules, "app.engines.openvino", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr("app.engines.find_spec", lambda name: None)
+    assert open_engine(bundle, Settings())[1].name == "onnx"
+    with pytest.raises(EngineError, match=r"OpenVINO is not installed.*requirements/cpu\.txt"):
+        open_engine(bundle, Settings(runtime="openvino"))
+
+
+def test_openvino_runs_on_no_gpu(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="MMTL_DEVICE=cuda:0: OpenVINO runs on the CPU"):
+        load(make_bundle(tmp_path / "bundle"), "openvino", device="cuda:0")
+
+
+@needs_openvino
+@pytest.mark.usefixtures("amx")
+def test_what_openvino_answers_otherwise_is_passed_over_for_onnx_runtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from app.engines.openvino import OpenVinoEngine
+
+    run = OpenVinoEngine.run
+    monkeypatch.setattr(
+        OpenVinoEngine, "run", lambda *told: {k: v * 1.2 for k, v in run(*told).items()}
+    )
+    artifact, engine = open_engine(two_precisions(tmp_path / "bundle"), Settings())
+    assert (artifact.precision, engine.name) == ("int8", "onnx")
+    out, err = capsys.readouterr()
+    assert "differs from its golden prediction" in out + err
+
+
+@needs_openvino
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+@pytest.mark.usefixtures("amx")
+def test_who_names_a_precision_gets_it_from_every_processor(
+    precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from app.engines import openvino
+
+    told = []
+    monkeypatch.setattr(openvino, "OpenVinoEngine", lambda *given: told.append(given[-1]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_engine(make_bundle(tmp_path / "bundle"), Settings(precision=precision))
+    assert told == [precision == "auto"]
+
+
+@needs_openvino
+def test_threads_that_run_at_once_get_their_own_answers(tmp_path: Path) -> None:
+    engine = load(make_bundle(tmp_path / "bundle"), "openvino", threads=2)
+    assert engine.runs_at_once == 2
+    wrong = []
+
+    def ask(value: int) -> None:
+        images = np.full((2, SIDE, SIDE, 3), value, np.uint8)
+        for _ in range(50):
+            if abs(engine.run(images)["ood_score"] - value).max() > 1e-3:
+                wrong.append(value)
+
+    asking = [Thread(target=ask, args=[value]) for value in (10, 100, 200)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert not wrong
+
+
 def torch_bundle(folder: Path, artifact_format: str) -> Bundle:
     made = make_bundle(folder)
     artifact = made.manifest.artifacts[0].model_copy(update={"format": artifact_format})
@@ -140,7 +258,12 @@ def test_torch_names_a_gpu_that_is_not_there() -> None:
         PytorchEngine("model.pt2", b"", "torch_export", "cuda:99", 1)
 
 
-def test_the_shipped_bundle_loads_and_answers_its_golden_predictions() -> None:
+@runtimes
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_shipped_bundle_loads_and_answers_its_golden_predictions(
+    runtime: Runtime, precision: Precision
+) -> None:
     bundle = load_bundle(Settings().bundle)
-    load_engine(bundle, bundle.artifact("onnx"), Settings(device="cpu"))
+    artifact = bundle.artifact("onnx", precision)
+    load_engine(bundle, artifact, Settings(precision=precision), runtime)
     assert bundle.artifact("onnx").bytes < 16_000_000

@@ -153,6 +153,10 @@ def test_a_network_that_answers_otherwise_is_refused(tmp_path: Path) -> None:
     outputs["melanoma_logit"] = outputs["melanoma_logit"] + 0.1
     with pytest.raises(BundleError, match=r"melanoma_logit by 0\.1"):
         check_golden(made.manifest, artifact, outputs)
+    check_golden(made.manifest, artifact, outputs, rounding=0.1)
+    outputs["melanoma_logit"] += 10
+    with pytest.raises(BundleError, match=r"melanoma_logit by 10\.1"):
+        check_golden(made.manifest, artifact, outputs, rounding=0.1)
     outputs["melanoma_logit"][:] = np.nan
     with pytest.raises(BundleError, match="melanoma_logit by nan"):
         check_golden(made.manifest, artifact, outputs)
