@@ -69,6 +69,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.keys = Keys(settings.keys) if settings.keys else None
     app.state.tokens = tokens_of(settings)
     app.state.held = Held(settings.max_bytes_in_flight, settings.max_bytes)
+    app.add_middleware(predict.Direct)
     app.add_middleware(
         Telemetry,
         metrics=measured,

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from app.schemas import ProblemBody
 from app.trace import trace_of
@@ -174,13 +175,18 @@ def respond(
     )
 
 
+def answer(scope: Scope, problem: Problem) -> Response:
+    """The HTTP answer to a request that a problem ended, which its trace is told of."""
+    trace_of(scope).problems.append(problem.kind.name)
+    return respond(problem, headers=problem.headers)
+
+
 def install(app: FastAPI) -> None:
     """Make every error that a route raises a problem; `app.telemetry` answers for the others."""
 
     async def on_problem(request: Request, error: Exception) -> Response:
         assert isinstance(error, Problem)
-        trace_of(request.scope).problems.append(error.kind.name)
-        return respond(error, headers=error.headers)
+        return answer(request.scope, error)
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -1,0 +1,24 @@
+"""Enter a command line: Ctrl-C is quiet while its modules are still imported, too."""
+
+from importlib import import_module
+
+
+def enter(module: str) -> None:
+    """Import a module, and run its `main`.
+
+    Raises:
+        SystemExit: Ctrl-C was pressed (130).
+    """
+    try:
+        import_module(module).main()
+    except (KeyboardInterrupt, ImportError) as error:
+        if not _is_interrupt(error):
+            raise
+        raise SystemExit(130) from None
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: a compiled module makes an ImportError of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return error is not None

@@ -1,0 +1,43 @@
+import subprocess
+import sys
+
+import pytest
+
+INTERRUPTS = "raise KeyboardInterrupt"
+# As pybind11 has it.
+COMPILED = "raise ImportError('initialization failed') from KeyboardInterrupt()"
+FAILS = "raise ImportError('no such symbol') from ValueError()"
+
+
+def run(package: str, on_import: str) -> subprocess.CompletedProcess[str]:
+    """A package as a program, in which its command line cannot be imported."""
+    interrupted = f"""
+import runpy, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{package}.cli":
+            {on_import}
+sys.meta_path.insert(0, Finder())
+runpy.run_module("{package}", run_name="__main__")
+"""
+    return subprocess.run([sys.executable, "-c", interrupted], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("package", ["app", "training"])
+@pytest.mark.parametrize("on_import", [INTERRUPTS, COMPILED])
+def test_ctrl_c_is_quiet_while_a_command_is_imported(package: str, on_import: str) -> None:
+    done = run(package, on_import)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_what_else_fails_then_is_told() -> None:
+    done = run("app", FAILS)
+    assert done.returncode == 1
+    assert "no such symbol" in done.stderr
+
+
+@pytest.mark.parametrize(("package", "command"), [("app", "serve"), ("training", "fit")])
+def test_a_package_is_a_program(package: str, command: str) -> None:
+    done = subprocess.run([sys.executable, "-m", package, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert command in done.stdout
