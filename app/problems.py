@@ -165,7 +165,10 @@ def respond(
     body: ProblemBody | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The HTTP answer of a problem (`body` where it says more than the problem does)."""
+    """The HTTP answer of a problem (`body` where it says more than the problem does).
+
+    `answer` is for a request that has a trace.
+    """
     retry = RETRY_AFTER.get(problem.kind)
     return Response(
         (body or problem.body()).model_dump_json(exclude_unset=True),
@@ -194,16 +197,14 @@ def install(app: FastAPI) -> None:
         if kind is None:
             phrase = HTTPStatus(error.status_code).phrase
             kind = Kind(phrase.lower().replace(" ", "-"), error.status_code, phrase)
-        trace_of(request.scope).problems.append(kind.name)
         detail = "See /docs for what the service answers."
-        return respond(Problem(kind, detail), headers=error.headers)
+        return answer(request.scope, Problem(kind, detail, error.headers))
 
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first: Mapping[str, Any] = error.errors()[0]
         where = " ".join(str(part) for part in first["loc"])
-        trace_of(request.scope).problems.append(INVALID_PARAMETER.name)
-        return respond(Problem(INVALID_PARAMETER, f"{where}: {first['msg']}."))
+        return answer(request.scope, Problem(INVALID_PARAMETER, f"{where}: {first['msg']}."))
 
     app.add_exception_handler(Problem, on_problem)
     app.add_exception_handler(HTTPException, on_http)

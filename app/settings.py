@@ -55,7 +55,7 @@ class Settings(BaseSettings):
 
     precision: Literal["auto", Precision] = "auto"
     """`fp32`, `fp16` or `int8`; `auto` takes int8 on a CPU where the bundle has it, else fp32, and
-    on a CPU with AMX computes in bfloat16 what stays in floats (docs/int8.md)."""
+    lets OpenVINO compute in bfloat16 what stays in floats, where the CPU has AMX (docs/int8.md)."""
 
     runtime: Literal["auto", Runtime] = "auto"
     """Of ONNX artifacts: `onnxruntime`, or `openvino`, which `auto` takes on a CPU with AMX."""

@@ -223,8 +223,7 @@ class Telemetry:
             await send(message)
 
         async def refuse(kind: problems.Kind, detail: str) -> None:
-            trace.problems.append(kind.name)
-            answer = problems.respond(problems.Problem(kind, detail))
+            answer = problems.answer(scope, problems.Problem(kind, detail))
             await answer(scope, receive, send_with_headers)
 
         try:

@@ -14,7 +14,7 @@ import numpy as np
 from app.engines import load_engine
 from app.settings import Settings
 from models.bundle import Artifact, load_bundle
-from models.cores import multiplies_bfloat16
+from models.cores import has_amx
 from training import metrics
 from training.data.manifest import fingerprint
 from training.data.vocabulary import Split
@@ -64,7 +64,7 @@ def compare(
         and compared["ECE"].value <= MOST_ECE
         and max(flips, strange) <= MOST_FLIPS
     )
-    print("It is the default on a CPU" + ("" if kept else ", and costs too much for that") + ".")
+    print("That is little enough" if kept else "That is too much", "for a CPU's default.")
     return kept
 
 
@@ -87,10 +87,10 @@ def main(run: Path, folder: Path) -> int:
         "over lesions (seed 0). Calibration and thresholds are each artifact's own, fitted on "
         "validation with ONNX Runtime."
     )
-    print("\n## int8")
+    print("\n## int8 in ONNX Runtime\n\nWhat a CPU without AMX takes by default.")
     kept = compare("int8", fp32, predict(bundle, tested, "int8"), artifacts, clusters)
     print("\n## int8 in OpenVINO, what stays in floats in bfloat16\n")
-    if multiplies_bfloat16():
+    if has_amx():
         print("What a CPU with AMX takes by default (`MMTL_RUNTIME`, `MMTL_PRECISION`).")
         engine = load_engine(bundle, artifacts[1], Settings(), "openvino")
         mixed = predict(bundle, tested, "int8", engine.run)

@@ -19,10 +19,10 @@ def available_cores(quota: Path = _QUOTA) -> int:
     return max(cores or 1, 1)
 
 
-def multiplies_bfloat16(processors: Path = _PROCESSORS) -> bool:
-    """Whether they have AMX, with which matrices of bfloat16 take a fraction of float32's time.
+def has_amx(processors: Path = _PROCESSORS) -> bool:
+    """Whether they have Intel's AMX: matrices of bfloat16 take a fraction of float32's time.
 
-    Processors without it may know bfloat16, and gain nothing by it (docs/training-speed.md).
+    Processors that know such numbers and lack it gain little or nothing by them.
     """
     try:
         return "amx_bf16" in processors.read_text().split()

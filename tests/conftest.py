@@ -30,7 +30,7 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _same_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     """On every machine; tests/app/test_engines.py has those of other processors."""
-    monkeypatch.setattr("app.engines.multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("app.engines.has_amx", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -65,8 +65,8 @@ class Config(BaseModel):
             labels.
         distillation: The share of a taught task's loss that follows the teachers.
         precision: Of the network's arithmetic in training; what is kept is float32. `auto` is
-            bfloat16 where the hardware multiplies such numbers (GPUs, Intel's AMX); a run goes on
-            with what it has begun with.
+            bfloat16 on GPUs that have it and on CPUs with Intel's AMX; a run goes on with what it
+            has begun with.
         compile: With torch.compile, which takes minutes once and wants a C++ compiler on a CPU.
         validate_on: The dataset that stops training and calibrates, by the beginning of its name;
             empty for all.

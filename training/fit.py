@@ -158,7 +158,7 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
     state.resume(run, identity)
     state.precision = team.told(state.precision)
     if team.leads and config.precision == "auto" and state.precision != "float32":
-        tqdm.write(f"Computing in {state.precision}, which is faster here (see `precision`).")
+        tqdm.write(f"Computing in {state.precision} (precision = auto).")
     if team.leads and state.history:  # what was stopped after a checkpoint had not written its log
         _show(run, state.history)
     with open_scalars(run, state.epoch) if team.leads else nullcontext() as scalars:

@@ -59,7 +59,10 @@ def _is_slow(
         and weight.shape[:2] == (groups, 1)
         and _pair(dilation) == (1, 1)
         and not isinstance(padding, str)
-        and (weight.shape[3] > _WIDEST or torch.is_autocast_enabled("cpu"))
+        and (
+            weight.shape[3] > _WIDEST
+            or (torch.is_autocast_enabled("cpu") and _pair(stride) != (1, 1))
+        )
     )
 
 

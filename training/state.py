@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from models.bundle import Bundle
-from models.cores import multiplies_bfloat16
+from models.cores import has_amx
 from models.files import write_atomically
 from training.config import Config, Precision
 from training.data.manifest import DataError, Record, fingerprint, first_line
@@ -119,7 +119,7 @@ def precision_on(device: str, config: Config) -> Precision:
     if device == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = multiplies_bfloat16()
+        fast = has_amx()
     return "bfloat16" if fast else "float32"
 
 

@@ -17,7 +17,7 @@ from models.bundle import (
     check_golden,
     golden_batch,
 )
-from models.cores import available_cores, multiplies_bfloat16
+from models.cores import available_cores, has_amx
 
 log = structlog.get_logger()
 
@@ -35,8 +35,8 @@ class Engine(Protocol):
         runs_at_once: Threads that call `run` at the same time: on the CPU one a core where the
             runtime's own threads would wait for each other; on a GPU two, so that one batch is
             prepared while another runs.
-        rounding: By what share of a golden output it may miss it, beside the artifact's tolerance:
-            what it rounds otherwise than the runtime that the artifact was made with.
+        rounding: What it rounds otherwise than the runtime that the artifact was made with, as a
+            share of a golden output's largest value, or of 1 where that is smaller.
     """
 
     name: str
@@ -64,7 +64,7 @@ def open_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
     for artifact, runtime in faster:
         try:
             return artifact, load_engine(bundle, artifact, settings, runtime)
-        except BundleError as error:
+        except (BundleError, EngineError) as error:
             log.warning(
                 "artifact passed over", file=artifact.file, runtime=runtime, reason=str(error)
             )
@@ -73,38 +73,40 @@ def open_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
 
 
 def _choices(bundle: Bundle, settings: Settings) -> list[tuple[Artifact, Runtime]]:
-    """What may be run, the fastest first: on a CPU integers, by OpenVINO where it has AMX.
+    """What may be run, the fastest first.
 
     Raises:
         BundleError: The bundle has no such artifact.
     """
     asked = None if settings.precision == "auto" else settings.precision
     artifacts = [bundle.artifact(settings.artifact, asked)]
-    if settings.artifact != "onnx":
-        return [(artifacts[0], "onnxruntime")]
-    runtimes: list[Runtime] = ["onnxruntime"]
+    if settings.artifact == "onnx" and asked is None and _on_cpu(settings):
+        fastest = bundle.artifact_for_cpu()
+        artifacts = [fastest] + [artifact for artifact in artifacts if artifact != fastest]
+    return [(artifact, runtime) for artifact in artifacts for runtime in runtimes(settings)]
+
+
+def runtimes(settings: Settings) -> list[Runtime]:
+    """Of ONNX artifacts, the fastest first: OpenVINO where it finds AMX."""
     if settings.runtime != "auto":
-        runtimes = [settings.runtime]
-    elif not _uses_gpu(settings) and multiplies_bfloat16() and find_spec("openvino"):
-        runtimes.insert(0, "openvino")
-    if (
-        asked is None
-        and not _uses_gpu(settings)
-        and (fastest := bundle.artifact_for_cpu()) not in artifacts
-    ):
-        artifacts.insert(0, fastest)
-    return [(artifact, runtime) for artifact in artifacts for runtime in runtimes]
+        return [settings.runtime]
+    if _on_cpu(settings) and has_amx() and find_spec("openvino"):
+        return ["openvino", "onnxruntime"]
+    return ["onnxruntime"]
 
 
-def _uses_gpu(settings: Settings) -> bool:
+def _on_cpu(settings: Settings) -> bool:
+    """Whether an ONNX artifact is run on a CPU."""
+    if settings.device.startswith("cuda"):
+        return False
+    if settings.device == "cpu" or settings.runtime == "openvino":
+        return True
     from app.engines.onnx import uses_gpu
 
-    return uses_gpu(settings.device)
+    return not uses_gpu(settings.device)
 
 
-def load_engine(
-    bundle: Bundle, artifact: Artifact, settings: Settings, runtime: Runtime = "onnxruntime"
-) -> Engine:
+def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings, runtime: Runtime) -> Engine:
     """Load an artifact, and check its outputs against the manifest.
 
     Args:
@@ -142,13 +144,13 @@ def _load(bundle: Bundle, artifact: Artifact, settings: Settings, runtime: Runti
             )
         try:
             from app.engines.openvino import OpenVinoEngine
-        except ModuleNotFoundError:
+        except ImportError as error:
             raise EngineError(
-                "MMTL_RUNTIME=openvino: OpenVINO is not installed: install requirements/cpu.txt "
-                "on x86-64, or leave MMTL_RUNTIME out."
+                f"OpenVINO cannot be used ({error}): install requirements/cpu.txt on x86-64 Linux, "
+                "or set MMTL_RUNTIME=onnxruntime."
             ) from None
         # Who names a precision gets the same answers from every processor, up to rounding.
-        bfloat16 = settings.precision == "auto" and multiplies_bfloat16()
+        bfloat16 = settings.precision == "auto" and has_amx()
         return OpenVinoEngine(artifact.file, bundle.read(artifact), threads, bfloat16)
     if artifact.format == "onnx":
         from app.engines.onnx import OnnxEngine

@@ -32,7 +32,7 @@ class OnnxEngine:
         EngineError: A GPU is asked for and cannot be used.
     """
 
-    name = "onnx"
+    name = "onnxruntime"
     rounding = 0.0
 
     def __init__(self, file: str, content: bytes, device: str, threads: int):

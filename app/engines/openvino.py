@@ -15,8 +15,8 @@ sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]  # 
 
 import openvino  # noqa: E402
 
-# Of a value, or of 1 for a smaller one: the eight bits of a bfloat16, through some fifty layers.
-_ROUNDED = 2**-4
+# Eight bits of a bfloat16, through some fifty layers; and integers, which it adds up otherwise.
+_ROUNDED_BFLOAT16, _ROUNDED = 2**-4, 2**-6
 
 
 class OpenVinoEngine:
@@ -32,14 +32,14 @@ class OpenVinoEngine:
         BundleError: The file is not a network with the input that the contract names.
     """
 
-    name = "openvino"
     device = "cpu"
-    rounding = _ROUNDED
 
     def __init__(self, file: str, content: bytes, threads: int, bfloat16: bool):
+        self.name = "openvino-bfloat16" if bfloat16 else "openvino"
+        self.rounding = _ROUNDED_BFLOAT16 if bfloat16 else _ROUNDED
         self.runs_at_once = threads
-        core = openvino.Core()
         try:
+            core = openvino.Core()
             compiled = core.compile_model(
                 core.read_model(BytesIO(content)),
                 "CPU",

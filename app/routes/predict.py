@@ -130,12 +130,15 @@ class Direct:
         if asked != ("POST", _PATH, b""):
             await self.app(scope, receive, send)
             return
-        scope["route"] = router.routes[0]
+        scope["route"] = _ROUTE  # as the router has it, for whoever names the request
         try:
             response = await predict(Request(scope, receive, send))
         except Problem as problem:
             response = answer(scope, problem)
         await response(scope, receive, send)
+
+
+_ROUTE = router.routes[-1]
 
 
 def _outcomes(uploads: list[Upload], results: list[Result] | None) -> list[tuple[str, str]]:

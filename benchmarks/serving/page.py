@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.machine import processor
 from models.bundle import Bundle
-from models.cores import multiplies_bfloat16
+from models.cores import has_amx
 
 Rows = Sequence[dict[str, Any]]
 PEERS = ("FastAPI", "LitServe", "BentoML", "Ray Serve")
@@ -79,7 +79,7 @@ def write(folder: Path, rows: Rows, bundle: Bundle, mixes: dict[str, list[Path]]
 
 def _shipped() -> str:
     """What a CPU like this one runs, in words."""
-    if multiplies_bfloat16():
+    if has_amx():
         return "the int8 file in OpenVINO, what stays in floats in bfloat16 (the processor has AMX)"
     return "the int8 file in ONNX Runtime"
 

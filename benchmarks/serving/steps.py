@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import processor
 from benchmarks.serving.compare import CORES, PORT, ROOT, make_images
-from models.cores import multiplies_bfloat16
+from models.cores import has_amx
 
 ROUNDS = 5
 SECONDS = 3.0
@@ -35,7 +35,7 @@ AS_IT_IS = "as it is"
 OPENVINO = "OpenVINO"
 UNDONE = {
     OPENVINO: "ONNX Runtime in its place, int8 and float32",
-    "int8": "the fp32 network",
+    "int8": "the fp32 network, in float32",
     "a run a core": "one run at a time, on all cores",
     "batches of 4": "every image run on its own",
     "spare workers": "no more workers than cores",
@@ -44,7 +44,7 @@ UNDONE = {
     "past the router": "FastAPI finds every route, and reads its parameters",
     "memory patterns": "no plan of memory for each size of batch",
 }
-if multiplies_bfloat16():
+if has_amx():
     del UNDONE["memory patterns"]  # which are ONNX Runtime's
 else:
     del UNDONE[OPENVINO]
@@ -118,7 +118,7 @@ def serve(variant: str) -> None:
 def run_on_all_cores() -> None:
     """Have the engine take one run at a time."""
     module: Any
-    if multiplies_bfloat16():
+    if has_amx():
         import app.engines.openvino as module
 
         engine, compile_model = module.OpenVinoEngine, module.openvino.Core.compile_model
@@ -241,7 +241,8 @@ def main() -> None:
     print(
         f"32 clients, {CORES} cores ({processor()}), {arguments.rounds} rounds of {SECONDS:g} "
         "seconds: medians, and the ratio to the service as it is in the same round: its median, "
-        "lowest and highest. What spans 1 was not told apart from it; a slow round of the service as it is lifts all.\n"
+        "lowest and highest. What spans 1 was not told apart from it; a slow round of the service "
+        "as it is lifts all.\n"
     )
     print("## Kept: the service with one of them undone\n")
     print(f"{head}\n|---|---|---|---|---|")

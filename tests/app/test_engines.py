@@ -27,13 +27,13 @@ def load(bundle: Bundle, runtime: Runtime = "onnxruntime", **settings: object) -
 @pytest.fixture
 def amx(monkeypatch: pytest.MonkeyPatch) -> None:
     """The processor multiplies bfloat16, or the tests say so."""
-    monkeypatch.setattr("app.engines.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("app.engines.has_amx", lambda: True)
 
 
 @runtimes
 def test_a_network_answers_by_name_at_any_batch_size(runtime: Runtime, tmp_path: Path) -> None:
     engine = load(make_bundle(tmp_path / "bundle"), runtime, device="cpu")
-    assert (engine.name, engine.device) == (runtime.removesuffix("runtime"), "cpu")
+    assert (engine.name, engine.device) == (runtime, "cpu")
     for count in (1, 3):
         images = np.random.default_rng(0).integers(0, 255, (count, SIDE, SIDE, 3), np.uint8)
         outputs = engine.run(images)
@@ -147,9 +147,9 @@ def test_integers_that_answer_otherwise_here_are_passed_over(
 def test_a_cpu_with_amx_is_openvino_s(tmp_path: Path) -> None:
     bundle = two_precisions(tmp_path / "bundle")
     for settings, precision, name in (
-        (Settings(), "int8", "openvino"),
+        (Settings(), "int8", "openvino-bfloat16"),
         (Settings(precision="fp32"), "fp32", "openvino"),
-        (Settings(runtime="onnxruntime"), "int8", "onnx"),
+        (Settings(runtime="onnxruntime"), "int8", "onnxruntime"),
     ):
         artifact, engine = open_engine(bundle, settings)
         assert (artifact.precision, engine.name) == (precision, name)
@@ -157,7 +157,7 @@ def test_a_cpu_with_amx_is_openvino_s(tmp_path: Path) -> None:
 
 def test_another_one_is_so_where_it_is_asked_for(tmp_path: Path) -> None:
     bundle = two_precisions(tmp_path / "bundle")
-    assert open_engine(bundle, Settings())[1].name == "onnx"
+    assert open_engine(bundle, Settings())[1].name == "onnxruntime"
     if find_spec("openvino"):
         assert open_engine(bundle, Settings(runtime="openvino"))[1].name == "openvino"
 
@@ -170,9 +170,28 @@ def test_without_openvino_onnx_runtime_does_it(
     monkeypatch.delitem(sys.modules, "app.engines.openvino", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setattr("app.engines.find_spec", lambda name: None)
-    assert open_engine(bundle, Settings())[1].name == "onnx"
-    with pytest.raises(EngineError, match=r"OpenVINO is not installed.*requirements/cpu\.txt"):
+    assert open_engine(bundle, Settings())[1].name == "onnxruntime"
+    with pytest.raises(EngineError, match=r"OpenVINO cannot be used.*requirements/cpu\.txt"):
         open_engine(bundle, Settings(runtime="openvino"))
+
+
+@needs_openvino
+@pytest.mark.usefixtures("amx")
+def test_an_openvino_that_does_not_load_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "app.engines.openvino", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert open_engine(make_bundle(tmp_path / "bundle"), Settings())[1].name == "onnxruntime"
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="has CUDA"
+)
+@pytest.mark.usefixtures("amx")
+def test_who_asks_for_a_gpu_is_told_of_the_gpu(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="this ONNX Runtime has no CUDA"):
+        open_engine(two_precisions(tmp_path / "bundle"), Settings(device="cuda:0"))
 
 
 def test_openvino_runs_on_no_gpu(tmp_path: Path) -> None:
@@ -192,7 +211,7 @@ def test_what_openvino_answers_otherwise_is_passed_over_for_onnx_runtime(
         OpenVinoEngine, "run", lambda *told: {k: v * 1.2 for k, v in run(*told).items()}
     )
     artifact, engine = open_engine(two_precisions(tmp_path / "bundle"), Settings())
-    assert (artifact.precision, engine.name) == ("int8", "onnx")
+    assert (artifact.precision, engine.name) == ("int8", "onnxruntime")
     out, err = capsys.readouterr()
     assert "differs from its golden prediction" in out + err
 
@@ -230,6 +249,13 @@ def test_threads_that_run_at_once_get_their_own_answers(tmp_path: Path) -> None:
     for thread in asking:
         thread.join()
     assert not wrong
+
+
+@needs_openvino
+@pytest.mark.usefixtures("amx")
+def test_the_shipped_bundle_is_openvino_s_where_it_has_amx() -> None:
+    artifact, engine = open_engine(load_bundle(Settings().bundle), Settings())
+    assert (artifact.precision, engine.name) == ("int8", "openvino-bfloat16")
 
 
 def torch_bundle(folder: Path, artifact_format: str) -> Bundle:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from starlette.routing import Router
 
 from app.settings import Settings
 from models.images import CorruptImageError, DecodedImage, decode
@@ -238,3 +239,19 @@ def check_problem(answer, status: int, kind: str) -> None:
     assert body["title"]
     assert body["detail"].endswith(".")
     assert answer.headers["X-Request-ID"]
+
+
+@pytest.mark.parametrize("image", [lesion(1, 60, 40), b"no picture"])
+def test_without_parameters_the_router_is_not_asked_and_the_answer_is_the_same(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, image: bytes
+) -> None:
+    files = {"files": ("a.jpg", image, "image/jpeg")}
+    routed = client.post("/predict?explain=false", files=files)
+    entered = []
+    monkeypatch.setattr(Router, "__call__", lambda *_: entered.append(1) or 1 / 0)
+    direct = client.post("/predict", files=files)
+    assert not entered
+    assert direct.status_code == routed.status_code
+    assert direct.headers.keys() == routed.headers.keys()
+    same = [{k: v for k, v in x.json().items() if k != "request_id"} for x in (direct, routed)]
+    assert same[0] == same[1]

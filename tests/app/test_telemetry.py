@@ -35,7 +35,7 @@ def test_every_label_is_there_before_the_first_request(client: TestClient) -> No
     assert found[key("mmtl_queue_depth")] == 0
     assert found[key("mmtl_out_of_distribution_total")] == 0
     info = next(labels for name, labels in found if name == "mmtl_model_info")
-    assert {"test", "1.2.3", "onnx", "cpu"} < info
+    assert {"test", "1.2.3", "onnxruntime", "cpu"} < info
 
 
 def test_requests_and_images_are_counted(client: TestClient) -> None:

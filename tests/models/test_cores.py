@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from models.cores import available_cores, multiplies_bfloat16
+from models.cores import available_cores, has_amx
 
 HERE = len(os.sched_getaffinity(0))
 
@@ -26,11 +26,11 @@ def test_without_a_cgroup_the_affinity_mask_counts(tmp_path: Path) -> None:
     ("flags", "found"),
     [("fpu avx512_bf16 amx_bf16 amx_tile", True), ("fpu avx512_bf16 avx512_vnni", False)],
 )
-def test_a_processor_with_amx_multiplies_bfloat16(tmp_path: Path, flags: str, found: bool) -> None:
+def test_a_processor_with_amx_has_amx(tmp_path: Path, flags: str, found: bool) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
-    assert multiplies_bfloat16(file) is found
+    assert has_amx(file) is found
 
 
 def test_where_nothing_is_known_of_the_processor_it_does_not(tmp_path: Path) -> None:
-    assert not multiplies_bfloat16(tmp_path / "nowhere")
+    assert not has_amx(tmp_path / "nowhere")

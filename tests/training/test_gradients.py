@@ -110,8 +110,7 @@ def test_a_wide_kernel_is_taken_three_columns_at_a_time(
     assert convolutions == [(torch.float32, width) for width in (7, 3, 3, 1)]  # images, then weight
 
 
-@pytest.mark.parametrize("kernel", [3, 5])
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 1), (5, 2)])
 def test_in_bfloat16_the_gradient_of_the_images_of_a_kernel_that_strides_is_computed_in_float32(
     kernel: int, stride: int, convolutions: list[tuple[torch.dtype, int]]
 ) -> None:
@@ -133,6 +132,9 @@ def test_bfloat16_numbers_are_clamped_as_pytorch_does(bounds: tuple[float, float
     assert torch.equal(values, numbers.clamp(*bounds))
 
 
-def test_a_narrow_kernel_is_left_to_pytorch(convolutions: list[tuple[torch.dtype, int]]) -> None:
-    gradients(nn.Conv2d(4, 4, 3, groups=4), drawn(4), FasterGradients())
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_narrow_kernel_is_left_to_pytorch(
+    mixed: bool, convolutions: list[tuple[torch.dtype, int]]
+) -> None:
+    gradients(nn.Conv2d(4, 4, 3, groups=4), drawn(4), FasterGradients(), mixed)
     assert not convolutions

@@ -101,7 +101,7 @@ def test_a_recipe_of_mixtures_goes_on_where_it_was_stopped(
         "task_balancing": "famo",
         "precision": "auto",
     }
-    monkeypatch.setattr("training.state.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("training.state.has_amx", lambda: True)
     undisturbed, stopped = Run(tmp_path / "undisturbed"), Run(tmp_path / "stopped")
     some = load_manifest(fitted.manifest)[::2]
     prepare_manifest(some, undisturbed, SMALL.model_copy(update=recipe))
@@ -110,7 +110,7 @@ def test_a_recipe_of_mixtures_goes_on_where_it_was_stopped(
     stop_after(1, stopped)
     assert "Computing in bfloat16" in capsys.readouterr().out
     # On another machine, it goes on with what it has begun with.
-    monkeypatch.setattr("training.state.multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("training.state.has_amx", lambda: False)
     fit(stopped, workers=0)
     assert "Computing in bfloat16" in capsys.readouterr().out
     with undisturbed.log.open() as one, stopped.log.open() as other:
@@ -239,7 +239,7 @@ def test_a_worker_that_vanishes_is_one_sentence_and_what_was_fitted_stays(
 def test_bfloat16_is_taken_where_the_processor_multiplies_it(
     precision: str, fast: bool, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.state.multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr("training.state.has_amx", lambda: fast)
     assert precision_on("cpu", SMALL.model_copy(update={"precision": precision})) == found
 
 
