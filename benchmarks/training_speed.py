@@ -8,9 +8,10 @@ defaults, `torchvision` an `ImageFolder` with the transforms of its documented t
 (RandomResizedCrop, horizontal flip, TrivialAugmentWide, normalisation). Both train one head, the
 library's own; mmtl trains five. mmtl's first epoch decodes into its cache, on every core, the
 others' every epoch decodes from the files. The libraries' arithmetic is float32, as it is unless
-one asks for another; "in bfloat16" is timm's loop under torch.autocast. mmtl's is what it takes
-unless told otherwise (`precision`), "in float32" mmtl with `precision = "float32"`; "memory given
-back" is mmtl without training/memory.py, "PyTorch's gradients" mmtl without training/gradients.py.
+one asks for another; mmtl's is what it takes unless told otherwise (`precision`), "in float32" mmtl
+with `precision = "float32"`. With `--ablations`, "memory given back" is mmtl without
+training/memory.py, "PyTorch's gradients" mmtl without training/gradients.py, and "timm, in
+bfloat16" timm's loop under torch.autocast.
 "The step alone" is mmtl's network on images that are there already: no input could make an epoch
 faster. With EfficientNet-Lite0 the step takes most of an epoch here, with MobileNetV3-Small the
 input. The input alone is the same epochs without a network: what two cores can feed to a GPU.
@@ -37,8 +38,9 @@ FLOAT32 = "mmtl, in float32"
 GIVEN_BACK = "mmtl, memory given back"
 PLAIN_GRADIENTS = "mmtl, PyTorch's gradients"
 TIMM_MIXED = "timm, in bfloat16"
-LIBRARIES = ("timm", TIMM_MIXED, "torchvision")
-VARIANTS = ("mmtl", FLOAT32, GIVEN_BACK, PLAIN_GRADIENTS, *LIBRARIES, STEP_ALONE)
+LIBRARIES = ("timm", "torchvision", TIMM_MIXED)
+VARIANTS = ("mmtl", FLOAT32, "timm", "torchvision", STEP_ALONE)
+ABLATIONS = (GIVEN_BACK, PLAIN_GRADIENTS, TIMM_MIXED)
 # Nothing of a network.
 WITHOUT_NETWORK = ("mmtl", GIVEN_BACK, "timm", "torchvision")
 SIZE, BATCH, WORKERS = 160, 32, 2
@@ -49,7 +51,7 @@ INPUT_ALONE = "none"
 IMAGES = {"small": 384, "large": 640}
 IMAGES_ALONE = {"small": 3200, "large": 320}
 # Without a network, libraries and mmtl may be close.
-REPEATS, REPEATS_ALONE = 2, 5
+REPEATS, REPEATS_ALONE = 2, 4
 
 
 def lay_out(data: Path, folder: Path, size: str, count: int) -> None:
@@ -210,6 +212,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("weights", help="Folder of NAME.pth; what is not there is downloaded.")
+    parser.add_argument(
+        "--ablations", action="store_true", help="Measure mmtl without parts of it."
+    )
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -220,6 +225,7 @@ def main() -> None:
             times = mmtl_epochs(arguments.data, variant, backbone, arguments.weights)
         print(json.dumps(times))
         return
+    variants = VARIANTS + ABLATIONS if arguments.ablations else VARIANTS
     seconds: dict[tuple[str, str, str], list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for backbone in (*BACKBONES, INPUT_ALONE):
@@ -227,8 +233,8 @@ def main() -> None:
                 folder = Path(temporary) / f"{backbone}-{size}"
                 lay_out(arguments.data, folder, size, count)
                 for repeat in range(REPEATS_ALONE if backbone == INPUT_ALONE else REPEATS):
-                    first = repeat % len(VARIANTS)
-                    for variant in VARIANTS[first:] + VARIANTS[:first]:
+                    first = repeat % len(variants)
+                    for variant in variants[first:] + variants[:first]:
                         if backbone != INPUT_ALONE or variant in WITHOUT_NETWORK:
                             times = measure(variant, backbone, arguments.weights, folder)
                             seconds.setdefault((backbone, variant, size), []).append(times)
@@ -262,7 +268,7 @@ def table(seconds: dict[tuple[str, str, str], list[list[float]]], backbone: str)
             for size, count in images_of(backbone).items()
             for epoch in (0, 1)
         ]
-        for variant in VARIANTS
+        for variant in VARIANTS + ABLATIONS
         if (backbone, variant, "small") in seconds
     }
     rows = [
