@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.console import NOTICE, fail
-from app.engines import load_engine, runtimes
+from app.engines import load_engine
 from app.settings import load_settings
 from models.bundle import MANIFEST, Artifact, Bundle, load_bundle
 from models.recalibration import (
@@ -42,8 +42,7 @@ def verify(
         elif artifact.format != "onnx" and not settings.trust_torch:
             print(f"hash ok  {artifact.file} (not run: MMTL_TRUST_TORCH is not set)")
         else:
-            for runtime in runtimes(settings):
-                load_engine(bundle, artifact, settings, runtime)
+            load_engine(bundle, artifact, settings)
             print(f"ok       {artifact.file}")
 
 

@@ -27,12 +27,6 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-@pytest.fixture(autouse=True)
-def _same_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On every machine; tests/app/test_engines.py has those of other processors."""
-    monkeypatch.setattr("app.engines.has_amx", lambda: False)
-
-
 @pytest.fixture(scope="session")
 def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("bundles") / "test").folder

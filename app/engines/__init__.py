@@ -1,14 +1,13 @@
 """Runtimes that execute a bundle's artifact, behind one small protocol."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from app.settings import Runtime, Settings
+from app.settings import Settings
 from models.bundle import (
     Artifact,
     Bundle,
@@ -52,27 +51,24 @@ class Engine(Protocol):
 def open_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
     """The engine that the settings ask for, and the artifact that it runs.
 
-    Where they leave it open, that is the fastest there is for this machine. An artifact that a
-    runtime does not answer as it should here (not every processor multiplies integers without
-    overflow) is passed over for the next fastest.
+    Where no precision is asked for, a CPU runs the int8 artifact of a bundle that has one. One that
+    does not answer here as it did when it was made (not every processor multiplies integers without
+    overflow) is passed over.
 
     Raises:
         BundleError: The bundle has no such artifact, or the artifact does not fit its manifest.
         EngineError: The runtime or the device is not there, or a torch artifact is not trusted.
     """
-    *faster, last = _choices(bundle, settings)
-    for artifact, runtime in faster:
+    artifacts = _choices(bundle, settings)
+    for artifact in artifacts[:-1]:
         try:
-            return artifact, load_engine(bundle, artifact, settings, runtime)
-        except (BundleError, EngineError) as error:
-            log.warning(
-                "artifact passed over", file=artifact.file, runtime=runtime, reason=str(error)
-            )
-    artifact, runtime = last
-    return artifact, load_engine(bundle, artifact, settings, runtime)
+            return artifact, load_engine(bundle, artifact, settings)
+        except BundleError as error:
+            log.warning("artifact passed over", file=artifact.file, reason=str(error))
+    return artifacts[-1], load_engine(bundle, artifacts[-1], settings)
 
 
-def _choices(bundle: Bundle, settings: Settings) -> list[tuple[Artifact, Runtime]]:
+def _choices(bundle: Bundle, settings: Settings) -> list[Artifact]:
     """What may be run, the fastest first.
 
     Raises:
@@ -83,16 +79,7 @@ def _choices(bundle: Bundle, settings: Settings) -> list[tuple[Artifact, Runtime
     if settings.artifact == "onnx" and asked is None and _on_cpu(settings):
         fastest = bundle.artifact_for_cpu()
         artifacts = [fastest] + [artifact for artifact in artifacts if artifact != fastest]
-    return [(artifact, runtime) for artifact in artifacts for runtime in runtimes(settings)]
-
-
-def runtimes(settings: Settings) -> list[Runtime]:
-    """Of ONNX artifacts, the fastest first: OpenVINO where it finds AMX."""
-    if settings.runtime != "auto":
-        return [settings.runtime]
-    if _on_cpu(settings) and has_amx() and find_spec("openvino"):
-        return ["openvino", "onnxruntime"]
-    return ["onnxruntime"]
+    return artifacts
 
 
 def _on_cpu(settings: Settings) -> bool:
@@ -106,20 +93,14 @@ def _on_cpu(settings: Settings) -> bool:
     return not uses_gpu(settings.device)
 
 
-def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings, runtime: Runtime) -> Engine:
+def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
     """Load an artifact, and check its outputs against the manifest.
-
-    Args:
-        bundle: That it is of.
-        artifact: Of the bundle.
-        settings: Device, threads, and whether torch is trusted.
-        runtime: Of an ONNX artifact.
 
     Raises:
         BundleError: The artifact does not fit its manifest.
         EngineError: The runtime or the device is not there, or a torch artifact is not trusted.
     """
-    engine = _load(bundle, artifact, settings, runtime)
+    engine = _load(bundle, artifact, settings)
     images = golden_batch(bundle.manifest)
     try:
         outputs = engine.run(images)
@@ -134,20 +115,20 @@ def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings, runtime:
     return engine
 
 
-def _load(bundle: Bundle, artifact: Artifact, settings: Settings, runtime: Runtime) -> Engine:
+def _load(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
     threads = settings.threads or available_cores()
-    if artifact.format == "onnx" and runtime == "openvino":
+    if artifact.format == "onnx" and settings.runtime == "openvino":
         if settings.device.startswith("cuda"):
             raise EngineError(
                 f"MMTL_DEVICE={settings.device}: OpenVINO runs on the CPU here. "
-                "Leave MMTL_RUNTIME out, or set MMTL_DEVICE=cpu."
+                "Leave MMTL_RUNTIME out, or MMTL_DEVICE."
             )
         try:
             from app.engines.openvino import OpenVinoEngine
         except ImportError as error:
             raise EngineError(
-                f"OpenVINO cannot be used ({error}): install requirements/cpu.txt on x86-64 Linux, "
-                "or set MMTL_RUNTIME=onnxruntime."
+                f"OpenVINO cannot be used ({error}): install requirements/openvino.txt, "
+                "or leave MMTL_RUNTIME out."
             ) from None
         # Who names a precision gets the same answers from every processor, up to rounding.
         bfloat16 = settings.precision == "auto" and has_amx()

@@ -67,12 +67,12 @@ def systems(network: Path, side: int) -> dict[str, System]:
     peers = HERE / "peers"
     shared = {"NETWORK": str(network), "SIDE": str(side), "CORES": str(CORES)}
     ours = {"MMTL_PORT": str(PORT), "MMTL_BUNDLE": str(network.parent)}
-    same = {**ours, "MMTL_PRECISION": "fp32", "MMTL_RUNTIME": "onnxruntime"}
     port = str(PORT)
     quiet = ("--port", port, "--log-level", "warning")
     return {
-        "mmtl, same network": System("mmtl", ("mmtl", "serve"), same),
+        "mmtl, same network": System("mmtl", ("mmtl", "serve"), {**ours, "MMTL_PRECISION": "fp32"}),
         "mmtl, as shipped": System("mmtl", ("mmtl", "serve"), ours),
+        "mmtl, OpenVINO": System("mmtl", ("mmtl", "serve"), {**ours, "MMTL_RUNTIME": "openvino"}),
         "mmtl, short queue": System(
             "mmtl", ("mmtl", "serve"), {**ours, "MMTL_QUEUE_SIZE": str(SHORT_QUEUE)}
         ),
@@ -94,7 +94,7 @@ def make_environment(name: str) -> Path:
         uv = ROOT / ".venv/bin/uv"
         print(f"installing {folder}", file=sys.stderr)
         subprocess.run([uv, "venv", "--quiet", "--clear", "-p", sys.executable, folder], check=True)
-        locked = ROOT / "requirements/cpu.txt"
+        locked = ROOT / "requirements/openvino.txt"
         if name != "mmtl":
             locked = HERE / f"requirements-{name}.txt"
         install = [uv, "pip", "install", "--quiet", "--python", folder / "bin/python"]

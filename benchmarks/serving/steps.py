@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from benchmarks.machine import processor
 from benchmarks.serving.compare import CORES, PORT, ROOT, make_images
-from models.cores import has_amx
 
 ROUNDS = 5
 SECONDS = 3.0
@@ -34,8 +33,7 @@ MIXES = ("small", "full size")
 AS_IT_IS = "as it is"
 OPENVINO = "OpenVINO"
 UNDONE = {
-    OPENVINO: "ONNX Runtime in its place, int8 and float32",
-    "int8": "the fp32 network, in float32",
+    "int8": "the fp32 network",
     "a run a core": "one run at a time, on all cores",
     "batches of 4": "every image run on its own",
     "spare workers": "no more workers than cores",
@@ -44,11 +42,8 @@ UNDONE = {
     "past the router": "FastAPI finds every route, and reads its parameters",
     "memory patterns": "no plan of memory for each size of batch",
 }
-if has_amx():
-    del UNDONE["memory patterns"]  # which are ONNX Runtime's
-else:
-    del UNDONE[OPENVINO]
 TRIED = {
+    OPENVINO: "OpenVINO (`MMTL_RUNTIME=openvino`; it takes more memory)",
     "garbage frozen": "garbage collector frozen after start, and rarer",
     "short switches": "threads switched every 0.5 ms, not every 5",
     "batches of 8": "batches of 8 on the CPU",
@@ -70,11 +65,23 @@ def serve(variant: str) -> None:
     import models.images
 
     if variant == OPENVINO:
-        os.environ["MMTL_RUNTIME"] = "onnxruntime"
+        os.environ["MMTL_RUNTIME"] = "openvino"
     elif variant == "int8":
         os.environ["MMTL_PRECISION"] = "fp32"
     elif variant == "a run a core":
-        run_on_all_cores()
+        engine: Any = app.engines.onnx.OnnxEngine
+        start, session = engine.__init__, app.engines.onnx.onnxruntime.InferenceSession
+
+        def wide(path: Path, options: Any, **more: Any) -> Any:
+            options.intra_op_num_threads = CORES
+            return session(path, options, **more)
+
+        def one(self: Any, *arguments: Any) -> None:
+            start(self, *arguments)
+            self.runs_at_once = 1
+
+        app.engines.onnx.onnxruntime.InferenceSession = wide
+        engine.__init__ = one
     elif variant == "batches of 4":
         app.batcher._BATCH_ON_CPU = 1
         os.environ["MMTL_MAX_BATCH"] = "1"
@@ -113,37 +120,6 @@ def serve(variant: str) -> None:
         app.telemetry.uuid4 = Drawn
     sys.argv = ["mmtl", "serve"]
     app.cli.main()
-
-
-def run_on_all_cores() -> None:
-    """Have the engine take one run at a time."""
-    module: Any
-    if has_amx():
-        import app.engines.openvino as module
-
-        engine, compile_model = module.OpenVinoEngine, module.openvino.Core.compile_model
-
-        def one_stream(core: Any, model: Any, device: str, options: dict[str, Any]) -> Any:
-            return compile_model(core, model, device, {**options, "NUM_STREAMS": 1})
-
-        module.openvino.Core.compile_model = one_stream
-    else:
-        import app.engines.onnx as module
-
-        engine, session = module.OnnxEngine, module.onnxruntime.InferenceSession
-
-        def wide(content: bytes, options: Any, **more: Any) -> Any:
-            options.intra_op_num_threads = CORES
-            return session(content, options, **more)
-
-        module.onnxruntime.InferenceSession = wide
-    start = engine.__init__
-
-    def one(self: Any, *arguments: Any) -> None:
-        start(self, *arguments)
-        self.runs_at_once = 1
-
-    engine.__init__ = one
 
 
 def write_later() -> None:
@@ -249,7 +225,7 @@ def main() -> None:
     print(row(AS_IT_IS, AS_IT_IS))
     for variant, what in UNDONE.items():
         print(row(variant, what))
-    print("\n## Tried, and not kept: the service with one of them added\n")
+    print("\n## Tried, and not the default: the service with one of them added\n")
     print(f"{head}\n|---|---|---|---|---|")
     for variant, what in TRIED.items():
         print(row(variant, what))

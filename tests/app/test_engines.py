@@ -10,7 +10,7 @@ import pytest
 from app.engines import Engine, EngineError, load_engine, open_engine
 from app.engines.onnx import OnnxEngine
 from app.engines.pytorch import PytorchEngine
-from app.settings import Runtime, Settings
+from app.settings import Settings
 from models.bundle import Bundle, BundleError, Precision, load_bundle, save_bundle
 from tests.bundles import SIDE, expected_outputs, make_bundle
 
@@ -20,19 +20,13 @@ runtimes = pytest.mark.parametrize(
 )
 
 
-def load(bundle: Bundle, runtime: Runtime = "onnxruntime", **settings: object) -> Engine:
-    return load_engine(bundle, bundle.manifest.artifacts[0], Settings(**settings), runtime)
-
-
-@pytest.fixture
-def amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processor multiplies bfloat16, or the tests say so."""
-    monkeypatch.setattr("app.engines.has_amx", lambda: True)
+def load(bundle: Bundle, **settings: object) -> Engine:
+    return load_engine(bundle, bundle.manifest.artifacts[0], Settings(**settings))
 
 
 @runtimes
-def test_a_network_answers_by_name_at_any_batch_size(runtime: Runtime, tmp_path: Path) -> None:
-    engine = load(make_bundle(tmp_path / "bundle"), runtime, device="cpu")
+def test_a_network_answers_by_name_at_any_batch_size(runtime: str, tmp_path: Path) -> None:
+    engine = load(make_bundle(tmp_path / "bundle"), runtime=runtime, precision="fp32", device="cpu")
     assert (engine.name, engine.device) == (runtime, "cpu")
     for count in (1, 3):
         images = np.random.default_rng(0).integers(0, 255, (count, SIDE, SIDE, 3), np.uint8)
@@ -51,7 +45,7 @@ def test_a_gpu_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
 
 @runtimes
 @pytest.mark.parametrize("content", [b"not a network", b""])
-def test_a_file_that_is_no_network_is_refused(runtime: Runtime, content: bytes) -> None:
+def test_a_file_that_is_no_network_is_refused(runtime: str, content: bytes) -> None:
     with pytest.raises(BundleError, match=r"cannot load model\.onnx: .+"):
         if runtime == "onnxruntime":
             OnnxEngine("model.onnx", content, "cpu", 1)
@@ -76,25 +70,21 @@ def test_a_file_that_was_changed_after_its_bundle_was_verified_is_not_run(tmp_pa
 
 
 @runtimes
-def test_a_network_that_does_not_fit_its_manifest_is_refused(
-    runtime: Runtime, tmp_path: Path
-) -> None:
+def test_a_network_that_does_not_fit_its_manifest_is_refused(runtime: str, tmp_path: Path) -> None:
     made = make_bundle(tmp_path / "bundle")
     site = made.manifest.tasks[2].model_copy(update={"labels": ("a", "b", "c")})
     manifest = made.manifest.model_copy(update={"tasks": (*made.manifest.tasks[:2], site)})
     with pytest.raises(BundleError, match=r"output site has shape \(1, 2\), not \(1, 3\)"):
-        load(Bundle(made.folder, manifest), runtime)
+        load(Bundle(made.folder, manifest), runtime=runtime)
 
 
 @runtimes
-def test_an_input_of_another_size_is_refused_in_a_sentence(
-    runtime: Runtime, tmp_path: Path
-) -> None:
+def test_an_input_of_another_size_is_refused_in_a_sentence(runtime: str, tmp_path: Path) -> None:
     made = make_bundle(tmp_path / "bundle")
     size = made.manifest.input.model_copy(update={"height": 64})
     manifest = made.manifest.model_copy(update={"input": size})
     with pytest.raises(BundleError, match=r"model\.onnx does not take the declared input"):
-        load(Bundle(made.folder, manifest), runtime)
+        load(Bundle(made.folder, manifest), runtime=runtime)
 
 
 def two_precisions(folder: Path, golden_shift: float = 0.0) -> Bundle:
@@ -142,53 +132,18 @@ def test_integers_that_answer_otherwise_here_are_passed_over(
         open_engine(bundle, Settings(device="cpu", precision="int8"))
 
 
-@needs_openvino
-@pytest.mark.usefixtures("amx")
-def test_a_cpu_with_amx_is_openvino_s(tmp_path: Path) -> None:
-    bundle = two_precisions(tmp_path / "bundle")
-    for settings, precision, name in (
-        (Settings(), "int8", "openvino-bfloat16"),
-        (Settings(precision="fp32"), "fp32", "openvino"),
-        (Settings(runtime="onnxruntime"), "int8", "onnxruntime"),
-    ):
-        artifact, engine = open_engine(bundle, settings)
-        assert (artifact.precision, engine.name) == (precision, name)
-
-
-def test_another_one_is_so_where_it_is_asked_for(tmp_path: Path) -> None:
-    bundle = two_precisions(tmp_path / "bundle")
-    assert open_engine(bundle, Settings())[1].name == "onnxruntime"
-    if find_spec("openvino"):
-        assert open_engine(bundle, Settings(runtime="openvino"))[1].name == "openvino"
-
-
-@pytest.mark.usefixtures("amx")
-def test_without_openvino_onnx_runtime_does_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle = make_bundle(tmp_path / "bundle")
-    monkeypatch.delitem(sys.modules, "app.engines.openvino", raising=False)
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    monkeypatch.setattr("app.engines.find_spec", lambda name: None)
-    assert open_engine(bundle, Settings())[1].name == "onnxruntime"
-    with pytest.raises(EngineError, match=r"OpenVINO cannot be used.*requirements/cpu\.txt"):
-        open_engine(bundle, Settings(runtime="openvino"))
-
-
-@needs_openvino
-@pytest.mark.usefixtures("amx")
-def test_an_openvino_that_does_not_load_is_passed_over(
+def test_an_openvino_that_does_not_load_is_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "app.engines.openvino", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert open_engine(make_bundle(tmp_path / "bundle"), Settings())[1].name == "onnxruntime"
+    with pytest.raises(EngineError, match=r"OpenVINO cannot be used.*requirements/openvino\.txt"):
+        open_engine(make_bundle(tmp_path / "bundle"), Settings(runtime="openvino"))
 
 
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="has CUDA"
 )
-@pytest.mark.usefixtures("amx")
 def test_who_asks_for_a_gpu_is_told_of_the_gpu(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="this ONNX Runtime has no CUDA"):
         open_engine(two_precisions(tmp_path / "bundle"), Settings(device="cuda:0"))
@@ -196,44 +151,30 @@ def test_who_asks_for_a_gpu_is_told_of_the_gpu(tmp_path: Path) -> None:
 
 def test_openvino_runs_on_no_gpu(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="MMTL_DEVICE=cuda:0: OpenVINO runs on the CPU"):
-        load(make_bundle(tmp_path / "bundle"), "openvino", device="cuda:0")
+        load(make_bundle(tmp_path / "bundle"), runtime="openvino", device="cuda:0")
 
 
 @needs_openvino
-@pytest.mark.usefixtures("amx")
-def test_what_openvino_answers_otherwise_is_passed_over_for_onnx_runtime(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("precision", "amx", "name"),
+    [
+        ("auto", True, "openvino-bfloat16"),
+        ("auto", False, "openvino"),
+        ("int8", True, "openvino"),
+    ],
+)
+def test_openvino_computes_in_bfloat16_where_it_may_and_the_processor_has_amx(
+    precision: str, amx: bool, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.engines.openvino import OpenVinoEngine
-
-    run = OpenVinoEngine.run
-    monkeypatch.setattr(
-        OpenVinoEngine, "run", lambda *told: {k: v * 1.2 for k, v in run(*told).items()}
-    )
-    artifact, engine = open_engine(two_precisions(tmp_path / "bundle"), Settings())
-    assert (artifact.precision, engine.name) == ("int8", "onnxruntime")
-    out, err = capsys.readouterr()
-    assert "differs from its golden prediction" in out + err
-
-
-@needs_openvino
-@pytest.mark.parametrize("precision", ["auto", "fp32"])
-@pytest.mark.usefixtures("amx")
-def test_who_names_a_precision_gets_it_from_every_processor(
-    precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from app.engines import openvino
-
-    told = []
-    monkeypatch.setattr(openvino, "OpenVinoEngine", lambda *given: told.append(given[-1]) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        open_engine(make_bundle(tmp_path / "bundle"), Settings(precision=precision))
-    assert told == [precision == "auto"]
+    monkeypatch.setattr("app.engines.has_amx", lambda: amx)
+    settings = Settings(runtime="openvino", precision=precision)
+    artifact, engine = open_engine(load_bundle(settings.bundle), settings)
+    assert (artifact.precision, engine.name) == ("int8", name)
 
 
 @needs_openvino
 def test_threads_that_run_at_once_get_their_own_answers(tmp_path: Path) -> None:
-    engine = load(make_bundle(tmp_path / "bundle"), "openvino", threads=2)
+    engine = load(make_bundle(tmp_path / "bundle"), runtime="openvino", threads=2)
     assert engine.runs_at_once == 2
     wrong = []
 
@@ -249,13 +190,6 @@ def test_threads_that_run_at_once_get_their_own_answers(tmp_path: Path) -> None:
     for thread in asking:
         thread.join()
     assert not wrong
-
-
-@needs_openvino
-@pytest.mark.usefixtures("amx")
-def test_the_shipped_bundle_is_openvino_s_where_it_has_amx() -> None:
-    artifact, engine = open_engine(load_bundle(Settings().bundle), Settings())
-    assert (artifact.precision, engine.name) == ("int8", "openvino-bfloat16")
 
 
 def torch_bundle(folder: Path, artifact_format: str) -> Bundle:
@@ -287,9 +221,9 @@ def test_torch_names_a_gpu_that_is_not_there() -> None:
 @runtimes
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_shipped_bundle_loads_and_answers_its_golden_predictions(
-    runtime: Runtime, precision: Precision
+    runtime: str, precision: Precision
 ) -> None:
     bundle = load_bundle(Settings().bundle)
     artifact = bundle.artifact("onnx", precision)
-    load_engine(bundle, artifact, Settings(precision=precision), runtime)
+    load_engine(bundle, artifact, Settings(precision=precision, runtime=runtime))
     assert bundle.artifact("onnx").bytes < 16_000_000

@@ -26,7 +26,7 @@ def test_without_a_cgroup_the_affinity_mask_counts(tmp_path: Path) -> None:
     ("flags", "found"),
     [("fpu avx512_bf16 amx_bf16 amx_tile", True), ("fpu avx512_bf16 avx512_vnni", False)],
 )
-def test_a_processor_with_amx_has_amx(tmp_path: Path, flags: str, found: bool) -> None:
+def test_amx_is_one_of_a_processor_s_flags(tmp_path: Path, flags: str, found: bool) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
     assert has_amx(file) is found
