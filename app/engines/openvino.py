@@ -13,7 +13,7 @@ from models.bundle import BundleError, Outputs
 # Its tools for conversion, which are imported with it where they are found, and report home.
 sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]  # not to be found
 
-import openvino  # noqa: E402
+import openvino  # noqa: E402  # after that line, so that it holds
 
 # Eight bits of a bfloat16, through some fifty layers; and integers, which it adds up otherwise.
 _ROUNDED_BFLOAT16, _ROUNDED = 2**-4, 2**-6
