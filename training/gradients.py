@@ -11,8 +11,9 @@ from torch.nn import functional
 from torch.nn.modules.utils import _pair
 from torch.overrides import TorchFunctionMode
 
-# The widest kernel for whose weights oneDNN has a depthwise gradient. For a wider one it takes that
-# of a dense convolution, sixteen times the work (`ONEDNN_VERBOSE=1` names it: jit, not jit_dw).
+# The widest kernel for whose weights oneDNN has a depthwise gradient, if images are as tall as it.
+# For others it takes that of a dense convolution, many times the work (`ONEDNN_VERBOSE=1` names it:
+# jit, not jit_dw).
 _WIDEST = 3
 _convolution_backward = torch.ops.aten.convolution_backward
 
@@ -61,6 +62,7 @@ def _is_slow(
         and not isinstance(padding, str)
         and (
             weight.shape[3] > _WIDEST
+            or weight.shape[2] > images.shape[2]
             or (torch.is_autocast_enabled("cpu") and _pair(stride) != (1, 1))
         )
     )
@@ -99,7 +101,7 @@ class _Clamp(Function):
 
 
 class _Depthwise(Function):
-    """A depthwise convolution; the gradient of a wide kernel's weight is taken in parts.
+    """A depthwise convolution; the gradient of a wide or tall kernel's weight is taken in parts.
 
     That of its images is taken in float32 where the kernel strides: oneDNN's in bfloat16 takes
     twelve to a hundred and fifty times as long.
@@ -127,6 +129,7 @@ class _Depthwise(Function):
         images, weight = ctx.saved_tensors
         weight = weight.to(images.dtype)
         stride, padding = ctx.stride, ctx.padding
+        wide, tall = weight.shape[3] > _WIDEST, weight.shape[2] > images.shape[2]
 
         def convolution(
             images: Tensor, weight: Tensor, padding: tuple[int, int], of: int
@@ -153,8 +156,9 @@ class _Depthwise(Function):
             part = weight[..., first : first + _WIDEST]
             left = padding[1] - first
             reach = stride[1] * (gradient.shape[3] - 1) + part.shape[3]
-            laid = functional.pad(images, (left, reach - left - images.shape[3]))
-            return convolution(laid, part, (padding[0], 0), 1)
+            rows = padding[0] if tall else 0
+            laid = functional.pad(images, (left, reach - left - images.shape[3], rows, rows))
+            return convolution(laid, part, (padding[0] - rows, 0), 1)
 
         of_images = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
@@ -164,7 +168,7 @@ class _Depthwise(Function):
             # Of the images, only the shape is looked at.
             like = images if kind == images.dtype else torch.empty_like(images, dtype=kind)
             of_images = convolution(like, weight.to(kind), padding, 0)
-        if ctx.needs_input_grad[1] and weight.shape[3] > _WIDEST:
+        if ctx.needs_input_grad[1] and (wide or tall):
             firsts = range(0, weight.shape[3], _WIDEST)
             of_weight = torch.cat([columns(first) for first in firsts], 3)
         elif ctx.needs_input_grad[1]:

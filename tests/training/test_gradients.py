@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -42,12 +42,13 @@ def drawn(channels: int, height: int = 12, width: int = 9) -> Tensor:
     kernel=st.tuples(st.integers(1, 8), st.integers(1, 8)),
     stride=st.integers(1, 3),
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-    height=st.integers(8, 13),
+    height=st.integers(1, 13),
     bias=st.booleans(),
 )
 def test_a_depthwise_convolution_of_any_kernel_has_the_gradients_of_pytorch(
     kernel: tuple[int, int], stride: int, padding: tuple[int, int], height: int, bias: bool
 ) -> None:
+    assume(height + 2 * padding[0] >= kernel[0])
     images = drawn(4, height)
     net = nn.Conv2d(4, 4, kernel, stride, padding, groups=4, bias=bias)
     assert_alike(gradients(net, images, FasterGradients()), gradients(net, images, nullcontext()))
@@ -108,6 +109,24 @@ def test_a_wide_kernel_is_taken_three_columns_at_a_time(
 ) -> None:
     gradients(nn.Conv2d(4, 4, 7, padding=3, groups=4), drawn(4), FasterGradients())
     assert convolutions == [(torch.float32, width) for width in (7, 3, 3, 1)]  # images, then weight
+
+
+def test_the_weight_of_a_kernel_taller_than_the_images_is_taken_without_padding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paddings = []
+    real = module._convolution_backward
+
+    def watch(*args: Any) -> Any:
+        if args[-1][1]:  # of the weight
+            paddings.append(args[5])
+        return real(*args)
+
+    monkeypatch.setattr(module, "_convolution_backward", watch)
+    for height in (3, 2):
+        net = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        gradients(net, drawn(4, height, 2), FasterGradients())
+    assert paddings == [(0, 0)]
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 1), (5, 2)])
