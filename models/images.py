@@ -8,7 +8,8 @@ progressive one, only the scans that show at that scale.
 import struct
 import threading
 import zlib
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from models.headers import MOST_PIECES, in_too_many_pieces
 from models.progressive import for_an_eighth, has_several_scans, most_scans
 from models.tiff import read_directory
 
@@ -133,7 +135,11 @@ DEFAULT_LIMITS = Limits()
 
 
 def decode(
-    data: bytes | memoryview, height: int, width: int, limits: Limits = DEFAULT_LIMITS
+    data: bytes | memoryview,
+    height: int,
+    width: int,
+    limits: Limits = DEFAULT_LIMITS,
+    after_waiting: Callable[[], None] | None = None,
 ) -> DecodedImage:
     """Decode an image and fit it to `height` x `width`.
 
@@ -146,6 +152,7 @@ def decode(
         height: Of the result, in pixels.
         width: Of the result, in pixels.
         limits: Checked before any pixel is decoded.
+        after_waiting: Called when a large image's turn has come, which is one at a time.
 
     Returns:
         The pixels and what the original was.
@@ -165,6 +172,11 @@ def decode(
         )
     if bytes(data[:2]) in (b"II", b"MM"):
         _check_tiff(data)
+    if in_too_many_pieces(data):
+        raise ImageTooLargeError(
+            f"The file has more than {MOST_PIECES} pieces of metadata, or much between them that "
+            "is none. Save the image anew."
+        )
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -180,9 +192,19 @@ def decode(
         _check_size(image, image_format, in_full, limits)
         if in_full and image_format == "JPEG" and most_scans(bytes(data)) > MOST_SCANS:
             raise ImageTooLargeError(f"The JPEG has more than {MOST_SCANS} scans. Save it anew.")
-        large = in_full and image.width * image.height > _LARGE
-        with _one_large if large else nullcontext():
+        with _turn(in_full and image.width * image.height > _LARGE, after_waiting):
             return _fit(image, image_format, data, height, width)
+
+
+@contextmanager
+def _turn(large: bool, after_waiting: Callable[[], None] | None) -> Iterator[None]:
+    if not large:
+        yield
+        return
+    with _one_large:
+        if after_waiting is not None:
+            after_waiting()
+        yield
 
 
 def _fit(

@@ -24,6 +24,13 @@ def reference(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
+@pytest.mark.parametrize(("side", "waits"), [(64, 0), (2100, 1)])
+def test_a_large_image_says_when_its_turn_has_come(side: int, waits: int) -> None:
+    turns: list[int] = []
+    decode(flat(1, side, side), 32, 32, after_waiting=lambda: turns.append(side))
+    assert turns == [side] * waits
+
+
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_every_format_gives_the_same_picture(image_format: str) -> None:
     options = {"lossless": True} if image_format == "WEBP" else {}
