@@ -89,12 +89,10 @@ class _Job:
     def dropped(self, now: float) -> str | None:
         """Why the job is not worth working on, if it is not."""
         self.waited += now - self.since
-        if self.future.cancelled():
-            return "gone"
-        if now > self.deadline:
+        if now > self.deadline:  # at which the request gives its images up, too
             self.fail(DeadlineExceeded())
             return "deadline"
-        return None
+        return "gone" if self.future.cancelled() else None
 
     def fail(self, error: Exception) -> None:
         """Answer with an error, unless nobody waits for it any more."""
@@ -180,6 +178,12 @@ class Batcher:
         now = time.monotonic()
         busy = self._busy.copy().values()
         return not self.alive or any(now - since > seconds for since, _ in busy)
+
+    def keep_on(self) -> None:
+        """Called by a worker that has waited for something else than its work: it did not hang."""
+        name = threading.current_thread().name
+        if name in self._busy:
+            self._busy[name] = time.monotonic(), self._busy[name][1]
 
     def wait_ready(self) -> bool:
         """Wait for the warm-up; whether it went well."""

@@ -32,6 +32,7 @@ from app.uploads import Upload
 from models.bundle import BundleError
 from models.calibration import CalibrationError
 
+_DAY_SECONDS = 86_400.0
 _EXPECTED = (
     AuditError,
     BundleError,
@@ -159,6 +160,8 @@ def predict(
     """Answer for image files, as the service would; exits with 1 if one could not be used."""
     settings = load_settings()
     configure_logs("ERROR")
+    # Nobody waits at the other end of a connection.
+    settings = settings.model_copy(update={"deadline_seconds": _DAY_SECONDS})
     answer = asyncio.run(_predict(settings, images, explain))
     if as_json:
         print(answer.model_dump_json(exclude_unset=True, indent=2))
@@ -200,7 +203,7 @@ def _read(path: Path) -> Upload | Failure:
         return Upload(name, path.read_bytes())
     except OSError as error:
         detail = f"The file cannot be read: {error.strerror}."
-        return Failure(filename=name, error=Problem(NOT_FOUND, detail).body())
+        return Failure(filename=name, status="error", error=Problem(NOT_FOUND, detail).body())
 
 
 def _print_table(answer: PredictResponse) -> None:

@@ -1,7 +1,6 @@
 """A multipart body to its files, in memory: nothing is spooled to disk, or copied twice."""
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import unquote
 
@@ -13,7 +12,8 @@ from app.problems import Problem
 
 FIELD = "files"
 _QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
-_EXTENDED = re.compile(rb";\s*filename\*=([\w-]+)'[\w-]*'([^;\s]+)", re.IGNORECASE)
+# Of the charsets that RFC 8187 has; some others decode to what no JSON can hold.
+_EXTENDED = re.compile(rb";\s*filename\*=(utf-8|iso-8859-1)'[\w-]*'([^;\s]+)", re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -162,7 +162,6 @@ def _filename(disposition: bytes, options: dict[bytes, bytes]) -> str | None:
     extended = _EXTENDED.search(_QUOTED.sub(b'""', disposition))
     if extended:
         charset, quoted = (group.decode("latin-1") for group in extended.groups())
-        with suppress(LookupError, ValueError):  # no such charset, or none of a text
-            return unquote(quoted, charset, "replace")
+        return unquote(quoted, charset, "replace")
     name = options.get(b"filename")
     return None if name is None else name.decode("utf-8", "replace")

@@ -92,7 +92,7 @@ class Target:
     """Where the load goes, and one whole request an image, written out beforehand.
 
     Args:
-        url: Of the service; a path of its own replaces `/predict`.
+        url: Of the service; a path of its own replaces `/predict`, a query is kept.
         images: Encoded images.
         headers: Further ones, such as `Authorization`.
 
@@ -117,6 +117,7 @@ class Target:
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
         self.port = port or (443 if self.tls else 80)
         path = parts.path if parts.path.strip("/") else "/predict"
+        path += f"?{parts.query}" if parts.query else ""
         further = "".join(f"{name}: {value}\r\n" for name, value in headers)
         self.requests = [_request(parts.netloc, path, further, image) for image in images]
 

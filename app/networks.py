@@ -211,9 +211,13 @@ class Networks:
 
     def _load_warm(self) -> Network:
         network = self._load()
-        network.batcher.start()
-        if not network.batcher.wait_ready():
-            raise EngineError("The network failed while it was warmed up.")
+        try:
+            network.batcher.start()
+            if not network.batcher.wait_ready():
+                raise EngineError("The network failed while it was warmed up.")
+        except BaseException:
+            network.batcher.close(0)  # the workers that have started
+            raise
         return network
 
     def _load(self) -> Network:

@@ -236,7 +236,9 @@ class Predictor:
         began = picture.decode_began = time.monotonic()
         size = network.bundle.manifest.input
         try:
-            image = decode(picture.data, size.height, size.width, self._limits)
+            image = decode(
+                picture.data, size.height, size.width, self._limits, network.batcher.keep_on
+            )
             picture.image = image
             picture.warnings = find_warnings(image)
             picture.sha256 = hashlib.sha256(picture.data).hexdigest()

@@ -89,7 +89,8 @@ class Settings(BaseSettings):
     without a Content-Length."""
 
     max_bytes_in_flight: int = Field(1_000_000_000, ge=1)
-    """Most bytes of uploads held in memory at once, over all requests; more answer 503."""
+    """Most bytes of uploads, and of answers that are not yet read, held in memory at once, over all
+    requests; more answer 503."""
 
     upload_seconds: float = Field(60.0, gt=0)
     """Longest an upload may take; slower ones answer 408."""

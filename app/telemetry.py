@@ -93,7 +93,7 @@ class Metrics:
         )
         self.melanoma_probability = Histogram(
             "mmtl_melanoma_probability",
-            "Calibrated probability of melanoma, rounded up to a twentieth.",
+            "Calibrated probability of melanoma; its sum is of the middles of the buckets.",
             buckets=[round(step / _STEPS, 2) for step in range(1, _STEPS + 1)],
             registry=registry,
         )
@@ -153,7 +153,7 @@ class Metrics:
 
     def observe_probability(self, probability: float) -> None:
         """Count a melanoma probability, as exactly as its bucket."""
-        self.melanoma_probability.observe(ceil(probability * _STEPS) / _STEPS)
+        self.melanoma_probability.observe((max(ceil(probability * _STEPS), 1) - 0.5) / _STEPS)
 
     def serve(self, manifest: Manifest, sha256: str, engine: str, device: str) -> None:
         """Name the network that is served from now on; its labels are created up front."""

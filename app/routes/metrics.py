@@ -16,5 +16,10 @@ async def metrics(request: Request) -> Response:
     OpenMetrics has exemplars: the trace of a request, beside the bucket of its time.
     """
     measured: Metrics = request.app.state.metrics
-    encode, media_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(measured.registry), media_type=media_type)
+    try:
+        encode, media_type = choose_encoder(request.headers.get("accept", ""))
+        text = encode(measured.registry)
+    except (TypeError, ValueError):  # of a version that is no number
+        encode, media_type = choose_encoder("")
+        text = encode(measured.registry)
+    return Response(text, media_type=media_type)

@@ -17,7 +17,7 @@ from app.predictor import Predictor
 from app.problems import Problem, answer, respond
 from app.schemas import Failure, PredictResponse, ProblemBody, Result, Success
 from app.trace import Trace, trace_of
-from app.uploads import RAW_TYPES, Upload, open_uploads
+from app.uploads import RAW_TYPES, Held, Upload, open_uploads
 
 T = TypeVar("T")
 
@@ -33,6 +33,8 @@ async def _no_other_parameter(request: Request) -> None:
 router = APIRouter(dependencies=[bearer, Depends(_no_other_parameter)])
 
 _PATH = "/predict"
+# What a connection takes at once is not counted: an answer without heat maps is a few kilobytes.
+_UNCOUNTED_BYTES = 65_536
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _FORM = {
     "schema": {
@@ -99,7 +101,7 @@ async def predict(
     errors = [result.error for result in results if isinstance(result, Failure)]
     if len(errors) < len(results):
         body = PredictResponse(request_id=trace.request_id, model=model, results=results)
-        return Response(body.model_dump_json(exclude_unset=True), media_type="application/json")
+        return _HeldResponse(body.model_dump_json(exclude_unset=True), state.held)
     if len(errors) == 1:
         kind = problems.KINDS[errors[0].type.rpartition(":")[2]]
         return respond(Problem(kind, errors[0].detail))
@@ -109,6 +111,39 @@ async def predict(
     trace.problems.append(problem.kind.name)
     fields = problem.body().model_dump(exclude_unset=True)
     return respond(problem, ProblemBody(**fields, results=results))
+
+
+class _HeldResponse(Response):
+    """An answer that counts as held in memory until its caller has read nearly all of it.
+
+    Args:
+        text: JSON.
+        held: Where it counts.
+    """
+
+    def __init__(self, text: str, held: Held):
+        super().__init__(text, media_type="application/json")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, or a problem where there is no room."""
+        size = len(self.body)
+        if size <= _UNCOUNTED_BYTES:
+            await super().__call__(scope, receive, send)
+            return
+        try:
+            self._held.take(size, declared=True)
+        except Problem as problem:
+            await answer(scope, problem)(scope, receive, send)
+            return
+        try:
+            start = {"type": "http.response.start", "status": self.status_code}
+            await send({**start, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self.body, "more_body": True})
+            # Which waits while the connection has more to send than it likes to hold.
+            await send({"type": "http.response.body"})
+        finally:
+            self._held.give_back(size, declared=True)
 
 
 class Direct:

@@ -89,6 +89,12 @@ def attacks() -> dict[str, Callable[[int], str]]:
             "image/png", png(100_000_000, 1, bytes(100_000_001))
         ),
         "65,500 x 1,500 flat pixels (JPEG)": post("image/jpeg", flat_jpeg(65_500, 1_500)),
+        "a JPEG of 500,000 empty segments": form(
+            picture[:2] + 500_000 * b"\xff\xe5\x00\x02" + picture[2:]
+        ),
+        "a JPEG of 40,000 pieces of EXIF": form(
+            picture[:2] + 40_000 * (b"\xff\xe1\x00\x48Exif\x00\x00" + bytes(64)) + picture[2:]
+        ),
         "a GIF of 10,000 frames": form(gif(10_000)),
         "an SVG": form(b"<svg xmlns='http://www.w3.org/2000/svg'>" + b"<g>" * 50_000),
         "a JPEG that is a ZIP and a page, too": form(

@@ -136,6 +136,43 @@ async def test_an_image_whose_deadline_has_passed_is_not_run(
     assert engine.batches == [[1]]
 
 
+async def test_why_an_image_is_dropped_is_counted(engine: Engine) -> None:
+    metrics = Metrics(4, ())
+    batcher = Batcher(engine, (SIDE, SIDE), 1, 4, 10, metrics)
+    batcher.start()
+    until(lambda: batcher.ready)
+    first = await hold(engine, batcher)
+    late, gone = (asyncio.create_task(ask(batcher, 30, seconds=s)) for s in (0.01, 30))
+    await asyncio.sleep(0.05)
+    late.cancel()  # as the request does, whose deadline is the same
+    gone.cancel()
+    await asyncio.sleep(0.01)
+    engine.gate.set()
+    await first
+    await asyncio.to_thread(batcher.close, 5)
+    counted = {
+        reason: metrics.dropped.labels(reason)._value.get() for reason in ("deadline", "gone")
+    }
+    assert counted == {"deadline": 1, "gone": 1}
+
+
+async def test_a_worker_that_waits_its_turn_does_not_hang(batcher: Batcher) -> None:
+    def decode() -> NDArray[np.uint8]:
+        for _ in range(4):
+            time.sleep(0.1)
+            batcher.keep_on()
+            late.append(batcher.broken(0.1))
+        return image(1)
+
+    late: list[bool] = []
+    answer: Future[Answer] = Future()
+    batcher.put(decode, time.monotonic() + 9, answer)
+    until(lambda: batcher.broken(0.05))
+    await asyncio.wrap_future(answer)
+    assert late == [False] * 4
+    batcher.keep_on()  # of no worker's thread
+
+
 async def test_a_failed_batch_is_retried_one_by_one(batcher: Batcher, engine: Engine) -> None:
     first = await hold(engine, batcher)
     values = (40, POISON, 41)

@@ -49,6 +49,14 @@ def test_predict_takes_more_images_than_one_request(
     assert len(json.loads(output)["results"]) == 5
 
 
+def test_predict_gives_every_image_its_time(
+    run, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMTL_DEADLINE_SECONDS", "0.000001")
+    status, output, _ = run("predict", "--json", picture)
+    assert (status, json.loads(output)["results"][0]["status"]) == (0, "ok")
+
+
 def test_predict_shows_a_table(run, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     status, output, _ = run("predict", picture)
@@ -80,6 +88,7 @@ def test_a_file_that_cannot_be_read_costs_the_others_nothing(
     first, second, third = json.loads(output)["results"]
     assert first["error"]["detail"] == "The file cannot be read: No such file or directory."
     assert first["filename"] == str(tmp_path / "nowhere.jpg")
+    assert first["status"] == third["status"] == "error"
     assert second["status"] == "ok"
     assert third["error"]["detail"] == "The file cannot be read: Is a directory."
     assert run("predict", tmp_path)[0] == 1

@@ -44,6 +44,10 @@ def test_files_come_back_as_they_were_however_the_body_is_cut(
         ("filename*=iso-8859-1''M%FCller.jpg", "Müller.jpg"),
         ("filename=\"a.jpg\"; filename*=klingon''%62.jpg", "a.jpg"),
         ("filename=\"a.jpg\"; filename*=idna''%62.jpg", "a.jpg"),
+        # Of which the answer could not be written: half a character of UTF-16.
+        ("filename=\"a.jpg\"; filename*=utf-7''x%2B2AA-", "a.jpg"),
+        ("filename=\"a.jpg\"; filename*=unicode_escape''%5Cud800", "a.jpg"),
+        ("filename*=utf-8''%ED%A0%80.jpg", "\ufffd\ufffd\ufffd.jpg"),
         ('filename="a.jpg"; filename*=b.jpg', "a.jpg"),
         ("filename=\"a; filename*=utf-8''b.jpg\"", "a; filename*=utf-8''b.jpg"),
     ],

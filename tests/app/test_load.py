@@ -92,6 +92,8 @@ def test_a_url_that_is_none(url: str) -> None:
 def test_a_target_keeps_a_path_and_adds_headers() -> None:
     (request,) = Target("http://h:1/v2/x", [b"x"], [("Authorization", "Bearer y")]).requests
     assert request.startswith(b"POST /v2/x HTTP/1.1\r\nHost: h:1\r\nAuthorization: Bearer y\r\n")
+    (request,) = Target("http://h:1?explain=true", [b"x"]).requests
+    assert request.startswith(b"POST /predict?explain=true HTTP/1.1\r\n")
 
 
 def test_drawn_images_are_images() -> None:

@@ -258,6 +258,26 @@ def test_a_network_that_cannot_be_loaded_again_ends_the_process(
     assert ended.wait(5)
 
 
+def test_a_network_that_cannot_be_started_leaves_no_worker_behind(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = threading.active_count()
+    start, started = threading.Thread.start, []
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith("mmtl-work") and started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(ReloadError, match="can't start new thread"):
+        client.app.state.networks.reload()
+    started[0].join(5)
+    assert threading.active_count() == before
+    assert predict(client).status_code == 200
+
+
 def test_whatever_a_reload_meets_the_old_network_stays(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,13 +7,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
 from app.main import create_app
 from app.server import Server
 from app.settings import Settings
+from tests.lesions import encode
 
 
 @pytest.fixture
@@ -52,6 +54,13 @@ def connect(port: int) -> socket.socket:
 
 def status(answer: bytes) -> int:
     return int(answer.split()[1])
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def problem_of(answer: bytes) -> str:
@@ -280,6 +289,25 @@ def test_who_does_not_read_the_answer_is_cut_off(port: int) -> None:
                 read += len(part)
             raise ConnectionAbortedError
         assert read < 8_000_000
+
+
+def test_an_answer_that_nobody_reads_takes_the_room_of_others(server: Server, port: int) -> None:
+    held = server.config.app.state.held
+    head = b"POST /predict?explain=true HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    data = encode(noise, "JPEG")
+    request = head + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", port))
+        deaf.sendall(request * 8)
+        until(lambda: held._bytes > 8 * len(data))
+        with connect(port) as other:
+            held._most = held._bytes + len(data)  # room for the upload, not for the heat map
+            other.sendall(request)
+            answer = other.recv(10_000)
+            assert (status(answer), problem_of(answer)) == (503, "saturated")
+        until(lambda: held._bytes == 0)  # the one that does not read has been cut off
 
 
 def test_an_upload_that_had_begun_when_the_service_ends_is_answered(

@@ -6,7 +6,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.settings import Settings
-from app.telemetry import configure_logs
+from app.telemetry import Metrics, configure_logs
 from tests.conftest import started
 from tests.lesions import draw_lesion, encode, flat
 
@@ -53,7 +53,7 @@ def test_requests_and_images_are_counted(client: TestClient) -> None:
     assert found[key("mmtl_out_of_distribution_total")] == 1
     assert found[key("mmtl_predicted_total", "melanoma", "at_or_above_threshold")] == 1
     assert found[key("mmtl_melanoma_probability_count")] == 2
-    total = 20 * found[key("mmtl_melanoma_probability_sum")]
+    total = 40 * found[key("mmtl_melanoma_probability_sum")]
     assert total == pytest.approx(round(total))  # which tells no more than the buckets
     assert found[key("mmtl_stage_duration_seconds_count", "decode")] == 3
     assert found[key("mmtl_batch_size_sum")] == 2
@@ -62,6 +62,24 @@ def test_requests_and_images_are_counted(client: TestClient) -> None:
     assert found[key(requests, "POST", "/predict", "415")] == 1
     assert found[key(requests, "other", "unmatched", "404")] == 1
     assert found[key("mmtl_queue_depth")] == 0
+
+
+def test_a_probability_is_summed_as_the_middle_of_its_bucket() -> None:
+    metrics = Metrics(1, ())
+    for probability, middle in ((0.0, 0.025), (0.05, 0.025), (0.0501, 0.075), (1.0, 0.975)):
+        before = metrics.melanoma_probability._sum.get()
+        metrics.observe_probability(probability)
+        assert metrics.melanoma_probability._sum.get() - before == pytest.approx(middle)
+
+
+@pytest.mark.parametrize(
+    "accept", ["application/openmetrics-text; version=abc", "text/plain; version=x.y", "*/*", ""]
+)
+def test_whatever_is_accepted_metrics_are_told(client: TestClient, accept: str) -> None:
+    answer = client.get("/metrics", headers={"Accept": accept})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "mmtl_ready" in answer.text
 
 
 @pytest.mark.usefixtures("logs_as_before")
