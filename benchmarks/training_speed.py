@@ -31,7 +31,7 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
-from benchmarks.machine import processor
+from models.cores import processor
 
 STEP_ALONE = "the step alone"
 FLOAT32 = "mmtl, in float32"

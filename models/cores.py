@@ -1,6 +1,7 @@
-"""The CPUs that this process may use: how many, and what they multiply."""
+"""The CPUs that this process may use: how many, what they are and what they multiply."""
 
 import os
+import platform
 from math import ceil
 from pathlib import Path
 
@@ -17,6 +18,16 @@ def available_cores(quota: Path = _QUOTA) -> int:
     except (OSError, ValueError):  # no cgroup v2, or "max": no quota
         pass
     return max(cores or 1, 1)
+
+
+def processor(processors: Path = _PROCESSORS) -> str:
+    """Their name, where the kernel tells it; else their architecture."""
+    try:
+        lines = processors.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def has_amx(processors: Path = _PROCESSORS) -> bool:

@@ -231,8 +231,7 @@ def _paper(report: Report) -> str:
 ## The paper's Table 4, as far as pixels are at hand
 
 {cautions}
-- These images, and every image of the same lesion, patient or picture, were left out of training
-  and tuning here. The threshold is the frozen one.
+- The threshold is the frozen one.
 
 {body}
 """

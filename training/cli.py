@@ -13,7 +13,7 @@ from models.bundle import BundleError, load_bundle
 from training.benchmark.cli import benchmark, zoo_cli
 from training.config import Config, configure
 from training.data.cli import cli as data_cli
-from training.data.manifest import DataError
+from training.data.manifest import DataError, first_line
 from training.data.vocabulary import Split
 from training.run import Run
 
@@ -38,7 +38,7 @@ def main() -> None:
     except OSError as error:
         # Of a copy, the second is where it was to go.
         where = error.filename2 or error.filename or "a file"
-        what = error.strerror
+        what = error.strerror or first_line(error)
         if isinstance(error, NotADirectoryError | FileExistsError):  # as mkdir has it
             what = "it is, or stands in, a file where a folder is asked for"
         elif isinstance(error, IsADirectoryError):

@@ -49,8 +49,8 @@ class Config(BaseModel):
         weight_decay: AdamW's.
         warmup_epochs: Of linear warm-up; cosine to zero after it.
         frozen_epochs: At the beginning, in which the backbone is not trained.
-        freeze_batch_norm: Keep the backbone's batch norm as it was pretrained; needed where it was
-            folded into the weights.
+        freeze_batch_norm: Keep the statistics of the backbone's batch norm as they were
+            pretrained; needed where they were folded into the weights.
         patience: Epochs without a better validation AUROC before training stops.
         ema_decay: Of the averaged weights that are evaluated and kept, per step.
         trunk_channels: Of the features that the heads share.

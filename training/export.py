@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from models.bundle import (
     NAME,
@@ -47,7 +48,7 @@ from training.network import MultiTaskNetwork, ServedEnsemble, ServedNetwork
 from training.ood import choose_ood_threshold, fit_feature_distance, middle_features
 from training.run import Run, rows
 from training.runners import eager, onnx_runner, open_runner, run_batches, torchscript
-from training.state import belongs, identity_of, load_tensors
+from training.state import belongs, identity_of, is_finished, load_tensors
 from training.tasks import DIAGNOSES
 
 AGE_EDGES = (30.0, 45.0, 60.0, 75.0)
@@ -203,10 +204,16 @@ def load_fitted(run: Run, records: list[Record]) -> MultiTaskNetwork:
     if not (run.best.is_file() and run.checkpoint.is_file()):
         raise DataError(f"{run.folder} is not fitted. Run `mmtl-train fit` first.")
     config = run.load_config()
-    if not belongs(load_tensors(run.checkpoint), identity_of(config, records)):
+    saved = load_tensors(run.checkpoint)
+    if not belongs(saved, identity_of(config, records)):
         raise DataError(
             f"{run.folder} was fitted on other data than its manifest names. "
             f"Delete {run.checkpoint} and fit again."
+        )
+    if not is_finished(saved["epoch"], saved["stale"], config):
+        tqdm.write(
+            f"{run.folder} was stopped after {saved['epoch']} of {config.epochs} epochs, and its "
+            "best network so far is taken; `mmtl-train fit` goes on with it."
         )
     network = build_network(config, pretrained=False)
     network.load_state_dict(load_tensors(run.best))

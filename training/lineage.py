@@ -2,16 +2,20 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from models.bundle import DataSource, TrainingData, load_bundle
+from models.files import write_atomically
 from training.config import Config
-from training.data.components import key_of
+from training.data.components import BONDS, key_of
 from training.data.manifest import (
     DataError,
     Record,
     fingerprint,
+    first_line,
     isic_id,
     load_manifest,
     save_manifest,
@@ -20,6 +24,7 @@ from training.data.origins import origin_of
 from training.data.vocabulary import Split
 from training.run import Run
 
+_SOURCES = TypeAdapter(list[DataSource])
 _NONCOMMERCIAL = (
     "The weights were learned from images under CC BY-NC: non-commercial use only. "
     "The code is Apache-2.0."
@@ -30,8 +35,21 @@ _OF_THEIR_OWNERS = (
 )
 
 
-def inheritance(config: Config, records: Sequence[Record]) -> list[Record]:
-    """The images that the run which another goes on from has learned from.
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """What the run which another goes on from has learned from.
+
+    Attributes:
+        records: The images.
+        sources: What its teachers had learned from.
+    """
+
+    records: list[Record]
+    sources: list[DataSource]
+
+
+def inheritance(config: Config, records: Sequence[Record]) -> Inheritance:
+    """What the run which another goes on from has learned from.
 
     Args:
         config: Of the run that goes on.
@@ -41,9 +59,10 @@ def inheritance(config: Config, records: Sequence[Record]) -> list[Record]:
         DataError: The run before has no fitted network, or it has learned from, or was chosen by,
             images that this one is to be tested on; or it has learned from those that are to stop
             and calibrate this one.
+        models.bundle.BundleError: A teacher of the run before is no longer there.
     """
     if not config.start_from:
-        return []
+        return Inheritance([], [])
     before = Run(Path(config.start_from))
     check_fitted(before)
     known = learned(before)
@@ -58,10 +77,10 @@ def inheritance(config: Config, records: Sequence[Record]) -> list[Record]:
             raise DataError(
                 f"start_from: {before.folder} has learned from {len(leaked):,} of the "
                 f"{len(own):,} images of the split {split} ({min(leaked)}, for one), or from "
-                "others of the same lesions: what is measured on them would mean nothing. Go on "
-                "from a run with the same splits."
+                "others of the same lesions or patients: what is measured on them would mean "
+                "nothing. Go on from a run with the same splits."
             )
-    return known
+    return Inheritance(known, _taught(before))
 
 
 def check_fitted(run: Run) -> None:
@@ -74,16 +93,35 @@ def check_fitted(run: Run) -> None:
         raise DataError(f"start_from: {run.folder} has no fitted network.")
 
 
-def keep_inheritance(run: Run, known: Sequence[Record]) -> None:
+def keep_inheritance(run: Run, known: Inheritance) -> None:
     """Note in a run's folder what `inheritance` found."""
     run.inherited.unlink(missing_ok=True)
-    if known:
-        save_manifest(run.inherited, known)
+    run.inherited_sources.unlink(missing_ok=True)
+    if known.records:
+        save_manifest(run.inherited, known.records)
+    if known.sources:
+        with write_atomically(run.inherited_sources) as temporary:
+            temporary.write_bytes(_SOURCES.dump_json(known.sources, indent=2))
+
+
+def _taught(run: Run) -> list[DataSource]:
+    """What a run's teachers had learned from, and those of the run that it went on from."""
+    teachers = [load_bundle(Path(folder)).manifest for folder in run.load_config().teachers]
+    sources = [source for teacher in teachers for source in teacher.training_data.sources]
+    if run.inherited_sources.is_file():
+        try:
+            sources += _SOURCES.validate_json(run.inherited_sources.read_bytes())
+        except ValueError as error:
+            raise DataError(
+                f"{run.inherited_sources} is damaged ({first_line(error)}). Run `mmtl-train "
+                "prepare` again."
+            ) from None
+    return sources
 
 
 def _keys(record: Record) -> Iterator[tuple[str, ...]]:
-    """What tells that two manifests mean the same picture or lesion."""
-    for bond in ("image", "lesion"):
+    """What tells that two manifests mean the same picture, lesion or patient."""
+    for bond in BONDS:
         if (key := key_of(record, bond)) is not None:
             yield key
     if (name := isic_id(record.component)) is not None:  # other names are of one manifest alone
@@ -109,20 +147,21 @@ def learned(run: Run) -> list[Record]:
 
 
 def training_data(run: Run) -> TrainingData:
-    """What a run's weights were learned from, a teacher's sources included.
+    """What a run's weights were learned from, the sources of its teachers included.
 
     Raises:
         DataError: What it inherits is not known.
         models.bundle.BundleError: A teacher is no longer there.
     """
-    used = Counter(record.dataset for record in learned(run))
+    records = learned(run)
+    used = Counter(record.dataset for record in records)
+    of_archive = {record.dataset for record in records if isic_id(record.image)}
     sources = {
-        name: DataSource(name=name, images=images, **asdict(origin_of(name)))
+        name: DataSource(name=name, images=images, **asdict(origin_of(name, name in of_archive)))
         for name, images in used.items()
     }
-    for teacher in run.load_config().teachers:
-        for source in load_bundle(Path(teacher)).manifest.training_data.sources:
-            sources.setdefault(source.name, source)
+    for source in _taught(run):
+        sources.setdefault(source.name, source)
     return TrainingData(
         fingerprint=fingerprint(load_manifest(run.manifest)),
         sources=tuple(sources[name] for name in sorted(sources)),

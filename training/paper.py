@@ -7,6 +7,7 @@ import numpy as np
 
 from training.baselines import MetadataModel, truth_of
 from training.data.audit import audit
+from training.data.components import with_components
 from training.data.layouts import Dataset, balanced
 from training.data.manifest import Record
 from training.data.vocabulary import Split
@@ -20,6 +21,7 @@ TABLE_4 = {
 }
 IMAGES = 1962
 CLEAN = "balanced, clean"
+LEARNED = (Split.TRAIN, Split.VALIDATION)
 
 
 def find_clean(dataset: Dataset, knowing: Sequence[Dataset]) -> set[str]:
@@ -34,8 +36,24 @@ def find_clean(dataset: Dataset, knowing: Sequence[Dataset]) -> set[str]:
     return {record.image for record in second.records} - leaking
 
 
+def find_known(records: Sequence[Record]) -> set[str]:
+    """Image ids of the balanced set in a manifest that share a component with what it teaches.
+
+    Args:
+        records: The manifest, whose rows for training and validation a network has learned from or
+            was chosen by.
+    """
+    linked = with_components(records)
+    learned = {record.component for record in linked if record.split in LEARNED}
+    return {r.image for r in linked if balanced.is_part(r) and r.component in learned}
+
+
 def describe(
-    dataset: Dataset, clean: set[str], evaluated: Sequence[Record], predictions: Predictions
+    dataset: Dataset,
+    clean: set[str],
+    evaluated: Sequence[Record],
+    predictions: Predictions,
+    known: set[str] | None = None,
 ) -> dict[str, Any]:
     """What must stand beside every figure on the balanced set, and what metadata alone reaches.
 
@@ -47,6 +65,7 @@ def describe(
         clean: See `find_clean`.
         evaluated: Its rows that the model was evaluated on.
         predictions: For the age bins.
+        known: See `find_known`; None where it is not known what the model has learned from.
     """
     train, val = (_part(dataset, split).records for split in (Split.TRAIN, Split.TEST))
     cautions = []
@@ -57,6 +76,16 @@ def describe(
             f"Not the paper's test set: {len(evaluated):,} of its {IMAGES:,} images have pixels "
             f"here, {melanomas:.0%} of them melanoma instead of 50 %"
             + (f", and none of {', '.join(absent)}." if absent else ".")
+        )
+    seen = sum(record.image in (known or ()) for record in evaluated)
+    if known is not None:
+        cautions.append(
+            f"{seen:,} of these images share a lesion, a patient or a picture with those that this "
+            "network was fitted to or tuned on, or are among them: figures on the clean split "
+            "leave them out."
+            if seen
+            else "These images, and every image of the same lesion, patient or picture, were left "
+            "out of training and tuning here."
         )
     ages = {name: labels for name, labels in predictions.labels.items() if name == "age"}
     model = MetadataModel(train, ages, predictions.age_edges)

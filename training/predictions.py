@@ -15,14 +15,20 @@ from models.files import write_atomically
 from models.images import ImageError, decode
 from models.recalibration import LOGIT
 from training.data.layouts import name_of
-from training.data.manifest import DataError, Record
+from training.data.manifest import DataError, Record, open_table
 from training.data.tables import Faults, Row, read_rows
+from training.data.vocabulary import Diagnosis, Sex, Site
 from training.runners import Runner, onnx_runner
 
 BATCH_SIZE = 32
 PROBABILITY = "melanoma_probability"
 
 Floats = NDArray[np.floating]
+_WORDS: dict[str, type[Site] | type[Sex] | type[Diagnosis]] = {
+    "site": Site,
+    "sex": Sex,
+    "diagnosis": Diagnosis,
+}
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def save_predictions(path: Path, predictions: Predictions) -> None:
     for name in ("age_years", "ood_score"):
         if (values := getattr(predictions, name)) is not None:
             columns[name] = _written(values)
-    with write_atomically(path) as temporary, temporary.open("w", newline="") as file:
+    with write_atomically(path) as temporary, open_table(temporary) as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
@@ -190,6 +196,11 @@ def load_predictions(path: Path, records: Sequence[Record], threshold: float) ->
     for column in columns:
         task, mark, label = column.partition(":")
         if mark:
+            # Another word for what the truth calls so would leave those images out, unsaid.
+            if task in _WORDS and label not in (words := [str(word) for word in _WORDS[task]]):
+                raise DataError(
+                    f"{path}: the column {column} is none of {task}: {', '.join(words)}."
+                )
             labels[task] = (*labels.get(task, ()), label)
     return Predictions(
         model=path.stem,

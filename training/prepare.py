@@ -6,7 +6,7 @@ from pathlib import Path
 
 from training.backbones import find_source
 from training.config import Config
-from training.data.cache import build_cache
+from training.data.cache import build_cache, files_key
 from training.data.components import components, with_components
 from training.data.duplicates import find_duplicates, thumbnails
 from training.data.layouts import balanced, gather, ham10000, read_datasets
@@ -57,6 +57,7 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
         )
     check_network(config)
     run.check_config(config)
+    files_key([records[i] for i in used], config.size, config.size)  # or an image is not there
     # Until the new one is written there is none: pixels and labels of two preparations never meet.
     run.manifest.unlink(missing_ok=True)
     pixels = build_cache(run.cache, [records[i] for i in used], config.size, config.size)
@@ -94,6 +95,7 @@ def prepare_manifest(
     check_network(config)
     known = inheritance(config, used)
     run.save_config(config)
+    files_key(used, config.size, config.size)
     run.manifest.unlink(missing_ok=True)
     keep_inheritance(run, known)
     build_cache(run.cache, used, config.size, config.size)

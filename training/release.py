@@ -12,8 +12,6 @@ from training.evaluate import Report, evaluate
 from training.predictions import Predictions
 from training.robustness import compare_sizes, flagged_shares
 
-_LEARNED = (Split.TRAIN, Split.VALIDATION)
-
 
 def held_out(records: Sequence[Record], split: Split) -> list[Record]:
     """The records that can be evaluated: of the split, and with pixels.
@@ -53,10 +51,13 @@ def evaluate_model(
     published = next((d for d in datasets if paper.is_complete(d)), None)
     tested = predictions.records
     rows = [i for i, r in enumerate(tested) if balanced.is_part(r)]
-    subsets, clean = {}, set[str]()
+    subsets, clean, known = {}, set[str](), None
     if published is not None and rows:
         clean = paper.find_clean(published, [d for d in datasets if d is not published])
-        subsets[paper.CLEAN] = [row for row in rows if tested[row].image in clean]
+        if bundle is not None and bundle.manifest.training_data.fingerprint == fingerprint(records):
+            known = paper.find_known(records)
+        fair = clean - (known or set())
+        subsets[paper.CLEAN] = [row for row in rows if tested[row].image in fair]
     training = [record for record in records if record.split is Split.TRAIN]
     report = evaluate(predictions, training, against, subsets)
     report["split"] = str(split)
@@ -64,7 +65,7 @@ def evaluate_model(
     report["cautions"] = _cautions(predictions, records, split, bundle)
     if published is not None and rows:
         evaluated = [tested[row] for row in rows]
-        report["paper"] = paper.describe(published, clean, evaluated, predictions)
+        report["paper"] = paper.describe(published, clean, evaluated, predictions, known)
     if bundle is not None:
         report |= _robustness(bundle, predictions, records, datasets, data)
     return report
@@ -111,7 +112,7 @@ def _robustness(
     )
     if originals is not None:
         report["originals"] = compare_sizes(bundle, originals)
-    learned = [record for record in records if record.split in _LEARNED]
+    learned = [record for record in records if record.split in paper.LEARNED]
     known = [record for dataset in datasets for record in dataset.records]
     report["out of distribution"] = flagged_shares(bundle, predictions, learned, known, other)
     return report

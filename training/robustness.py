@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from models.bundle import Bundle, melanoma_probability
 from models.images import ImageError, decode
+from training.data.components import with_components
 from training.data.layouts import image_files
 from training.data.manifest import DataError, Record
 from training.predictions import Predictions, predict
@@ -38,6 +39,7 @@ def compare_sizes(bundle: Bundle, folder: Path) -> Report:
     for path in sorted(image_files(folder)):
         data = path.read_bytes()
         try:
+            decode(data, *size)  # what is no image is told as such
             both = np.stack([decode(version, *size).pixels for version in (data, thumbnail(data))])
         except ImageError as error:
             raise DataError(f"{path}: {error}") from None
@@ -90,10 +92,11 @@ def flagged_shares(
     def note(found: Predictions, kinds: Sequence[str]) -> None:
         assert found.ood_score is not None
         flagged = (found.ood_score > artifact.ood_threshold).tolist()
-        for kind, record, flag in zip(kinds, found.records, flagged, strict=True):
+        linked = with_components(found.records)
+        for kind, record, flag in zip(kinds, linked, flagged, strict=True):
             values, names = flags.setdefault(kind, ([], []))
             values.append(flag)
-            names.append(record.component or record.lesion or record.image)
+            names.append(record.component)
 
     note(predictions, [f"held out: {record.dataset}" for record in predictions.records])
     datasets = {source.name for source in bundle.manifest.training_data.sources}

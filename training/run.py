@@ -36,6 +36,11 @@ class Run:
         return self.folder / "inherited.csv"
 
     @property
+    def inherited_sources(self) -> Path:
+        """The datasets that the teachers of those runs had learned from; likewise."""
+        return self.folder / "inherited.json"
+
+    @property
     def cache(self) -> Path:
         """The pixels, row for row with the manifest."""
         return self.folder / "pixels.npy"

@@ -69,7 +69,7 @@ class State:
     @property
     def finished(self) -> bool:
         """Whether there is no epoch left, or no hope of a better one."""
-        return self.epoch >= self.config.epochs or self.stale >= self.config.patience
+        return is_finished(self.epoch, self.stale, self.config)
 
     def advance(self, score: float) -> None:
         """Count a whole epoch with its validation AUROC."""
@@ -110,6 +110,11 @@ class State:
 
     _PARTS = ("network", "average", "loss", "optimizer", "scheduler")
     _PROGRESS = ("precision", "epoch", "best", "stale", "history")
+
+
+def is_finished(epoch: int, stale: int, config: Config) -> bool:
+    """Whether a run is over after so many epochs, the last of them without a better one."""
+    return epoch >= config.epochs or stale >= config.patience
 
 
 def precision_on(device: str, config: Config) -> Precision:

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
+from models.bundle import BundleError
 from models.files import write_atomically
 from training.config import Config, changed_fields, parse_config
-from training.data.manifest import DataError, fingerprint, load_manifest
+from training.data.components import with_components
+from training.data.manifest import DataError, fingerprint, first_line, load_manifest
 from training.data.vocabulary import Split
 from training.export import load_networks
 from training.fit import fit, predict_logits
@@ -136,15 +138,18 @@ def sweep(
         run = Run(folder / name)
         run.save_config(config)
         try:
-            if not run.manifest.is_file():
+            new = not run.manifest.is_file()
+            if new:
                 _share_pixels(runs, run)
+            if new or first is None:  # which, where it is fitted, refuses data that has changed
                 prepare(run, config)
             fit(run, workers)
-        except DataError as error:
+        except (DataError, BundleError, RuntimeError) as error:  # the last, of memory or a backbone
+            why = str(error) if isinstance(error, DataError) else first_line(error)
             if first is None:  # nothing to compare with
-                raise DataError(f"Recipe {name}: {error}") from None
-            tqdm.write(f"Recipe {name}: {error}")
-            failed[name] = str(error)
+                raise DataError(f"Recipe {name}: {why}") from None
+            tqdm.write(f"Recipe {name}: {why}")
+            failed[name] = why
             _write(folder, outcomes, first[1], recipes, failed)
             continue
         runs.append(run)
@@ -153,6 +158,11 @@ def sweep(
             first = config, answers
         elif answers.images != first[1].images or answers.truth.tolist() != first[1].truth.tolist():
             raise DataError(f"{run.folder} validates on other images than the first recipe.")
+        elif _same_data(config, first[0]) and answers.data != first[1].data:
+            raise DataError(
+                f"{run.folder} was fitted on other data than the first recipe. Delete it, or "
+                "choose another folder with --run, and sweep again."
+            )
         changes = ", ".join(changed_fields(first[0], config))
         outcomes.append(_outcome(name, changes, run, answers, first[1]))
         _write(folder, outcomes, first[1], recipes, failed)
@@ -171,6 +181,7 @@ def ask(run: Run) -> Answers:
         DataError: It is not fitted.
     """
     records, pixels = run.load_data()
+    linked = with_components(records)
     validation = [
         row
         for row in rows(records, Split.VALIDATION, run.load_config().validate_on)
@@ -182,7 +193,7 @@ def ask(run: Run) -> Answers:
         [(records[row].dataset, records[row].image) for row in validation],
         np.array([bool(records[row].melanoma) for row in validation]),
         torch.stack(scores).mean(dim=0).numpy(),
-        [records[row].component for row in validation],
+        [linked[row].component for row in validation],
         fingerprint(records),
     )
 
@@ -251,13 +262,16 @@ def _auroc(answers: Answers) -> Statistic:
     return statistic
 
 
+def _same_data(one: Config, other: Config) -> bool:
+    return (one.train_on, one.test_on) == (other.train_on, other.test_on)
+
+
 def _share_pixels(runs: Sequence[Run], run: Run) -> None:
     """Give a run the pixels of another of this size and data; its cache checks whether they fit."""
     config = run.load_config()
     for other in runs:
         before = other.load_config()
-        alike = (before.train_on, before.test_on) == (config.train_on, config.test_on)
-        if alike and before.size == config.size:
+        if _same_data(before, config) and before.size == config.size:
             run.take_pixels(other)
             return
 

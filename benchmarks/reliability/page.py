@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import processor
 from benchmarks.reliability.drill import SETTLES
 from models.bundle import load_bundle
+from models.cores import processor
 
 RUNS = Path("runs/reliability")
 MISSING = "Not run.\n"

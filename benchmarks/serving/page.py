@@ -10,9 +10,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.machine import processor
 from models.bundle import Bundle
-from models.cores import has_amx
+from models.cores import has_amx, processor
 
 Rows = Sequence[dict[str, Any]]
 PEERS = ("FastAPI", "LitServe", "BentoML", "Ray Serve")

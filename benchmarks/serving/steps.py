@@ -24,8 +24,8 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from benchmarks.machine import processor
 from benchmarks.serving.compare import CORES, PORT, ROOT, make_images
+from models.cores import processor
 
 ROUNDS = 5
 SECONDS = 3.0

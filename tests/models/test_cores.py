@@ -1,9 +1,10 @@
 import os
+import platform
 from pathlib import Path
 
 import pytest
 
-from models.cores import available_cores, has_amx
+from models.cores import available_cores, has_amx, processor
 
 HERE = len(os.sched_getaffinity(0))
 
@@ -30,6 +31,13 @@ def test_amx_is_one_of_a_processor_s_flags(tmp_path: Path, flags: str, found: bo
     file = tmp_path / "cpuinfo"
     file.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
     assert has_amx(file) is found
+
+
+def test_a_processor_is_called_what_the_kernel_calls_it(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nmodel name\t: An Old One @ 2 GHz\nflags\t: fpu\n")
+    assert processor(file) == "An Old One @ 2 GHz"
+    assert processor(tmp_path / "nowhere") == platform.machine()
 
 
 def test_where_nothing_is_known_of_the_processor_it_does_not(tmp_path: Path) -> None:

@@ -220,6 +220,11 @@ def test_predictions_are_read_back_and_so_are_other_peoples(tmp_path: Path) -> N
         ("image,melanoma_probability\nA-0,\n", "row 2, column melanoma_probability: '' is not a"),
         ("image,melanoma_probability\nA-0,0.1\nA-0,0.2\n", "A-0 stands in two rows"),
         ("image,melanoma_probability\nZ,0.1\n", "has a row for none of the 4 images"),
+        (
+            "image,melanoma_probability,site:torso,site:anterior torso\nA-0,0.1,1,0\n",
+            "site:anterior torso is none of site: head/neck, ",
+        ),
+        ("image,melanoma_probability,diagnosis:mel\nA-0,0.1,1\n", "diagnosis:mel is none of"),
         ("image,melanoma_probability,age:young,age:old\nA-0,0.1,1,0\n", "not of the form 0-29"),
     ],
 )
@@ -247,6 +252,13 @@ def test_the_papers_set_is_described_with_its_leaks() -> None:
     assert "40 of its 1,962 images have pixels" in found["cautions"][0]
     assert "10 of its 80 test images are joined to its training images" in found["cautions"][1]
     assert {m["images"] for m in found["metadata_only"].values()} == {70, 80}
+    # What a network itself has learned from is not clean either.
+    learned = replace(val[20], dataset="ISIC 2020", image="again", split=Split.VALIDATION)
+    known = paper.find_known([*val, replace(learned, lesion="IL_90")])
+    assert known == {"v-20", "v-21"}  # of one component
+    for seen, sentence in ((known, "2 of these images share"), (set(), "were left out of train")):
+        told = paper.describe(dataset, clean, val[:40], predictions(val[:40]), seen)["cautions"]
+        assert any(sentence in caution for caution in told)
     assert all(m["age"]["accuracy"] for m in found["metadata_only"].values())
     report = evaluate(predictions(val), train, subsets={paper.CLEAN: list(range(10, 80))})
     report["paper"] = found

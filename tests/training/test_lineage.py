@@ -1,5 +1,6 @@
 """What a network has learned from, by whatever way."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,7 +96,42 @@ def test_images_of_two_clinics_may_have_one_name(tmp_path: Path) -> None:
     named = [replace(record, image="17", component="") for record in records("t")]
     first = fitted(tmp_path / "first", named)
     other = [replace(named[0], dataset="elsewhere", split=Split.TEST)]
-    assert inheritance(Config(start_from=str(first.folder)), other) == named
+    assert inheritance(Config(start_from=str(first.folder)), other).records == named
+
+
+def test_another_image_of_the_same_patient_is_known_too(tmp_path: Path) -> None:
+    own = [replace(record, patient="IP_0000007") for record in records("tv")]
+    first = fitted(tmp_path / "first", own)
+    other = [replace(r, patient="ip_0000007", component="") for r in records("T", first=50)]
+    with pytest.raises(DataError, match="lesions or patients"):
+        inherit(Run(tmp_path / "now"), Config(start_from=str(first.folder)), other)
+
+
+def test_what_earlier_teachers_learned_from_is_named(tmp_path: Path) -> None:
+    teacher = make_bundle(tmp_path / "teacher")
+    theirs = {source.name for source in teacher.manifest.training_data.sources}
+    run = fitted(tmp_path / "0", records("tv"), teachers=(str(teacher.folder),))
+    for number in (1, 2):
+        before = str(run.folder)
+        run = fitted(tmp_path / str(number), records("tv"), start_from=before)
+        inherit(run, run.load_config(), load_manifest(run.manifest))
+    shutil.rmtree(teacher.folder)
+    assert {source.name for source in training_data(run).sources} == {"HAM10000"} | theirs
+    run.inherited_sources.write_text("[{]")
+    with pytest.raises(DataError, match=r"inherited\.json is damaged .* prepare` again"):
+        training_data(run)
+    inherit(run, Config(), records("tv"))
+    assert not run.inherited_sources.exists()
+
+
+@pytest.mark.parametrize("image", ["ISIC_0000001", "17"])
+def test_images_of_the_archive_keep_its_terms_in_a_folder_of_any_name(
+    tmp_path: Path, image: str
+) -> None:
+    own = [replace(record, image=image) for record in records("t", "downloads")]
+    found = training_data(fitted(tmp_path / "run", own))
+    archives = image.startswith("ISIC")
+    assert ("CC BY-NC" in found.licence) == ("CC BY-NC" in found.sources[0].licence) == archives
 
 
 def test_a_run_whose_inheritance_is_not_known_says_so(tmp_path: Path) -> None:

@@ -71,6 +71,12 @@ def test_a_manifest_brings_its_own_splits(
     records, pixels = Run(run).load_data()
     assert pixels.shape == (len(records), 64, 64, 3)
     assert {record.split for record in records} >= {Split.TRAIN, Split.VALIDATION, Split.TEST}
+    gone = Path(records[0].path)
+    gone.rename(gone.with_suffix(".away"))
+    with pytest.raises(DataError, match=gone.name):
+        cli([*told, "--epochs", "3"], standalone_mode=False)
+    assert Run(run).load_data()[0] == records  # what was prepared before is as it was
+    gone.with_suffix(".away").rename(gone)
     recipe.write_text('validate_on = "elsewhere"\n')
     with pytest.raises(DataError, match=r"no images of elsewhere \(validate_on\)"):
         cli(told, standalone_mode=False)
@@ -342,6 +348,18 @@ def test_an_expected_error_is_one_sentence(
     assert capsys.readouterr().err == (
         f"mmtl-train: {tmp_path} is not a run folder. Run `mmtl-train prepare` first.\n"
     )
+
+
+def test_an_error_of_the_system_is_one_sentence_whatever_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut() -> None:
+        raise OSError("broken data stream")
+
+    monkeypatch.setattr("training.cli.cli", cut)
+    with pytest.raises(SystemExit):
+        run_command_line()
+    assert capsys.readouterr().err == "mmtl-train: a file: broken data stream.\n"
 
 
 def _probability(client: TestClient, path: Path) -> float:

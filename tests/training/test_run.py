@@ -13,7 +13,7 @@ import torch
 from tests.training.conftest import SMALL
 from training import fit as fitting
 from training.data.manifest import DataError, load_manifest
-from training.export import export
+from training.export import export, load_networks
 from training.fit import fit
 from training.losses import MultiTaskLoss
 from training.prepare import prepare, prepare_manifest
@@ -46,13 +46,21 @@ def stop_after(epochs: int, run: Run) -> None:
         fit(run, workers=0)
 
 
-def test_an_interrupted_run_ends_as_an_undisturbed_one(fitted: Run, tmp_path: Path) -> None:
+def test_an_interrupted_run_ends_as_an_undisturbed_one(
+    fitted: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     again = Run(tmp_path / "again")
     shutil.copytree(fitted.folder, again.folder)
     for path in (again.checkpoint, again.best, again.log):
         path.unlink()
     stop_after(3, again)
+    capsys.readouterr()
+    load_networks(again, again.load_data()[0])  # to export it, for one
+    assert f"{again.folder} was stopped after 3 of 8 epochs" in capsys.readouterr().out
     fit(again, workers=1)  # the number of workers does not change what is drawn
+    capsys.readouterr()
+    load_networks(again, again.load_data()[0])
+    assert "was stopped" not in capsys.readouterr().out
     ours, theirs = (torch.load(r.best, weights_only=True) for r in (again, fitted))
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=0)

@@ -1,6 +1,8 @@
 """Recipes tried on the same data, and compared."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from tests.training.folders import draw_ham10000
 from training import fit as fitting
 from training import sweep as sweeping
 from training.cli import cli
-from training.data.manifest import DataError
+from training.config import parse_config
+from training.data.manifest import DataError, load_manifest, save_manifest
+from training.prepare import prepare
 from training.run import Run
 from training.sweep import load_recipes
 
@@ -30,6 +34,10 @@ ema_decay = 0.5
 mixing = "mixup"
 epochs = 1
 """
+
+
+class Stopped(BaseException):
+    """As a signal stops it."""
 
 
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.toml")), ids=lambda path: path.stem)
@@ -84,11 +92,11 @@ def test_a_stopped_sweep_goes_on_and_compares_with_the_first(
     def fit(run: Run, workers: int) -> float:
         fitted.append(run.folder.name)
         if fitted == ["plain", "mixup"]:
-            raise RuntimeError("stopped")
+            raise Stopped
         return fitting.fit(run, workers)
 
     monkeypatch.setattr(sweeping, "fit", fit)
-    with pytest.raises(RuntimeError, match="stopped"):
+    with pytest.raises(Stopped):
         cli(told, standalone_mode=False)
     assert "1 of 2 recipes are done" in (folder / "sweep.md").read_text()
     best = Run(folder / "plain").best.stat().st_mtime_ns
@@ -110,6 +118,31 @@ def test_a_stopped_sweep_goes_on_and_compares_with_the_first(
     recipes.write_text(SWEEP + "seed = 1\n")
     with pytest.raises(DataError, match=r"another configuration \(seed 0 -> 1\)"):
         cli(told, standalone_mode=False)
+    # Other data in the same folder: neither the first recipe nor a later one is taken for it.
+    recipes.write_text(SWEEP)
+    shutil.rmtree(tmp_path / "data")
+    draw_ham10000(tmp_path / "data" / "ham10000", 322)
+    with pytest.raises(DataError, match=r"Recipe plain: .*other data"):
+        cli(told, standalone_mode=False)
+    shutil.rmtree(folder / "plain")
+    with pytest.raises(DataError, match=r"mixup (was fitted on|validates on) other"):
+        cli(told, standalone_mode=False)
+
+
+def test_images_of_a_manifest_without_components_are_resampled_by_lesion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_ham10000(tmp_path / "data" / "ham10000", 320)
+    monkeypatch.setattr(fitting, "build_feature_map", team_member.build)
+    run = Run(tmp_path / "run")
+    config = parse_config({"size": 32, "epochs": 1}, "here")
+    prepare(tmp_path / "data", run, config)
+    records = load_manifest(run.manifest)
+    save_manifest(run.manifest, [replace(record, component="") for record in records])
+    fitting.fit(run, 0)
+    found = sweeping.ask(run)
+    lesions = {(r.dataset, r.image): r.lesion for r in records}
+    assert len(set(found.components)) == len({lesions[image] for image in found.images}) > 1
 
 
 def test_a_recipe_that_fails_does_not_keep_the_others_from_their_turn(
@@ -117,15 +150,19 @@ def test_a_recipe_that_fails_does_not_keep_the_others_from_their_turn(
 ) -> None:
     path = tmp_path / "sweep.toml"
     first, _, _ = SWEEP.partition("[recipes.mixup]")
-    path.write_text(f"{first}[recipes.hot]\nlearning_rate = 1e30\n[recipes.last]\nseed = 1\n")
+    path.write_text(
+        f"{first}[recipes.hot]\nlearning_rate = 1e30\n"
+        f"[recipes.untaught]\nteachers = ['{tmp_path / 'none'}']\n[recipes.last]\nseed = 1\n"
+    )
     draw_ham10000(tmp_path / "data" / "ham10000", 320)
     monkeypatch.setattr(fitting, "build_feature_map", team_member.build)
     told = [str(path), str(tmp_path / "data"), "--run", str(tmp_path / "sweep"), "--workers", "0"]
-    with pytest.raises(DataError, match=r"1 of 3 recipes failed; .*sweep\.md says why"):
+    with pytest.raises(DataError, match=r"2 of 4 recipes failed; .*sweep\.md says why"):
         cli(["sweep", *told], standalone_mode=False)
     table = (tmp_path / "sweep" / "sweep.md").read_text()
-    assert "2 of 3 recipes are done" in table
+    assert "2 of 4 recipes are done" in table
+    assert "| untaught | failed: " in table
     assert "| hot | failed: The loss of epoch 1 is not finite. Prepare another run" in table
     assert "| last | seed 0 -> 1" in table
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    assert list(found["failed"]) == ["hot"]
+    assert list(found["failed"]) == ["hot", "untaught"]

@@ -7,7 +7,6 @@ that fails or is killed takes no other with it.
 import hashlib
 import json
 import os
-import platform
 import resource
 import shutil
 import socket
@@ -27,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from models.cores import processor
 from models.files import write_atomically
 from training.backbones import Classifier, Source, load_classifier
 from training.data.cache import build_cache, files_key, open_cache
@@ -139,7 +139,7 @@ def load_arrays(path: Path, key: str, names: Sequence[str]) -> dict[str, Floats]
 
 def machine() -> str:
     """What costs are measured on."""
-    cores = f"{os.cpu_count()} {platform.machine()} cores"
+    cores = f"{os.cpu_count()} cores of {processor()}"
     return f"{torch.cuda.get_device_name()}, {cores}" if torch.cuda.is_available() else cores
 
 

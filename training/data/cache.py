@@ -195,7 +195,8 @@ def files_key(records: Sequence[Record], height: int, width: int) -> str:
             stat = os.stat(record.path)
         except OSError as error:
             raise DataError(f"{record.path}: {error.strerror}.") from None
-        digest.update(f"\n{record.image} {stat.st_size} {stat.st_mtime_ns}".encode())
+        line = f"\n{record.image} {stat.st_size} {stat.st_mtime_ns}"
+        digest.update(line.encode(errors="surrogateescape"))  # as file names may be
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from models.images import ImageError, decode
-from training.data.layouts import Dataset, image_files
+from training.data.layouts import Dataset, image_files, table_files
 from training.data.manifest import Record
 
 # The label columns of a manifest, which may be empty.
@@ -33,7 +33,7 @@ class Check:
         known: Rows with a value, by label.
         counts: Rows by value, for diagnosis, sex, site and age (in steps of 10 years).
         pairs: Pairs that it lists as duplicates.
-        faults: Sentences, each with file, row and column where there are.
+        faults: Sentences, each with file, row and column where there are; the fatal ones first.
         fatal: How many of these must be mended before the data is used.
     """
 
@@ -92,7 +92,10 @@ def check(dataset: Dataset, pixels: bool = True) -> Check:
             "age": _count([None if r.age is None else int(r.age // 10 * 10) for r in records]),
         },
         pairs=len(dataset.pairs),
-        faults=tuple(sorted(damaged) + [fault.message for fault in faults]),
+        faults=(
+            *sorted(damaged),
+            *(fault.message for fault in sorted(faults, key=lambda fault: not fault.fatal)),
+        ),
         fatal=len(damaged) + sum(fault.fatal for fault in faults),
     )
 
@@ -126,3 +129,11 @@ def find_strays(path: Path, datasets: Sequence[Dataset]) -> dict[str, int]:
     named = {record.path for dataset in datasets for record in dataset.records}
     strays = [file for file in image_files(path.absolute()) if str(file) not in named]
     return dict(sorted(Counter(str(file.parent) for file in strays).items()))
+
+
+def find_unclaimed(path: Path, datasets: Sequence[Dataset]) -> list[str]:
+    """The tables below `path` that stand where no dataset is."""
+    if path.is_file():
+        return []
+    claimed = {table for dataset in datasets for table in dataset.place.tables}
+    return sorted(str(table) for table in table_files(path.absolute()) if table not in claimed)

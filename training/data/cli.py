@@ -28,16 +28,21 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="The manifest to write.")
 @cli.command()
 def check(paths: Paths, as_json: AsJson = False, pixels: Pixels = True) -> None:
     """What is there, missing and wrong; exits with 1 if something must be mended."""
-    from training.data.check import LABELS, check, find_strays
+    from training.data.check import LABELS, check, find_strays, find_unclaimed
 
     datasets = read_datasets(paths)
     checks = [check(dataset, pixels) for dataset in datasets]
     strays = {
         folder: count for path in paths for folder, count in find_strays(path, datasets).items()
     }
+    unclaimed = [table for path in paths for table in find_unclaimed(path, datasets)]
     if as_json:
-        found = [asdict(item) for item in checks]
-        print(json.dumps({"datasets": found, "images_of_no_dataset": strays}, indent=2))
+        found = {
+            "datasets": [asdict(item) for item in checks],
+            "images_of_no_dataset": strays,
+            "tables_of_no_dataset": unclaimed,
+        }
+        print(json.dumps(found, indent=2))
     else:
         table = Table(title="datasets")
         columns = ("dataset", "layout", "images", "with pixels", "melanoma", *LABELS[1:], "faults")
@@ -56,10 +61,14 @@ def check(paths: Paths, as_json: AsJson = False, pixels: Pixels = True) -> None:
             )
         Console().print(table, "Percentages: rows with a value.")
         for item in checks:
-            _print_some([f"{item.dataset}: {fault}" for fault in item.faults])
+            told = [f"{item.dataset}: {fault}" for fault in item.faults]
+            for line in told[: item.fatal]:
+                print(f"To mend: {line}")
+            _print_some(told[item.fatal :])
         _print_some(
             [f"{folder}: {count:,} images of no dataset." for folder, count in strays.items()]
         )
+        _print_some([f"{table}: a table that no layout claims." for table in unclaimed])
     if any(item.fatal for item in checks):
         raise SystemExit(1)
 

@@ -75,7 +75,7 @@ def isic_id(name: str) -> str | None:
 
 def save_manifest(path: Path, records: Sequence[Record]) -> None:
     """Write the manifest as CSV, whole or not at all."""
-    with write_atomically(path) as temporary, _open(temporary) as file:
+    with write_atomically(path) as temporary, open_table(temporary) as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for record in records:
@@ -140,8 +140,8 @@ def _age(cell: str) -> float:
     return age
 
 
-def _open(path: Path) -> TextIO:
-    """File names that are not UTF-8 are written as they are."""
+def open_table(path: Path) -> TextIO:
+    """Open a table to be written; file names in it that are not UTF-8 stay as they are."""
     return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from training.data.layouts import load_layouts
+from training.data.layouts import isic_cli, load_layouts
 
 # Datasets of the archive that have a page of their own; others are known by their layout.
 _ISIC_2017 = ("CC BY-NC", "https://challenge.isic-archive.com/data/#2017")
@@ -16,11 +16,19 @@ class Origin:
     url: str
 
 
-def origin_of(dataset: str) -> Origin:
-    """What is known of a dataset by the name that its records carry."""
+def origin_of(dataset: str, of_archive: bool = False) -> Origin:
+    """What is known of a dataset by the name that its records carry.
+
+    Args:
+        dataset: The name.
+        of_archive: Whether its images are the ISIC archive's, whose terms go for those that were
+            downloaded into a folder of any name.
+    """
     if dataset == "isic2017":
         return Origin(*_ISIC_2017)
     for layout in load_layouts():
         if dataset.split(" (")[0] == layout.TITLE:
             return Origin(layout.LICENCE, layout.URL)
+    if of_archive:
+        return Origin(isic_cli.LICENCE, isic_cli.URL)
     return Origin("as its owner says", "")

@@ -190,7 +190,7 @@ def _part(
     if any(share < 0 for share in shares.values()) or sum(wanted.values()) >= _PARTS:
         raise DataError("The shares of validation and test must be at least 0, and below 1 in sum.")
     if any(share > 0 and not wanted[split] for split, share in shares.items()):
-        raise DataError(f"A share is 0, or at least {0.5 / _PARTS:g}: twentieths are dealt out.")
+        raise DataError(f"A share is 0, or more than {0.5 / _PARTS:g}: twentieths are dealt out.")
     if not any(wanted.values()):
         return records
     chosen = [records[i] for i in free]

@@ -57,6 +57,13 @@ def test_the_cache_is_exactly_what_serving_decodes(
         open_cache(tmp_path / "pixels.npy", 8)
 
 
+def test_a_file_s_name_may_be_of_any_bytes(tmp_path: Path) -> None:
+    name = b"l\xe4sion.jpg".decode(errors="surrogateescape")
+    picture(tmp_path / name, 1)
+    record = Record(name, str(tmp_path / name), "drawn")
+    assert len(build_cache(tmp_path / "pixels.npy", [record], 32, 32)) == 1
+
+
 def test_it_is_built_once_and_anew_when_an_image_or_the_size_changes(
     records: list[Record], tmp_path: Path, decoded: list[int]
 ) -> None:

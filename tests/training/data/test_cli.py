@@ -40,6 +40,7 @@ def test_check_counts_and_names_what_is_wrong(folder: Path, capsys) -> None:
     damaged = next((folder / "plain" / "images").iterdir())
     damaged.write_bytes(b"no image")
     picture(folder / "others" / "photo.jpg", 1)
+    (folder / "others" / "notes.csv").write_text("who,what\nme,that\n")
     table = folder / "plain" / "labels.csv"
     table.write_text(table.read_text().replace(",61,", ",old,", 1))
     status, out, _ = run(capsys, "check", folder)
@@ -48,6 +49,7 @@ def test_check_counts_and_names_what_is_wrong(folder: Path, capsys) -> None:
     assert f"{damaged}: The bytes are not an image" in out
     assert f"{table}, row 2, column age: 'old' is not an age in years." in out
     assert f"{folder / 'others'}: 1 images of no dataset." in out
+    assert f"{folder / 'others' / 'notes.csv'}: a table that no layout claims." in out
     _, out, _ = run(capsys, "check", folder, "--json", "--no-pixels")
     found = json.loads(out)
     assert [item["layout"] for item in found["datasets"]] == ["ISIC 2019", "plain CSV"]
@@ -62,6 +64,25 @@ def test_check_counts_and_names_what_is_wrong(folder: Path, capsys) -> None:
     }
     assert found["datasets"][0]["melanomas"] == 1
     assert found["datasets"][0]["counts"]["sex"] == {"female": 9}
+
+
+def test_check_tells_everything_that_must_be_mended_and_some_of_the_rest(
+    tmp_path: Path, capsys
+) -> None:
+    names = [f"{number:03}" for number in range(90)]
+    for name in names:
+        picture(tmp_path / f"{name}.jpg", int(name))
+    ages = ["old"] * 30 + ["61"] * 60
+    rows = [
+        {"image": name, "melanoma": "0", "age": age, "diagnosis": "a new one"}
+        for name, age in zip(names, reversed(ages), strict=True)
+    ]
+    write_table(tmp_path / "labels.csv", rows)
+    status, out, _ = run(capsys, "check", tmp_path, "--no-pixels")
+    assert status == 1
+    assert out.count("'old' is not an age in years.") == out.count("To mend: ") == 30
+    assert out.count("'a new one' is not a diagnosis") == 20
+    assert "... and 70 more." in out
 
 
 def test_annotate_joins_a_bare_folder_by_isic_id(folder: Path, capsys) -> None:

@@ -121,7 +121,7 @@ def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
     records = patients(60)
     with pytest.raises(DataError, match="below 1 in sum"):
         divide(records, components(records), validation=0.5, test=0.5)
-    with pytest.raises(DataError, match="A share is 0, or at least"):
+    with pytest.raises(DataError, match="A share is 0, or more than"):
         divide(records, components(records), validation=0.02, test=0.2)
 
 

@@ -3,7 +3,7 @@
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
@@ -271,6 +271,15 @@ def _may_be_table(file: Path) -> bool:
 
 def image_files(folder: Path) -> Iterator[Path]:
     """Image files below a folder, hidden ones aside."""
+    return _files(folder, IMAGE_SUFFIXES)
+
+
+def table_files(folder: Path) -> Iterator[Path]:
+    """Tables below a folder, hidden ones aside."""
+    return _files(folder, SUFFIXES)
+
+
+def _files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
     seen: set[str] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(parent) in seen:
@@ -279,5 +288,5 @@ def image_files(folder: Path) -> Iterator[Path]:
         seen.add(os.path.realpath(parent))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."):
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("."):
                 yield Path(parent, name)
