@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from app.engines import Engine
 from app.telemetry import Metrics
+from models.images import NotItsTurn, is_anyones_turn
 
 Pixels = NDArray[np.uint8]
 # Decoded images that a CPU runs together: more of them gain nothing there, and take memory
@@ -30,6 +31,8 @@ Pixels = NDArray[np.uint8]
 _BATCH_ON_CPU = 4
 # Workers beyond the cores: they use what the others leave idle, waiting for the interpreter.
 _SPARE = 2
+# How often it is looked whether a large image's turn has come.
+_TURN_SECONDS = 0.05
 # As CUDA, ONNX Runtime and torch say it.
 _OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate memory", re.IGNORECASE)
 log = structlog.get_logger()
@@ -137,6 +140,8 @@ class Batcher:
         self._worth_running = self._max_batch if on_cpu else 1
         self._admitted = 0
         self._encoded: deque[_Job] = deque()
+        # Large images that are decoded one at a time, and wait here so that no worker waits.
+        self._large: deque[_Job] = deque()
         self._decoded: deque[_Job] = deque()
         self._running = 0
         self._changed = threading.Condition()
@@ -178,12 +183,6 @@ class Batcher:
         now = time.monotonic()
         busy = self._busy.copy().values()
         return not self.alive or any(now - since > seconds for since, _ in busy)
-
-    def keep_on(self) -> None:
-        """Called by a worker that has waited for something else than its work: it did not hang."""
-        name = threading.current_thread().name
-        if name in self._busy:
-            self._busy[name] = time.monotonic(), self._busy[name][1]
 
     def wait_ready(self) -> bool:
         """Wait for the warm-up; whether it went well."""
@@ -262,7 +261,8 @@ class Batcher:
         """Queue one image, within a reservation, from any thread.
 
         Args:
-            decode: Called in a worker's thread; uint8 [height, width, 3].
+            decode: Called in a worker's thread; uint8 [height, width, 3]. Where it raises
+                `NotItsTurn` it is called again, when no large image is being decoded.
             deadline: On `time.monotonic`'s clock.
             future: Gets the answer, or what `decode` raised, or the subclass of `Refused` that says
                 why there is none. Who no longer wants it cancels it.
@@ -320,15 +320,17 @@ class Batcher:
             while not self._failed:
                 free = self._running < self._engine.runs_at_once
                 enough = len(self._decoded) >= self._worth_running
-                if self._decoded and free and (enough or not self._encoded):
+                to_decode = self._large if self._large and is_anyones_turn() else self._encoded
+                if self._decoded and free and (enough or not to_decode):
                     jobs = self._batch()
-                elif self._encoded:
-                    job = self._encoded.popleft()
+                elif to_decode:
+                    job = to_decode.popleft()
                     jobs = [job] if self._worth(job, time.monotonic()) else []
-                elif self._closed and not self._decoded:
+                elif self._closed and not self._decoded and not self._large:
                     break
                 else:
-                    self._changed.wait()
+                    # Whose turn it is may be a heat map's, which tells nobody here of its end.
+                    self._changed.wait(_TURN_SECONDS if self._large else None)
                     continue
                 if jobs:  # a job is always somewhere where `abandon` finds it
                     self._busy[name] = time.monotonic(), jobs
@@ -361,6 +363,17 @@ class Batcher:
             return
         try:
             job.pixels = decode()
+        except NotItsTurn:
+            job.since = time.monotonic()
+            job.decode.append(decode)
+            if job.future.done():  # just now: nobody is left to let go of the upload
+                job.decode.clear()
+            with self._changed:
+                if self._failed:
+                    job.fail(NotReady())
+                else:
+                    self._large.append(job)
+            return
         except Exception as error:
             job.fail(error)
             return
@@ -424,8 +437,9 @@ class Batcher:
 
     def _refuse_all(self, reason: Refused) -> None:
         with self._changed:
-            jobs = [*self._encoded, *self._decoded]
+            jobs = [*self._encoded, *self._large, *self._decoded]
             self._encoded.clear()
+            self._large.clear()
             self._decoded.clear()
         for job in jobs:
             job.fail(reason)

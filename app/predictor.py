@@ -236,9 +236,7 @@ class Predictor:
         began = picture.decode_began = time.monotonic()
         size = network.bundle.manifest.input
         try:
-            image = decode(
-                picture.data, size.height, size.width, self._limits, network.batcher.keep_on
-            )
+            image = decode(picture.data, size.height, size.width, self._limits, wait=False)
             picture.image = image
             picture.warnings = find_warnings(image)
             picture.sha256 = hashlib.sha256(picture.data).hexdigest()

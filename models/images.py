@@ -8,8 +8,8 @@ progressive one, only the scans that show at that scale.
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -98,6 +98,10 @@ class ImageTooLargeError(ImageError):
     """More bytes or more pixels than the limits allow."""
 
 
+class NotItsTurn(Exception):
+    """A large image must wait for another one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What an image may be before it is decoded.
@@ -139,7 +143,7 @@ def decode(
     height: int,
     width: int,
     limits: Limits = DEFAULT_LIMITS,
-    after_waiting: Callable[[], None] | None = None,
+    wait: bool = True,
 ) -> DecodedImage:
     """Decode an image and fit it to `height` x `width`.
 
@@ -152,7 +156,7 @@ def decode(
         height: Of the result, in pixels.
         width: Of the result, in pixels.
         limits: Checked before any pixel is decoded.
-        after_waiting: Called when a large image's turn has come, which is one at a time.
+        wait: For the turn of a large image: they are decoded one at a time.
 
     Returns:
         The pixels and what the original was.
@@ -163,6 +167,7 @@ def decode(
             defined range (32-bit integers and floats).
         ImageTooLargeError: Over one of `limits`.
         CorruptImageError: The bytes end early or contradict themselves.
+        NotItsTurn: It is large, another one is being decoded, and `wait` is false.
     """
     if len(data) == 0:
         raise EmptyImageError("The image is empty (0 bytes).")
@@ -192,19 +197,23 @@ def decode(
         _check_size(image, image_format, in_full, limits)
         if in_full and image_format == "JPEG" and most_scans(bytes(data)) > MOST_SCANS:
             raise ImageTooLargeError(f"The JPEG has more than {MOST_SCANS} scans. Save it anew.")
-        with _turn(in_full and image.width * image.height > _LARGE, after_waiting):
+        with _turn(wait) if in_full and image.width * image.height > _LARGE else nullcontext():
             return _fit(image, image_format, data, height, width)
 
 
+def is_anyones_turn() -> bool:
+    """Whether no large image is being decoded just now."""
+    return not _one_large.locked()
+
+
 @contextmanager
-def _turn(large: bool, after_waiting: Callable[[], None] | None) -> Iterator[None]:
-    if not large:
+def _turn(wait: bool) -> Iterator[None]:
+    if not _one_large.acquire(blocking=wait):
+        raise NotItsTurn
+    try:
         yield
-        return
-    with _one_large:
-        if after_waiting is not None:
-            after_waiting()
-        yield
+    finally:
+        _one_large.release()
 
 
 def _fit(

@@ -22,6 +22,7 @@ from app.batcher import (
     Saturated,
 )
 from app.telemetry import Metrics
+from models.images import NotItsTurn
 from tests.bundles import SIDE
 
 POISON = 66
@@ -156,21 +157,44 @@ async def test_why_an_image_is_dropped_is_counted(engine: Engine) -> None:
     assert counted == {"deadline": 1, "gone": 1}
 
 
-async def test_a_worker_that_waits_its_turn_does_not_hang(batcher: Batcher) -> None:
-    def decode() -> NDArray[np.uint8]:
-        for _ in range(4):
-            time.sleep(0.1)
-            batcher.keep_on()
-            late.append(batcher.broken(0.1))
-        return image(1)
+async def test_no_worker_waits_for_the_turn_of_a_large_image(
+    batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = threading.Event()
+    monkeypatch.setattr("app.batcher.is_anyones_turn", free.is_set)
 
-    late: list[bool] = []
+    def large() -> NDArray[np.uint8]:
+        if not free.is_set():
+            raise NotItsTurn
+        return image(2)
+
+    answers: list[Future[Answer]] = [Future() for _ in range(8)]
+    for answer in answers:
+        batcher.put(large, time.monotonic() + 9, answer)
+    until(lambda: len(batcher._large) == 8)
+    assert await ask(batcher, 1) == 1
+    assert not batcher.broken(1)
+    answers[0].cancel()
+    free.set()
+    for answer in answers[1:]:
+        found = await asyncio.wait_for(asyncio.wrap_future(answer), 5)
+        assert found.outputs["first"] == 2
+
+
+@pytest.mark.parametrize("end", ["close", "abandon"])
+async def test_large_images_that_wait_are_refused_in_the_end(
+    batcher: Batcher, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    def large() -> NDArray[np.uint8]:
+        raise NotItsTurn
+
+    monkeypatch.setattr("app.batcher.is_anyones_turn", lambda: False)
     answer: Future[Answer] = Future()
-    batcher.put(decode, time.monotonic() + 9, answer)
-    until(lambda: batcher.broken(0.05))
-    await asyncio.wrap_future(answer)
-    assert late == [False] * 4
-    batcher.keep_on()  # of no worker's thread
+    batcher.put(large, time.monotonic() + 9, answer)
+    until(lambda: batcher._large)
+    await asyncio.to_thread(getattr(batcher, end), *([0.1] if end == "close" else []))
+    with pytest.raises(Draining if end == "close" else NotReady):
+        await asyncio.wait_for(asyncio.wrap_future(answer), 5)
 
 
 async def test_a_failed_batch_is_retried_one_by_one(batcher: Batcher, engine: Engine) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from models import images
 from models.images import (
     FORMATS,
     CorruptImageError,
@@ -13,8 +14,10 @@ from models.images import (
     ImageError,
     ImageTooLargeError,
     Limits,
+    NotItsTurn,
     UnsupportedImageError,
     decode,
+    is_anyones_turn,
 )
 from tests.lesions import draw_lesion, encode, flat, huge_png, lesion
 
@@ -24,11 +27,15 @@ def reference(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
-@pytest.mark.parametrize(("side", "waits"), [(64, 0), (2100, 1)])
-def test_a_large_image_says_when_its_turn_has_come(side: int, waits: int) -> None:
-    turns: list[int] = []
-    decode(flat(1, side, side), 32, 32, after_waiting=lambda: turns.append(side))
-    assert turns == [side] * waits
+def test_large_images_are_decoded_one_at_a_time() -> None:
+    small, large = flat(1, 64, 64), flat(1, 2100, 2100)
+    with images._turn(wait=True):
+        assert not is_anyones_turn()
+        decode(small, 32, 32, wait=False)
+        with pytest.raises(NotItsTurn):
+            decode(large, 32, 32, wait=False)
+    assert is_anyones_turn()
+    decode(large, 32, 32, wait=False)
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
