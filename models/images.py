@@ -9,7 +9,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from models.headers import MOST_PIECES, in_too_many_pieces
+from models.memory import trim_heaps
 from models.progressive import for_an_eighth, has_several_scans, most_scans
 from models.tiff import read_directory
 
@@ -197,8 +198,13 @@ def decode(
         _check_size(image, image_format, in_full, limits)
         if in_full and image_format == "JPEG" and most_scans(bytes(data)) > MOST_SCANS:
             raise ImageTooLargeError(f"The JPEG has more than {MOST_SCANS} scans. Save it anew.")
-        with _turn(wait) if in_full and image.width * image.height > _LARGE else nullcontext():
+        if not in_full or image.width * image.height <= _LARGE:
             return _fit(image, image_format, data, height, width)
+        with _turn(wait):
+            try:
+                return _fit(image, image_format, data, height, width)
+            finally:
+                image.close()  # with its pixels
 
 
 def is_anyones_turn() -> bool:
@@ -213,6 +219,8 @@ def _turn(wait: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        # Or each thread would keep what one such image takes, a hundred megabytes.
+        trim_heaps()
         _one_large.release()
 
 

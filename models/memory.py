@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
 
 def give_back() -> None:
     """Collect cycles, and trim the C library's heaps where it can (glibc).
@@ -16,9 +18,13 @@ def give_back() -> None:
     """
     with _uninterrupted():
         gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim_heaps()
+
+
+def trim_heaps() -> None:
+    """Trim the C library's heaps where it can (glibc): each thread's keeps its size otherwise."""
+    if _TRIM is not None:
+        _TRIM(0)
 
 
 @contextmanager
