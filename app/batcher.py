@@ -1,4 +1,4 @@
-"""Work-conserving micro-batching: one pool of workers decodes images and runs the network on them.
+"""Work-conserving micro-batching: one pool of workers does all that an image needs done.
 
 A free worker waits for nothing that has not come. Where the network runs on the CPU, on the very
 cores that decode, a worker decodes what waits before it runs a small batch; a GPU is never left
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -23,9 +24,10 @@ from numpy.typing import NDArray
 
 from app.engines import Engine
 from app.telemetry import Metrics
-from models.images import NotItsTurn, is_anyones_turn
+from models.images import NotItsTurn, is_anyones_turn, skip_turn
 
 Pixels = NDArray[np.uint8]
+T = TypeVar("T")
 # Decoded images that a CPU runs together: more of them gain nothing there, and take memory
 # (benchmarks/serving/steps.py).
 _BATCH_ON_CPU = 4
@@ -82,9 +84,11 @@ class Answer:
 @dataclass(slots=True)
 class _Job:
     # One; none once a worker has it, or nobody waits for it: it holds the upload.
-    decode: list[Callable[[], Pixels]]
+    work: list[Callable[[], Any]]
     deadline: float
-    future: "Future[Answer]"
+    future: "Future[Any]"
+    # Whether the work gives pixels that the network is run on; else, the answer itself.
+    decodes: bool = True
     since: float = field(default_factory=time.monotonic)
     waited: float = 0.0
     pixels: Pixels | None = None
@@ -103,7 +107,7 @@ class _Job:
             with suppress(InvalidStateError):  # cancelled just now
                 self.future.set_exception(error)
 
-    def succeed(self, answer: Answer) -> None:
+    def succeed(self, answer: object) -> None:
         """Answer, unless nobody waits for it any more."""
         if not self.future.done():
             with suppress(InvalidStateError):
@@ -227,6 +231,7 @@ class Batcher:
             for job in jobs:
                 job.fail(NotReady())
         self._refuse_all(NotReady())
+        skip_turn()
 
     @contextmanager
     def reserve(self, count: int, begun: bool = False) -> Iterator[None]:
@@ -267,13 +272,19 @@ class Batcher:
             future: Gets the answer, or what `decode` raised, or the subclass of `Refused` that says
                 why there is none. Who no longer wants it cancels it.
         """
-        held = [decode]
+        self._queue(_Job([decode], deadline, future), self._encoded.append)
+
+    def finish(self, work: Callable[[], T], deadline: float, future: "Future[T]") -> None:
+        """Queue what is still to be done for an image, before others' images; else as `put`."""
+        self._queue(_Job([work], deadline, future, decodes=False), self._encoded.appendleft)
+
+    def _queue(self, job: _Job, add: Callable[[_Job], None]) -> None:
+        work = job.work
         # Not the job, which holds the future: each would keep the other from being freed.
-        future.add_done_callback(lambda _: held.clear())
-        job = _Job(held, deadline, future)
+        job.future.add_done_callback(lambda _: work.clear())
         with self._changed:
             if not self._failed and not self._closed:
-                self._encoded.append(job)
+                add(job)
                 self._changed.notify()
                 return
         job.fail(Draining() if self._closed else NotReady())
@@ -289,7 +300,7 @@ class Batcher:
                 if not jobs:
                     continue
                 if jobs[0].pixels is None:
-                    self._decode(jobs[0])
+                    self._work_on(jobs[0])
                 else:
                     self._run(jobs)
                 del self._busy[name]
@@ -356,18 +367,18 @@ class Batcher:
             self._metrics.dropped.labels(why).inc()
         return why is None
 
-    def _decode(self, job: _Job) -> None:
+    def _work_on(self, job: _Job) -> None:
         try:
-            decode = job.decode.pop()
+            work = job.work.pop()
         except IndexError:  # the caller has gone just now
             return
         try:
-            job.pixels = decode()
+            found = work()
         except NotItsTurn:
             job.since = time.monotonic()
-            job.decode.append(decode)
+            job.work.append(work)
             if job.future.done():  # just now: nobody is left to let go of the upload
-                job.decode.clear()
+                job.work.clear()
             with self._changed:
                 if self._failed:
                     job.fail(NotReady())
@@ -377,6 +388,10 @@ class Batcher:
         except Exception as error:
             job.fail(error)
             return
+        if not job.decodes:
+            job.succeed(found)
+            return
+        job.pixels = found
         job.since = time.monotonic()
         with self._changed:
             if self._failed:  # nobody runs what is decoded any more

@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from app.console import NOTICE, fail
+from app.console import NOTICE, fail, show
 from app.engines import load_engine
 from app.settings import load_settings
 from models.bundle import MANIFEST, Artifact, Bundle, load_bundle
@@ -95,7 +93,7 @@ def inspect(
             f"{metric.images} images)",
         )
     table.add_row("licence of the weights", manifest.training_data.licence)
-    Console().print(table)
+    show(table)
 
 
 @cli.command("recalibrate")
@@ -175,9 +173,9 @@ def diff(
     for column in ("field", "A", "B"):
         table.add_column(column, overflow="fold")
     for row in differences(load_bundle(first).manifest, load_bundle(second).manifest):
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     if not table.row_count:
         print("The bundles are the same.")
         return
-    Console().print(table)
+    show(table)
     raise SystemExit(1)

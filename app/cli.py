@@ -10,14 +10,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 from app import bundle_commands, key_commands, load
 from app.access import Exposed, check_exposure
 from app.audit import AuditError
-from app.console import NOTICE, fail
+from app.console import NOTICE, fail, show
 from app.engines import EngineError
 from app.keys import KeysError
 from app.main import build_api, create_app
@@ -148,7 +147,7 @@ def _print_loads(title: str, measured: Mapping[int, Mapping[str, Any]]) -> None:
             str(found["refused"]),
             str(found["failed"]),
         )
-    Console().print(table)
+    show(table)
 
 
 @cli.command()
@@ -215,7 +214,7 @@ def _print_table(answer: PredictResponse) -> None:
         if isinstance(result, Success):
             found = result.prediction
             table.add_row(
-                escape(result.filename or ""),
+                result.filename or "",
                 f"{found.melanoma.probability:.3f}",
                 f"{found.melanoma.decision} ({found.melanoma.threshold:.3f})".replace("_", " "),
                 f"{found.age.label} ({found.age.years:.0f} years)",
@@ -223,9 +222,9 @@ def _print_table(answer: PredictResponse) -> None:
                 ", ".join(result.quality.warnings),
             )
         else:
-            detail = escape(result.error.detail)
-            table.add_row(escape(result.filename or ""), "", "error", "", "", detail)
-    Console().print(table)
+            detail = result.error.detail
+            table.add_row(result.filename or "", "", "error", "", "", detail)
+    show(table)
 
 
 @cli.command()

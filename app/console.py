@@ -3,7 +3,15 @@
 import sys
 from typing import NoReturn
 
+from rich.console import Console
+from rich.table import Table
+
 NOTICE = "Research software, not a medical device."
+
+
+def show(table: Table) -> None:
+    """Print a table; what a bundle, a key or a file is called may look like markup, and is none."""
+    Console(markup=False, emoji=False).print(table)
 
 
 def fail(sentence: str) -> NoReturn:

@@ -36,12 +36,13 @@ def draw_overlay(
 
     Raises:
         models.images.ImageError: Parts of it are damaged that the smaller decoding left out.
+        models.images.NotItsTurn: It is large, and another one is being decoded.
     """
     width = min(float(image.width), image.height * MAX_ASPECT)
     height = min(float(image.height), image.width * MAX_ASPECT)
     scale = LONG_SIDE / max(width, height)
     size = max(round(height * scale), 1), max(round(width * scale), 1)
-    picture = decode(data, *size, limits).pixels.astype(np.float32)
+    picture = decode(data, *size, limits, wait=False).pixels.astype(np.float32)
     heat = Image.fromarray(contributions.astype(np.float32)).resize(
         size[::-1], Image.Resampling.BICUBIC
     )

@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from app.console import fail
+from app.console import fail, show
 from app.keys import SCOPES, create_key, read_keys, revoke_key
 from app.settings import load_settings
 
@@ -47,9 +45,9 @@ def list_keys(file: KeyFileOption = None) -> None:
         limit = "" if key.per_minute is None else str(key.per_minute)
         revoked = f"{key.revoked:%Y-%m-%d %H:%M}" if key.revoked else ""
         scopes = ", ".join(key.scopes)
-        row = (key.id, escape(key.name), scopes, limit, f"{key.created:%Y-%m-%d %H:%M}", revoked)
+        row = (key.id, key.name, scopes, limit, f"{key.created:%Y-%m-%d %H:%M}", revoked)
         table.add_row(*row)
-    Console().print(table)
+    show(table)
 
 
 @cli.command()

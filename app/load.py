@@ -252,6 +252,8 @@ async def run_load(
             _, connection = await loop.create_connection(
                 _Connection, target.host, target.port, ssl=target.tls
             )
+        except UnicodeError:  # an empty part, or one longer than 63 letters
+            raise LoadError(f"{target.host} is not the name of a host.") from None
         except OSError as error:
             raise LoadError(
                 f"Nobody answers at {target.host}:{target.port}: {error.strerror or error}."

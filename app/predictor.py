@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Coroutine, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -38,7 +38,6 @@ from app.telemetry import Metrics
 from app.trace import Trace
 from app.uploads import Upload
 from models.bundle import melanoma_probability
-from models.cores import available_cores
 from models.images import DecodedImage, ImageError, decode
 
 T = TypeVar("T")
@@ -107,8 +106,6 @@ class Predictor:
         self._deadline_seconds = settings.deadline_seconds
         self._limits = settings.limits
         self._metrics = metrics
-        cores = settings.threads or available_cores()
-        self._drawers = ThreadPoolExecutor(cores, thread_name_prefix="mmtl-draw")
 
     def start(self) -> None:
         """Start the network."""
@@ -117,7 +114,6 @@ class Predictor:
     def close(self, longest: float) -> None:
         """Stop; what is still queued is run first, for so many seconds at most."""
         self.networks.close(longest)
-        self._drawers.shutdown(wait=False, cancel_futures=True)
 
     def check_open(self) -> None:
         """Refuse a request whose body need not be read.
@@ -178,7 +174,6 @@ class Predictor:
     async def _success(
         self, network: Network, upload: Upload, explain: bool, deadline: float, trace: Trace
     ) -> Success:
-        loop = asyncio.get_running_loop()
         picture = _Picture(upload.data)
         future: Future[Answer] = Future()
         put = time.monotonic()
@@ -207,16 +202,12 @@ class Predictor:
         prediction, quality = self._interpret(network, picture, answer.outputs)
         fields: dict[str, Explanation] = {}
         if explain:
-            drawing = loop.run_in_executor(
-                self._drawers,
-                draw_overlay,
-                upload.data,
-                image,
-                answer.outputs["melanoma_map"],
-                self._limits,
-            )
+            drawn: Future[str] = Future()
+            heat = answer.outputs["melanoma_map"]
+            draw = partial(draw_overlay, upload.data, image, heat, self._limits)
+            network.batcher.finish(draw, deadline, drawn)
             try:
-                overlay = await drawing
+                overlay = await asyncio.wrap_future(drawn)
             except ImageError as error:  # damaged where only a larger picture shows it
                 raise Problem.of_image(error) from None
             fields["explanation"] = Explanation(media_type="image/png", overlay=overlay)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import threading
+from collections.abc import MutableMapping
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -23,6 +24,7 @@ from app.networks import Networks, ReloadError
 from app.problems import Kind, Problem, respond
 from app.settings import Settings
 from app.telemetry import Metrics
+from app.trace import KEY, trace_of
 
 # Beyond the upload's own time: the deadline of a request that is answered while it still arrives.
 _MARGIN_SECONDS = 10.0
@@ -171,12 +173,20 @@ class Protocol(HttpToolsProtocol):
         """The client does not read its answer: it has as long for it as for an upload."""
         super().pause_writing()
         self._stop_unread()
-        self._unread = self.loop.call_later(self._settings.upload_seconds, self.transport.abort)
+        self._unread = self.loop.call_later(self._settings.upload_seconds, self._cut_off)
 
     def resume_writing(self) -> None:
         """It reads again."""
         self._stop_unread()
         super().resume_writing()
+
+    def _cut_off(self) -> None:
+        # Of several requests sent ahead, it is not known here whose answer it is.
+        if not self.pipeline and self.cycle is not None:
+            scope: MutableMapping[str, Any] = {**self.cycle.scope}
+            if KEY in scope:
+                trace_of(scope).unread = True
+        self.transport.abort()
 
     @property
     def _answered(self) -> bool:

@@ -93,7 +93,8 @@ class Settings(BaseSettings):
     requests; more answer 503."""
 
     upload_seconds: float = Field(60.0, gt=0)
-    """Longest an upload may take; slower ones answer 408."""
+    """Longest an upload may take; slower ones answer 408. So long may the reading of a long answer
+    take; then the connection is closed."""
 
     header_seconds: float = Field(10.0, gt=0)
     """Longest a request's headers may take to arrive; slower ones answer 408."""

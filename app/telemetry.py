@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
 from math import ceil
@@ -240,6 +241,7 @@ class Telemetry:
                 raise
             await refuse(problems.INTERNAL, "Try again, or tell the operator the X-Request-ID.")
         finally:
+            status = _GONE if trace.unread else status
             self._record(scope, trace, status, time.monotonic() - started)
             if self.spans and span is not None:
                 self.spans.end(span, *_route(scope), status, trace)
@@ -295,5 +297,6 @@ def configure_logs(level: str) -> None:
     )
     logging.basicConfig(handlers=[handler], level=level, force=True)
     logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture can hold one for each EXIF tag
     for name in ("PIL", "python_multipart"):  # at DEBUG they log what a file says of its patient
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -21,6 +21,7 @@ class Trace:
         spans: Stage, beginning and end of each image's, on `time.monotonic`'s clock.
         trace_id: Of the OpenTelemetry trace that it is sampled into; else empty.
         problems: Names of the problems that the request, or its images, were answered with.
+        unread: Whether the caller did not read the answer in time, and was cut off.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class Trace:
     key: str | None = None
     trace_id: str = ""
     problems: list[str] = field(default_factory=list)
+    unread: bool = False
     spans: list[tuple[str, float, float]] = field(default_factory=list)
 
     def spent(self, stage: str, seconds: float) -> None:

@@ -29,7 +29,7 @@ class Upload:
 
 
 class Held:
-    """Bytes of uploads that are in memory, over all requests.
+    """Bytes of uploads and answers that are in memory, over all requests.
 
     Args:
         most: That may be.
@@ -44,14 +44,16 @@ class Held:
         self._undeclared = 0
 
     def take(self, count: int, declared: bool) -> None:
-        """Hold more.
+        """Hold more; anything, where nothing is held.
 
         Raises:
             Problem: There is no room.
         """
-        if self._bytes + count > self._most:
+        if self._bytes and self._bytes + count > self._most:
             raise Problem(
-                problems.SATURATED, "Too many uploads at once. Try again after Retry-After seconds."
+                problems.SATURATED,
+                "Too many uploads, or answers that are not yet read, are in memory. Try again "
+                "after Retry-After seconds.",
             )
         if not declared:
             if self._undeclared + count > self._most_undeclared:

@@ -45,7 +45,8 @@ MOST_SCANS = 100
 # Pixels from which an image that is held whole waits for the one before it: with what its decoder
 # needs beside it, that is up to twenty times as many bytes.
 _LARGE = 4 * MEGA
-_one_large = threading.Lock()
+# Whose turn it is has the last one.
+_turns = [threading.Lock()]
 # Of TIFF: none, LZW, JPEG, Deflate, PackBits, Zstandard. Those of fax machines know no colours, and
 # libtiff writes a line of its own for each of theirs that is damaged.
 _TIFF_COMPRESSIONS = {1, 5, 7, 8, 32773, 32946, 50000}
@@ -209,19 +210,25 @@ def decode(
 
 def is_anyones_turn() -> bool:
     """Whether no large image is being decoded just now."""
-    return not _one_large.locked()
+    return not _turns[-1].locked()
+
+
+def skip_turn() -> None:
+    """Wait no longer for the large image that is being decoded, as its decoder hangs."""
+    _turns[:] = [threading.Lock()]
 
 
 @contextmanager
 def _turn(wait: bool) -> Iterator[None]:
-    if not _one_large.acquire(blocking=wait):
+    turn = _turns[-1]
+    if not turn.acquire(blocking=wait):
         raise NotItsTurn
     try:
         yield
     finally:
         # Or each thread would keep what one such image takes, a hundred megabytes.
         trim_heaps()
-        _one_large.release()
+        turn.release()
 
 
 def _fit(

@@ -4,6 +4,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,9 @@ cli.command()(benchmark)
 
 def main() -> None:
     """Run the command line; an expected error is one sentence and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text in any encoding
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli()
     except (DataError, BundleError) as error:

@@ -94,11 +94,12 @@ def prepare_manifest(
     check_splits(used, config)
     check_network(config)
     known = inheritance(config, used)
-    run.save_config(config)
+    run.check_config(config)
     files_key(used, config.size, config.size)
     run.manifest.unlink(missing_ok=True)
     keep_inheritance(run, known)
     build_cache(run.cache, used, config.size, config.size)
+    run.save_config(config)
     save_manifest(run.manifest, used)
     return _count(used)
 

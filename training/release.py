@@ -1,6 +1,7 @@
 """The whole evaluation of a model: held-out sets, the paper's table, sizes, strange pictures."""
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
 from models.bundle import Bundle, Metric
@@ -95,6 +96,7 @@ def headline(report: Report) -> tuple[Metric, ...]:
     return tuple(
         Metric(name=figure, dataset=f"{name} {report['split']} split", images=images, **estimate)
         for figure, estimate, images in figures
+        if all(map(isfinite, estimate.values()))  # else too few lesions tell how sure it is
     )
 
 

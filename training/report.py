@@ -23,7 +23,7 @@ def save_report(folder: Path, report: Report) -> None:
     with write_atomically(folder / JSON) as temporary:
         temporary.write_text(to_json(report))
     with write_atomically(folder / PAGE) as temporary:
-        temporary.write_text(render(report))
+        temporary.write_text(render(report), encoding="utf-8", errors="replace")
 
 
 def to_json(report: Report) -> str:

@@ -107,7 +107,7 @@ def flagged_shares(
         if record.path and record.dataset not in datasets and record.image not in seen:
             foreign.setdefault(record.dataset, []).append(record)
     for dataset, records in foreign.items():
-        records.sort(key=lambda record: hashlib.sha256(record.image.encode()).digest())
+        records.sort(key=_drawn_by)
         chosen = records[:MOST_IMAGES]
         note(predict(bundle, chosen), [f"dermoscopy not learned from: {dataset}"] * len(chosen))
     if other is not None:
@@ -120,6 +120,10 @@ def flagged_shares(
             for kind, (values, names) in flags.items()
         },
     }
+
+
+def _drawn_by(record: Record) -> bytes:
+    return hashlib.sha256(record.image.encode(errors="surrogateescape")).digest()
 
 
 def _share(values: Sequence[bool], names: Sequence[str]) -> Estimate:

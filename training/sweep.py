@@ -144,7 +144,9 @@ def sweep(
             if new or first is None:  # which, where it is fitted, refuses data that has changed
                 prepare(run, config)
             fit(run, workers)
-        except (DataError, BundleError, RuntimeError) as error:  # the last, of memory or a backbone
+            answers = ask(run)
+        # A RuntimeError is torch's, of too little memory for one.
+        except (DataError, BundleError, RuntimeError, MemoryError) as error:
             why = str(error) if isinstance(error, DataError) else first_line(error)
             if first is None:  # nothing to compare with
                 raise DataError(f"Recipe {name}: {why}") from None
@@ -153,7 +155,6 @@ def sweep(
             _write(folder, outcomes, first[1], recipes, failed)
             continue
         runs.append(run)
-        answers = ask(run)
         if first is None:
             first = config, answers
         elif answers.images != first[1].images or answers.truth.tolist() != first[1].truth.tolist():
@@ -263,7 +264,8 @@ def _auroc(answers: Answers) -> Statistic:
 
 
 def _same_data(one: Config, other: Config) -> bool:
-    return (one.train_on, one.test_on) == (other.train_on, other.test_on)
+    # Of another size, other pictures may look alike, and be of one component.
+    return (one.train_on, one.test_on, one.size) == (other.train_on, other.test_on, other.size)
 
 
 def _share_pixels(runs: Sequence[Run], run: Run) -> None:
@@ -271,7 +273,7 @@ def _share_pixels(runs: Sequence[Run], run: Run) -> None:
     config = run.load_config()
     for other in runs:
         before = other.load_config()
-        if _same_data(before, config) and before.size == config.size:
+        if _same_data(before, config):
             run.take_pixels(other)
             return
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import hashlib
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
+from weakref import finalize
 
 import structlog
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -15,7 +16,7 @@ from app.audit import AuditError, AuditLog
 from app.forms import FIELD
 from app.predictor import Predictor
 from app.problems import Problem, answer, respond
-from app.schemas import Failure, PredictResponse, ProblemBody, Result, Success
+from app.schemas import Failure, ModelFacts, PredictResponse, ProblemBody, Result, Success
 from app.trace import Trace, trace_of
 from app.uploads import RAW_TYPES, Held, Upload, open_uploads
 
@@ -88,6 +89,7 @@ async def predict(
             if state.audit is not None:
                 results = answered[1] if answered else None
                 outcomes = await asyncio.to_thread(_outcomes, uploads, results)
+        response = _respond(answered, trace, state.held)
     except Problem as refused:
         # Not of whoever has no key: anybody could fill the disk.
         if trace.key is not None or not asks(state):
@@ -95,13 +97,24 @@ async def predict(
         raise
     if state.audit is not None:
         await _audit(state.audit, trace, outcomes)
+    return response
+
+
+def _respond(
+    answered: tuple[ModelFacts, list[Result]] | None, trace: Trace, held: Held
+) -> Response:
+    """The HTTP answer of a request that was taken.
+
+    Raises:
+        Problem: There is no room for it.
+    """
     if answered is None:
         return Response(status_code=499)  # nobody is there to read it
     model, results = answered
     errors = [result.error for result in results if isinstance(result, Failure)]
     if len(errors) < len(results):
         body = PredictResponse(request_id=trace.request_id, model=model, results=results)
-        return _HeldResponse(body.model_dump_json(exclude_unset=True), state.held)
+        return _HeldResponse(body.model_dump_json(exclude_unset=True), held)
     if len(errors) == 1:
         kind = problems.KINDS[errors[0].type.rpartition(":")[2]]
         return respond(Problem(kind, errors[0].detail))
@@ -118,23 +131,24 @@ class _HeldResponse(Response):
 
     Args:
         text: JSON.
-        held: Where it counts.
+        held: Where it counts, until it is sent or nobody has it any more.
+
+    Raises:
+        Problem: There is no room.
     """
 
     def __init__(self, text: str, held: Held):
         super().__init__(text, media_type="application/json")
-        self._held = held
+        self._let_go: Callable[[], object] | None = None
+        size = len(self.body)
+        if size > _UNCOUNTED_BYTES:
+            held.take(size, declared=True)
+            self._let_go = finalize(self, held.give_back, size, True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it, or a problem where there is no room."""
-        size = len(self.body)
-        if size <= _UNCOUNTED_BYTES:
+        """Send it."""
+        if self._let_go is None:
             await super().__call__(scope, receive, send)
-            return
-        try:
-            self._held.take(size, declared=True)
-        except Problem as problem:
-            await answer(scope, problem)(scope, receive, send)
             return
         try:
             start = {"type": "http.response.start", "status": self.status_code}
@@ -143,7 +157,7 @@ class _HeldResponse(Response):
             # Which waits while the connection has more to send than it likes to hold.
             await send({"type": "http.response.body"})
         finally:
-            self._held.give_back(size, declared=True)
+            self._let_go()
 
 
 class Direct:

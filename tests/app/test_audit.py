@@ -60,6 +60,22 @@ def test_every_image_of_a_request_has_its_line(settings: Settings, path: Path) -
     assert path.stat().st_mode & 0o077 == 0
 
 
+def test_an_answer_for_which_there_is_no_room_is_written_down_as_refused(
+    settings: Settings, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with started(settings.model_copy(update={"audit_log": path})) as client:
+        monkeypatch.setattr("app.routes.predict._UNCOUNTED_BYTES", 0)
+        held = client.app.state.held
+        held._bytes, held._most = 1_000_000, 1_000_000 + len(flat(1))
+        small = {"Content-Type": "image/png"}
+        assert client.post("/predict", content=flat(1), headers=small).status_code == 503
+        held._bytes = 0
+        held._most = 10  # of nothing else, anything may be held
+        assert client.post("/predict", content=flat(1), headers=small).status_code == 200
+        assert held._bytes == 0
+    assert [line["outcome"] for line in lines(path)] == ["saturated", "ok"]
+
+
 def test_what_cannot_be_written_down_is_not_answered(
     settings: Settings, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from app.batcher import (
     Saturated,
 )
 from app.telemetry import Metrics
+from models import images
 from models.images import NotItsTurn
 from tests.bundles import SIDE
 
@@ -195,6 +196,63 @@ async def test_large_images_that_wait_are_refused_in_the_end(
     await asyncio.to_thread(getattr(batcher, end), *([0.1] if end == "close" else []))
     with pytest.raises(Draining if end == "close" else NotReady):
         await asyncio.wait_for(asyncio.wrap_future(answer), 5)
+
+
+async def test_what_is_left_to_do_for_an_image_comes_before_other_images(
+    batcher: Batcher, engine: Engine
+) -> None:
+    done: list[str] = []
+    go_on = threading.Event()
+
+    def wait() -> NDArray[np.uint8]:
+        go_on.wait(5)
+        return image(1)
+
+    def decode() -> NDArray[np.uint8]:
+        done.append("image")
+        return image(1)
+
+    def fail() -> str:
+        raise ValueError("no picture")
+
+    until_end = time.monotonic() + 9
+    for _ in batcher._workers:
+        batcher.put(wait, until_end, Future())
+    until(lambda: len(batcher._busy) == len(batcher._workers))
+    other: Future[Answer] = Future()
+    batcher.put(decode, until_end, other)
+    drawn: Future[str] = Future()
+    batcher.finish(lambda: done.append("rest") or "drawn", until_end, drawn)
+    failed: Future[str] = Future()
+    batcher.finish(fail, until_end, failed)
+    go_on.set()
+    assert await asyncio.wrap_future(drawn) == "drawn"
+    with pytest.raises(ValueError, match="no picture"):
+        await asyncio.wrap_future(failed)
+    await asyncio.wrap_future(other)
+    assert done == ["rest", "image"]
+
+
+async def test_a_decoder_that_hangs_keeps_its_turn_from_nobody(batcher: Batcher) -> None:
+    hangs = threading.Event()
+
+    def decode() -> NDArray[np.uint8]:
+        with images._turn(wait=True):
+            hangs.wait(5)
+        return image(1)
+
+    asked: Future[Answer] = Future()
+    batcher.put(decode, time.monotonic() + 9, asked)
+    until(lambda: not images.is_anyones_turn())
+    batcher.abandon()
+    with pytest.raises(NotReady):
+        await asyncio.wrap_future(asked)
+    assert images.is_anyones_turn()
+    with images._turn(wait=False):
+        hangs.set()
+        batcher.close(5)
+        assert not images.is_anyones_turn()  # the one that hung lets go of its own
+    assert images.is_anyones_turn()
 
 
 async def test_a_failed_batch_is_retried_one_by_one(batcher: Batcher, engine: Engine) -> None:

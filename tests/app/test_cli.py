@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,18 @@ def test_a_bundle_is_verified_and_shown(run, bundle_folder: Path) -> None:
     assert run("bundle", "verify", bundle_folder)[:2] == (0, "ok       model.onnx\n")
     assert "test 1.2.3" in run("bundle", "inspect", bundle_folder)[1]
     assert json.loads(run("bundle", "inspect", "--json", bundle_folder)[1])["name"] == "test"
+
+
+def test_what_looks_like_markup_is_shown_as_it_is(run, bundle_folder: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd[/v2]"
+    shutil.copytree(bundle_folder, odd)
+    manifest = odd / "bundle.json"
+    told = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(told | {"description": "ours [/v2] :smile:"}))
+    status, output, _ = run("bundle", "inspect", odd)
+    assert (status, "ours [/v2] :smile:" in output) == (0, True)
+    status, output, _ = run("bundle", "diff", odd, bundle_folder)
+    assert (status, "odd[/v2]" in output) == (1, True)
 
 
 def test_a_bundle_is_recalibrated_into_another_one_and_compared(

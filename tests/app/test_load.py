@@ -89,6 +89,12 @@ def test_a_url_that_is_none(url: str) -> None:
         Target(url, [b"x"])
 
 
+@pytest.mark.parametrize("url", ["http://a..b:80", f"http://{'a' * 70}:80"])
+async def test_a_host_that_can_be_none_is_one_sentence(url: str) -> None:
+    with pytest.raises(LoadError, match="is not the name of a host"):
+        await run_load(Target(url, [b"x"]), 1, 0.1)
+
+
 def test_a_target_keeps_a_path_and_adds_headers() -> None:
     (request,) = Target("http://h:1/v2/x", [b"x"], [("Authorization", "Bearer y")]).requests
     assert request.startswith(b"POST /v2/x HTTP/1.1\r\nHost: h:1\r\nAuthorization: Bearer y\r\n")

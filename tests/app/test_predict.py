@@ -113,10 +113,10 @@ def test_an_image_that_cannot_be_explained_fails_alone(
 ) -> None:
     damaged = lesion()
 
-    def decode_larger(data: bytes, *more: Any) -> DecodedImage:
+    def decode_larger(data: bytes, *more: Any, wait: bool) -> DecodedImage:
         if data == damaged:
             raise CorruptImageError("The image is damaged.")
-        return decode(data, *more)
+        return decode(data, *more, wait=wait)
 
     monkeypatch.setattr("app.heatmap.decode", decode_larger)
     answer = client.post("/predict?explain=true", files=form(flat(1), damaged))
@@ -124,6 +124,12 @@ def test_an_image_that_cannot_be_explained_fails_alone(
     good, bad = answer.json()["results"]
     assert good["explanation"]["overlay"]
     assert bad["error"]["type"] == "urn:mmtl:problem:corrupt-image"
+
+
+def test_heat_maps_of_large_images_wait_for_their_turn(client: TestClient) -> None:
+    large = encode(np.full((2100, 2100, 3), (1, 100, 50), np.uint8), "PNG")
+    answer = client.post("/predict?explain=true", files=form(*[large] * 4))
+    assert [r["explanation"]["media_type"] for r in answer.json()["results"]] == ["image/png"] * 4
 
 
 def test_strange_pictures_are_flagged(client: TestClient) -> None:

@@ -310,6 +310,27 @@ def test_an_answer_that_nobody_reads_takes_the_room_of_others(server: Server, po
         until(lambda: held._bytes == 0)  # the one that does not read has been cut off
 
 
+def test_an_answer_that_is_cut_off_is_not_counted_as_read(server: Server, port: int) -> None:
+    state = server.config.app.state
+    state.settings = state.settings.model_copy(update={"max_files": 32})
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", port))
+        noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+        picture = encode(noise, "JPEG")
+        parts = (
+            b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+            + picture
+            + b"\r\n"
+        ) * 20 + b"--x--\r\n"
+        head = b"POST /predict?explain=true HTTP/1.1\r\nHost: x\r\n"
+        head += b"Content-Type: multipart/form-data; boundary=x\r\n"
+        deaf.sendall(head + b"Content-Length: %d\r\n\r\n" % len(parts) + parts)
+        requests = state.metrics.requests
+        until(lambda: ("POST", "/predict", "499") in requests._metrics)
+        assert ("POST", "/predict", "200") not in requests._metrics
+
+
 def test_an_upload_that_had_begun_when_the_service_ends_is_answered(
     server: Server, port: int
 ) -> None:

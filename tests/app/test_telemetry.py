@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import pytest
 from fastapi.testclient import TestClient
@@ -80,6 +81,24 @@ def test_whatever_is_accepted_metrics_are_told(client: TestClient, accept: str) 
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "mmtl_ready" in answer.text
+
+
+@pytest.mark.usefixtures("logs_as_before")
+def test_a_picture_s_odd_metadata_are_not_a_line_each(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logs("INFO")
+    tags = b"".join(
+        tag.to_bytes(2, "little") + b"\x07\x00" + (2**30).to_bytes(4, "little") + bytes(4)
+        for tag in range(50_000, 50_100)
+    )
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + (100).to_bytes(2, "little") + tags + bytes(4)
+    with started(settings) as client, warnings.catch_warnings():
+        warnings.simplefilter("default")  # pytest's makes errors of them
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        picture = encode(draw_lesion(0), "PNG", exif=exif)
+        assert client.post("/predict", files={"files": picture}).status_code == 200
+    assert "py.warnings" not in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("logs_as_before")

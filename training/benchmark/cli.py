@@ -48,7 +48,7 @@ def list_zoo(
         extra = "extra" if b.extra else ""
         top = f"{b.imagenet_top1:.1f}"
         table.add_row(b.name, b.family, b.library, b.weights, *numbers, top, extra)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(markup=False, width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def benchmark(
@@ -147,7 +147,7 @@ def benchmark(
         speed = f"{b['costs'][0]['images per second']:.1f}" if b["costs"] else ""
         text = f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
         table.add_row(str(b["rank"]), b["name"], text, speed, "tied" if b["tied for first"] else "")
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    Console(markup=False, width=None if sys.stdout.isatty() else 100).print(table)
     print(f"Wrote {out}/report.html, report.json and backbones.csv.")
 
 

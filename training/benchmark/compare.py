@@ -38,6 +38,7 @@ class Extracted:
         ready: Backbone and weights, by name.
         keys: Of their features, by name.
         missing: By name, why a backbone has no features.
+        gone: By name, why its weights are not here, though its features may be.
         random: Whether the weights are.
     """
 
@@ -47,6 +48,7 @@ class Extracted:
     ready: dict[str, tuple[Backbone, Source]]
     keys: dict[str, str]
     missing: dict[str, str]
+    gone: dict[str, str]
     random: bool
 
     @property
@@ -108,8 +110,9 @@ def extract(
     ready = {
         pair[0].name: pair for pair in [*work, *gone] if store.holds(pair[0], keys[pair[0].name])
     }
-    missing = {name: reason for name, reason in missing.items() if name not in ready}
-    return Extracted(folder, images, study, ready, keys, missing, random)
+    without = {name: reason for name, reason in missing.items() if name not in ready}
+    away = {backbone.name: missing[backbone.name] for backbone, _ in gone}
+    return Extracted(folder, images, study, ready, keys, without, away, random)
 
 
 def compare(extracted: Extracted, command: str, budget: float | None = None) -> Report:
@@ -156,6 +159,9 @@ def tune_best(report: Report, extracted: Extracted, number: int, epochs: int) ->
     scores, failed = {}, {}
     for entry in report["backbones"][:number]:
         name = entry["name"]
+        if name in extracted.gone:
+            failed[f"{name}, fine-tuned"] = extracted.gone[name]
+            continue
         try:
             scores[name] = finetune(
                 *extracted.ready[name],

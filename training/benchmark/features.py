@@ -101,9 +101,17 @@ class Store:
         save_arrays(self.path(backbone, key), key, penultimate=penultimate, logits=logits)
 
     def save_costs(self, backbone: Backbone, costs: Iterable[Cost]) -> None:
-        """Write what it takes."""
-        with write_atomically(self.costs_path(backbone)) as temporary:
+        """Write what it takes, as far as that is known; `keep_costs` when no more is to come."""
+        with write_atomically(self._costs_so_far(backbone)) as temporary:
             temporary.write_text(json.dumps([asdict(cost) for cost in costs]))
+
+    def keep_costs(self, backbone: Backbone) -> None:
+        """Take what was written for the whole."""
+        if self._costs_so_far(backbone).is_file():
+            self._costs_so_far(backbone).replace(self.costs_path(backbone))
+
+    def _costs_so_far(self, backbone: Backbone) -> Path:
+        return self.costs_path(backbone).with_suffix(".some.json")
 
     def load(self, key: str, backbone: Backbone, source: Source) -> Features:
         """Read the features, and what they cost where that was measured.
@@ -220,6 +228,7 @@ def extract_all(
         for backbone, _ in tqdm(wanted, "costs", unit="net", disable=not wanted):
             # A batch that does not fit is not measured; the ranking needs none.
             in_own_process(measure_and_save, backbone, store)
+            store.keep_costs(backbone)
     return failed
 
 
@@ -249,7 +258,10 @@ def extract_and_save(
 
 
 def measure_and_save(backbone: Backbone, store: Store) -> None:
-    """Measure throughput and memory; after every batch size, so that a larger one may fail."""
+    """Measure throughput and memory; after every batch size, so that a larger one may fail.
+
+    They count when the process has ended (`Store.keep_costs`).
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_classifier(backbone, Source("random", "random")).to(device)
     costs: list[Cost] = []

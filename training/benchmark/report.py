@@ -27,7 +27,7 @@ def save_report(folder: Path, report: Report) -> None:
         writer.writeheader()
         writer.writerows(rows)
     with write_atomically(folder / PAGE) as temporary:
-        temporary.write_text(render(report))
+        temporary.write_text(render(report), encoding="utf-8", errors="replace")
 
 
 def flat(backbone: Report) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def check(paths: Paths, as_json: AsJson = False, pixels: Pixels = True) -> None:
                 *(f"{item.known[label] / rows:.0%}" for label in LABELS[1:]),
                 f"{len(item.faults):,} ({item.fatal:,} to mend)" if item.faults else "",
             )
-        Console().print(table, "Percentages: rows with a value.")
+        Console(markup=False).print(table, "Percentages: rows with a value.")
         for item in checks:
             told = [f"{item.dataset}: {fault}" for fault in item.faults]
             for line in told[: item.fatal]:
@@ -144,7 +144,7 @@ def audit(
     ):
         share = f"{rows_b / max(found.rows_b, 1):.1%}"
         table.add_row(name, shared, f"{rows_b:,}", share, f"{rows_a:,}")
-    Console().print(table)
+    Console(markup=False).print(table)
     if found.pictures_compared is not None:
         print(f"{found.pictures_compared:,} pictures were compared; rows without one were not.")
     if found.bare_ids_in_both:
@@ -220,7 +220,7 @@ def _print_split(records: list[Record], path: Path) -> None:
                 f"{sum(known):,}",
                 f"{sum(known) / len(known):.1%}" if known else "",
             )
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _print_some(lines: list[str]) -> None:

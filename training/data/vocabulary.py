@@ -108,8 +108,13 @@ _DIAGNOSES: dict[str, Diagnosis | None] = {
     "lentigo nos": None,
     "other": None,
 }
-# Finer terms than the eight, by a word that only they contain ("Melanoma in situ, NOS").
-_DENIED = re.compile(r"\b(non|not|no|without|rule out|versus|vs|suspected|possible)\b")
+# What is not said to be so, or not for certain.
+_DENIED = re.compile(
+    r"\?|\b(non|not|no|without|rule out|r/o|versus|vs|suspect|suspected|suspicion|suspicious|"
+    r"possible|possibly|probable|probably|likely|query|exclude|excludes|excluded|dd|ddx|"
+    r"differential|history)\b"
+)
+# Finer terms than the eight, by words that only they contain ("Melanoma in situ, NOS").
 _CONTAINED = {
     "squamous cell carcinoma in situ": Diagnosis.AKIEC,
     "melanoma": Diagnosis.MEL,
@@ -143,6 +148,6 @@ def diagnosis_of(words: str) -> Term:
     if _DENIED.search(text.replace("not otherwise specified", "nos")):
         return Term(None, None, known=False)
     for part, diagnosis in _CONTAINED.items():
-        if part in text:
+        if re.search(rf"\b{part}\b", text):
             return Term(diagnosis, diagnosis is Diagnosis.MEL)
     return Term(None, None, known=False)

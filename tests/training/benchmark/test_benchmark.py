@@ -126,6 +126,17 @@ def test_costs_that_were_not_measured_are_measured_later(drawn: Path, tmp_path: 
     assert len(costs()) == 2
 
 
+def test_costs_of_which_a_kill_left_some_are_measured_anew(drawn: Path, tmp_path: Path) -> None:
+    (backbone,) = choose(TINY[:1])
+    store = Store(tmp_path)
+    store.save_costs(backbone, [])
+    assert not store.costs_path(backbone).is_file()
+    store.keep_costs(backbone)
+    assert json.loads(store.costs_path(backbone).read_text()) == []
+    store.keep_costs(backbone)  # of a process that measured nothing
+    assert [path.name for path in tmp_path.iterdir()] == [store.costs_path(backbone).name]
+
+
 def test_a_process_that_dies_is_said_to_have_died() -> None:
     assert in_own_process(os._exit, 3) == "its process died; was there memory enough?"
     assert in_own_process(int, "x").startswith("invalid literal")
@@ -139,10 +150,13 @@ def test_what_a_killed_run_left_is_removed(drawn: Path, tmp_path: Path) -> None:
     assert not left.exists()
 
 
-def test_cached_features_are_judged_without_their_weights(drawn: Path, tmp_path: Path) -> None:
+def test_cached_features_are_judged_without_their_weights_and_not_tuned(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "finetune", None)  # which would download
     weights = tmp_path / "weights"
     weights.mkdir()
-    told = ("--weights-dir", str(weights), "--no-costs", "--offline")
+    told = ("--weights-dir", str(weights), "--no-costs", "--offline", "--finetune", "1")
     (backbone,) = choose(TINY[:1])
     source, _ = find_source(backbone)
     records = load_manifest(drawn)
@@ -152,6 +166,9 @@ def test_cached_features_are_judged_without_their_weights(drawn: Path, tmp_path:
     store.save(keys_of([(backbone, source)], records)[backbone.name], backbone, *arrays)
     result = run(drawn, tmp_path / "run", *told, names=TINY[:1])
     assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert [b["name"] for b in report["backbones"]] == TINY[:1]
+    assert "not on this machine" in report["missing"][f"{TINY[0]}, fine-tuned"]
 
 
 def test_a_kill_half_way_costs_one_backbone_at_most(drawn: Path, tmp_path: Path) -> None:
