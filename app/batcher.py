@@ -96,6 +96,7 @@ class _Job:
     def dropped(self, now: float) -> str | None:
         """Why the job is not worth working on, if it is not."""
         self.waited += now - self.since
+        self.since = now
         if now > self.deadline:  # at which the request gives its images up, too
             self.fail(DeadlineExceeded())
             return "deadline"
@@ -214,6 +215,8 @@ class Batcher:
             if worker.is_alive():
                 worker.join(None if deadline is None else max(deadline - time.monotonic(), 0))
         self._refuse_all(Draining())
+        if any(worker.is_alive() for worker in self._workers):
+            skip_turn()  # it may hang in its turn
 
     def retire(self, timeout: float) -> None:
         """Close when the requests that are admitted have been answered, or the time is up."""
@@ -275,7 +278,7 @@ class Batcher:
         self._queue(_Job([decode], deadline, future), self._encoded.append)
 
     def finish(self, work: Callable[[], T], deadline: float, future: "Future[T]") -> None:
-        """Queue what is still to be done for an image, before others' images; else as `put`."""
+        """Queue what is still to be done for an image, before images that wait; else as `put`."""
         self._queue(_Job([work], deadline, future, decodes=False), self._encoded.appendleft)
 
     def _queue(self, job: _Job, add: Callable[[_Job], None]) -> None:
@@ -340,8 +343,10 @@ class Batcher:
                 elif self._closed and not self._decoded and not self._large:
                     break
                 else:
-                    # Whose turn it is may be a heat map's, which tells nobody here of its end.
+                    # The turn may be one in another network, which tells nobody here of its end.
                     self._changed.wait(_TURN_SECONDS if self._large else None)
+                    now = time.monotonic()
+                    self._large = deque(job for job in self._large if self._worth(job, now))
                     continue
                 if jobs:  # a job is always somewhere where `abandon` finds it
                     self._busy[name] = time.monotonic(), jobs
@@ -363,7 +368,7 @@ class Batcher:
 
     def _worth(self, job: _Job, now: float) -> bool:
         """Whether somebody still waits for it."""
-        if (why := job.dropped(now)) is not None:
+        if (why := job.dropped(now)) is not None and job.decodes:
             self._metrics.dropped.labels(why).inc()
         return why is None
 

@@ -154,10 +154,12 @@ class _Depthwise(Function):
         def columns(first: int) -> Tensor:
             """The gradient of a few columns of the kernel, from the pixels they are laid on."""
             part = weight[..., first : first + _WIDEST]
-            left = padding[1] - first
             reach = stride[1] * (gradient.shape[3] - 1) + part.shape[3]
+            begin = first - padding[1]
+            under = images[..., max(begin, 0) : max(begin + reach, 0)]
+            left = min(max(-begin, 0), reach - under.shape[3])
             rows = padding[0] if tall else 0
-            laid = functional.pad(images, (left, reach - left - images.shape[3], rows, rows))
+            laid = functional.pad(under, (left, reach - left - under.shape[3], rows, rows))
             return convolution(laid, part, (padding[0] - rows, 0), 1)
 
         of_images = of_weight = of_bias = None

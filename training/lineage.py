@@ -155,9 +155,11 @@ def training_data(run: Run) -> TrainingData:
     """
     records = learned(run)
     used = Counter(record.dataset for record in records)
-    of_archive = {record.dataset for record in records if isic_id(record.image)}
+    of_archive = Counter(record.dataset for record in records if isic_id(record.image))
     sources = {
-        name: DataSource(name=name, images=images, **asdict(origin_of(name, name in of_archive)))
+        name: DataSource(
+            name=name, images=images, **asdict(origin_of(name, of_archive[name] / images))
+        )
         for name, images in used.items()
     }
     for source in _taught(run):

@@ -233,7 +233,8 @@ async def test_what_is_left_to_do_for_an_image_comes_before_other_images(
     assert done == ["rest", "image"]
 
 
-async def test_a_decoder_that_hangs_keeps_its_turn_from_nobody(batcher: Batcher) -> None:
+@pytest.mark.parametrize("end", ["abandon", "retire"])
+async def test_a_decoder_that_hangs_keeps_its_turn_from_nobody(batcher: Batcher, end: str) -> None:
     hangs = threading.Event()
 
     def decode() -> NDArray[np.uint8]:
@@ -244,15 +245,28 @@ async def test_a_decoder_that_hangs_keeps_its_turn_from_nobody(batcher: Batcher)
     asked: Future[Answer] = Future()
     batcher.put(decode, time.monotonic() + 9, asked)
     until(lambda: not images.is_anyones_turn())
-    batcher.abandon()
-    with pytest.raises(NotReady):
-        await asyncio.wrap_future(asked)
+    await asyncio.to_thread(getattr(batcher, end), *([0.1] if end == "retire" else []))
     assert images.is_anyones_turn()
     with images._turn(wait=False):
         hangs.set()
         batcher.close(5)
         assert not images.is_anyones_turn()  # the one that hung lets go of its own
     assert images.is_anyones_turn()
+
+
+async def test_a_large_image_that_waits_past_its_deadline_is_let_go(
+    batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def large() -> NDArray[np.uint8]:
+        raise NotItsTurn
+
+    monkeypatch.setattr("app.batcher.is_anyones_turn", lambda: False)
+    answer: Future[Answer] = Future()
+    batcher.put(large, time.monotonic() + 0.1, answer)
+    until(lambda: batcher._large)
+    with pytest.raises(DeadlineExceeded):
+        await asyncio.wait_for(asyncio.wrap_future(answer), 5)
+    until(lambda: not batcher._large)
 
 
 async def test_a_failed_batch_is_retried_one_by_one(batcher: Batcher, engine: Engine) -> None:

@@ -1,5 +1,6 @@
 """The HTTP contract of `POST /predict`."""
 
+import asyncio
 import base64
 import hashlib
 from io import BytesIO
@@ -10,8 +11,12 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 from starlette.routing import Router
+from starlette.types import Message
 
+from app.problems import Problem
+from app.routes.predict import _HeldResponse
 from app.settings import Settings
+from app.uploads import Held
 from models.images import CorruptImageError, DecodedImage, decode
 from tests.bundles import logit_of
 from tests.conftest import started
@@ -130,6 +135,33 @@ def test_heat_maps_of_large_images_wait_for_their_turn(client: TestClient) -> No
     large = encode(np.full((2100, 2100, 3), (1, 100, 50), np.uint8), "PNG")
     answer = client.post("/predict?explain=true", files=form(*[large] * 4))
     assert [r["explanation"]["media_type"] for r in answer.json()["results"]] == ["image/png"] * 4
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_nobody_reads_takes_the_room_of_others() -> None:
+    held, read = Held(100_000, 100_000), asyncio.Event()
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        if len(sent) == 2:  # the connection takes no more
+            await read.wait()
+        sent.append(message)
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    text = 70_000 * "x"
+    answering = asyncio.create_task(_HeldResponse(text, held)({}, receive, send))
+    await asyncio.sleep(0)
+    with pytest.raises(Problem, match="are in memory"):
+        _HeldResponse(text, held)
+    read.set()
+    await answering
+    assert b"".join(message.get("body", b"") for message in sent) == text.encode()
+    assert [message.get("more_body", False) for message in sent] == [False, True, False]
+    for _ in range(3):
+        _HeldResponse(text, held)  # which is not sent, as its caller has gone
+    assert _HeldResponse("short", Held(1, 1)).body == b"short"
 
 
 def test_strange_pictures_are_flagged(client: TestClient) -> None:

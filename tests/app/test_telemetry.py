@@ -87,7 +87,6 @@ def test_whatever_is_accepted_metrics_are_told(client: TestClient, accept: str) 
 def test_a_picture_s_odd_metadata_are_not_a_line_each(
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    configure_logs("INFO")
     tags = b"".join(
         tag.to_bytes(2, "little") + b"\x07\x00" + (2**30).to_bytes(4, "little") + bytes(4)
         for tag in range(50_000, 50_100)
@@ -95,7 +94,7 @@ def test_a_picture_s_odd_metadata_are_not_a_line_each(
     exif = b"Exif\0\0II*\0\x08\0\0\0" + (100).to_bytes(2, "little") + tags + bytes(4)
     with started(settings) as client, warnings.catch_warnings():
         warnings.simplefilter("default")  # pytest's makes errors of them
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+        configure_logs("INFO")
         picture = encode(draw_lesion(0), "PNG", exif=exif)
         assert client.post("/predict", files={"files": picture}).status_code == 200
     assert "py.warnings" not in capsys.readouterr().err

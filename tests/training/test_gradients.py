@@ -43,13 +43,19 @@ def drawn(channels: int, height: int = 12, width: int = 9) -> Tensor:
     stride=st.integers(1, 3),
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     height=st.integers(1, 13),
+    width=st.integers(1, 13),
     bias=st.booleans(),
 )
 def test_a_depthwise_convolution_of_any_kernel_has_the_gradients_of_pytorch(
-    kernel: tuple[int, int], stride: int, padding: tuple[int, int], height: int, bias: bool
+    kernel: tuple[int, int],
+    stride: int,
+    padding: tuple[int, int],
+    height: int,
+    width: int,
+    bias: bool,
 ) -> None:
-    assume(height + 2 * padding[0] >= kernel[0])
-    images = drawn(4, height)
+    assume(height + 2 * padding[0] >= kernel[0] and width + 2 * padding[1] >= kernel[1])
+    images = drawn(4, height, width)
     net = nn.Conv2d(4, 4, kernel, stride, padding, groups=4, bias=bias)
     assert_alike(gradients(net, images, FasterGradients()), gradients(net, images, nullcontext()))
 

@@ -124,14 +124,23 @@ def test_what_earlier_teachers_learned_from_is_named(tmp_path: Path) -> None:
     assert not run.inherited_sources.exists()
 
 
-@pytest.mark.parametrize("image", ["ISIC_0000001", "17"])
+@pytest.mark.parametrize(
+    ("images", "archives", "owners"),
+    [
+        (("ISIC_0000001",), True, False),
+        (("17",), False, True),
+        (("ISIC_0000001", "17"), True, True),
+    ],
+)
 def test_images_of_the_archive_keep_its_terms_in_a_folder_of_any_name(
-    tmp_path: Path, image: str
+    tmp_path: Path, images: tuple[str, ...], archives: bool, owners: bool
 ) -> None:
-    own = [replace(record, image=image) for record in records("t", "downloads")]
-    found = training_data(fitted(tmp_path / "run", own))
-    archives = image.startswith("ISIC")
-    assert ("CC BY-NC" in found.licence) == ("CC BY-NC" in found.sources[0].licence) == archives
+    (record,) = records("t", "downloads")
+    run = fitted(tmp_path / "run", [replace(record, image=image) for image in images])
+    found = training_data(run)
+    (source,) = found.sources
+    assert ("CC BY-NC" in found.licence) == ("CC BY-NC" in source.licence) == archives
+    assert ("as its owner says" in source.licence) == owners
 
 
 def test_a_run_whose_inheritance_is_not_known_says_so(tmp_path: Path) -> None:

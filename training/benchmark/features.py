@@ -105,6 +105,10 @@ class Store:
         with write_atomically(self._costs_so_far(backbone)) as temporary:
             temporary.write_text(json.dumps([asdict(cost) for cost in costs]))
 
+    def forget_costs(self, backbone: Backbone) -> None:
+        """Drop what was written and not kept."""
+        self._costs_so_far(backbone).unlink(missing_ok=True)
+
     def keep_costs(self, backbone: Backbone) -> None:
         """Take what was written for the whole."""
         if self._costs_so_far(backbone).is_file():
@@ -226,6 +230,7 @@ def extract_all(
             p for p in work if p[0].name not in failed and not store.costs_path(p[0]).is_file()
         ]
         for backbone, _ in tqdm(wanted, "costs", unit="net", disable=not wanted):
+            store.forget_costs(backbone)  # of which a kill may have left some
             # A batch that does not fit is not measured; the ranking needs none.
             in_own_process(measure_and_save, backbone, store)
             store.keep_costs(backbone)

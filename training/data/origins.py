@@ -16,19 +16,21 @@ class Origin:
     url: str
 
 
-def origin_of(dataset: str, of_archive: bool = False) -> Origin:
+def origin_of(dataset: str, of_archive: float = 0.0) -> Origin:
     """What is known of a dataset by the name that its records carry.
 
     Args:
         dataset: The name.
-        of_archive: Whether its images are the ISIC archive's, whose terms go for those that were
-            downloaded into a folder of any name.
+        of_archive: The share of its images that are the ISIC archive's, whose terms go for those
+            that were downloaded into a folder of any name.
     """
     if dataset == "isic2017":
         return Origin(*_ISIC_2017)
     for layout in load_layouts():
         if dataset.split(" (")[0] == layout.TITLE:
             return Origin(layout.LICENCE, layout.URL)
-    if of_archive:
+    if of_archive == 1:
         return Origin(isic_cli.LICENCE, isic_cli.URL)
+    if of_archive:
+        return Origin(f"as its owner says; of the ISIC archive's, {isic_cli.LICENCE}", "")
     return Origin("as its owner says", "")

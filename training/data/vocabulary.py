@@ -110,9 +110,10 @@ _DIAGNOSES: dict[str, Diagnosis | None] = {
 }
 # What is not said to be so, or not for certain.
 _DENIED = re.compile(
-    r"\?|\b(non|not|no|without|rule out|r/o|versus|vs|suspect|suspected|suspicion|suspicious|"
-    r"possible|possibly|probable|probably|likely|query|exclude|excludes|excluded|dd|ddx|"
-    r"differential|history)\b"
+    r"\?|\b(non|not|no|without|negative|ruled? out|r/o|versus|vs|susp|suspect|suspected|suspicion|"
+    r"suspicious|poss|possible|possibly|probable|probably|likely|unlikely|presumed|questionable|"
+    r"doubtful|suggestive|concern|concerning|query|exclude|excludes|excluded|excluding|dd|ddx|"
+    r"differential|history|hx|like|mimic)\b"
 )
 # Finer terms than the eight, by words that only they contain ("Melanoma in situ, NOS").
 _CONTAINED = {
@@ -145,9 +146,10 @@ def diagnosis_of(words: str) -> Term:
     if text in _DIAGNOSES:
         found = _DIAGNOSES[text]
         return Term(found, None if found is None else found is Diagnosis.MEL)
-    if _DENIED.search(text.replace("not otherwise specified", "nos")):
+    text = text.replace("_", " ").replace("-", " ").replace("not otherwise specified", "nos")
+    if _DENIED.search(text):
         return Term(None, None, known=False)
     for part, diagnosis in _CONTAINED.items():
-        if re.search(rf"\b{part}\b", text):
+        if re.search(rf"\b{part}s?\b", text):
             return Term(diagnosis, diagnosis is Diagnosis.MEL)
     return Term(None, None, known=False)

@@ -131,6 +131,10 @@ def test_costs_of_which_a_kill_left_some_are_measured_anew(drawn: Path, tmp_path
     store = Store(tmp_path)
     store.save_costs(backbone, [])
     assert not store.costs_path(backbone).is_file()
+    store.forget_costs(backbone)
+    store.keep_costs(backbone)
+    assert not list(tmp_path.iterdir())
+    store.save_costs(backbone, [])
     store.keep_costs(backbone)
     assert json.loads(store.costs_path(backbone).read_text()) == []
     store.keep_costs(backbone)  # of a process that measured nothing
