@@ -345,8 +345,9 @@ class Batcher:
                 else:
                     # The turn may be one in another network, which tells nobody here of its end.
                     self._changed.wait(_TURN_SECONDS if self._large else None)
-                    now = time.monotonic()
-                    self._large = deque(job for job in self._large if self._worth(job, now))
+                    if self._large:
+                        now = time.monotonic()
+                        self._large = deque(job for job in self._large if self._worth(job, now))
                     continue
                 if jobs:  # a job is always somewhere where `abandon` finds it
                     self._busy[name] = time.monotonic(), jobs

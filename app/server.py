@@ -4,7 +4,6 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import MutableMapping
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -24,7 +23,7 @@ from app.networks import Networks, ReloadError
 from app.problems import Kind, Problem, respond
 from app.settings import Settings
 from app.telemetry import Metrics
-from app.trace import KEY, trace_of
+from app.trace import KEY, Trace
 
 # Beyond the upload's own time: the deadline of a request that is answered while it still arrives.
 _MARGIN_SECONDS = 10.0
@@ -183,9 +182,9 @@ class Protocol(HttpToolsProtocol):
     def _cut_off(self) -> None:
         # Of several requests sent ahead, it is not known here whose answer it is.
         if not self.pipeline and self.cycle is not None:
-            scope: MutableMapping[str, Any] = {**self.cycle.scope}
-            if KEY in scope:
-                trace_of(scope).unread = True
+            trace = dict(self.cycle.scope).get(KEY)
+            if isinstance(trace, Trace):
+                trace.unread = True
         self.transport.abort()
 
     @property

@@ -45,7 +45,7 @@ MOST_SCANS = 100
 # Pixels from which an image that is held whole waits for the one before it: with what its decoder
 # needs beside it, that is up to twenty times as many bytes.
 _LARGE = 4 * MEGA
-# Whose turn it is has the last one.
+# Whose turn it is holds it; `skip_turn` puts another in its place.
 _turns = [threading.Lock()]
 # Of TIFF: none, LZW, JPEG, Deflate, PackBits, Zstandard. Those of fax machines know no colours, and
 # libtiff writes a line of its own for each of theirs that is damaged.
@@ -210,17 +210,17 @@ def decode(
 
 def is_anyones_turn() -> bool:
     """Whether no large image is being decoded just now."""
-    return not _turns[-1].locked()
+    return not _turns[0].locked()
 
 
 def skip_turn() -> None:
     """Wait no longer for the large image that is being decoded, as its decoder hangs."""
-    _turns[:] = [threading.Lock()]
+    _turns[0] = threading.Lock()
 
 
 @contextmanager
 def _turn(wait: bool) -> Iterator[None]:
-    turn = _turns[-1]
+    turn = _turns[0]
     if not turn.acquire(blocking=wait):
         raise NotItsTurn
     try:
