@@ -7,9 +7,10 @@ progressive one, only the scans that show at that scale.
 
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -45,6 +46,9 @@ MOST_SCANS = 100
 # Pixels from which an image that is held whole waits for the one before it: with what its decoder
 # needs beside it, that is up to twenty times as many bytes.
 _LARGE = 4 * MEGA
+# How often threads give back what they keep of large images, and when they did last.
+_TRIM_SECONDS = 1.0
+_trimmed = 0.0
 # Whose turn it is holds it; `skip_turn` puts another in its place.
 _turns = [threading.Lock()]
 # Of TIFF: none, LZW, JPEG, Deflate, PackBits, Zstandard. Those of fax machines know no colours, and
@@ -197,12 +201,14 @@ def decode(
         image_format = "JPEG" if image.format == "MPO" else str(image.format)
         in_full = image_format != "JPEG" or has_several_scans(data)
         _check_size(image, image_format, in_full, limits)
-        if in_full and image_format == "JPEG" and most_scans(bytes(data)) > MOST_SCANS:
-            raise ImageTooLargeError(f"The JPEG has more than {MOST_SCANS} scans. Save it anew.")
-        if not in_full or image.width * image.height <= _LARGE:
+        if not in_full:
             return _fit(image, image_format, data, height, width)
-        with _turn(wait):
+        with _turn(wait) if image.width * image.height > _LARGE else nullcontext():
             try:
+                if image_format == "JPEG" and most_scans(bytes(data)) > MOST_SCANS:
+                    raise ImageTooLargeError(
+                        f"The JPEG has more than {MOST_SCANS} scans. Save it anew."
+                    )
                 return _fit(image, image_format, data, height, width)
             finally:
                 image.close()  # with its pixels
@@ -220,14 +226,18 @@ def skip_turn() -> None:
 
 @contextmanager
 def _turn(wait: bool) -> Iterator[None]:
+    global _trimmed
     turn = _turns[0]
     if not turn.acquire(blocking=wait):
         raise NotItsTurn
     try:
         yield
     finally:
-        # Or each thread would keep what one such image takes, a hundred megabytes.
-        trim_heaps()
+        # Or each thread would keep what one such image takes, a hundred megabytes. All threads take
+        # what they need anew, then, page by page: after each image that would cost more than it.
+        if (now := time.monotonic()) >= _trimmed + _TRIM_SECONDS:
+            _trimmed = now
+            trim_heaps()
         turn.release()
 
 

@@ -22,7 +22,9 @@ from statistics import median
 from typing import Any
 from urllib.request import urlopen
 
+import numpy as np
 from tqdm import tqdm
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from benchmarks.serving.compare import CORES, PORT, ROOT, make_images
 from models.cores import processor
@@ -40,13 +42,19 @@ UNDONE = {
     "fewer scans": "every scan of a progressive JPEG",
     "read at once": "JPEGs read in Pillow's blocks of 64 KB",
     "past the router": "FastAPI finds every route, and reads its parameters",
+    "joined": "batches put together by numpy, which lets the interpreter go",
+    "bodies as they come": "bodies copied twice on their way through uvicorn",
+    "rare collections": "garbage collected after every 700 objects, not 20,000",
+    "rare trims": "memory given back to the kernel after every large image",
     "memory patterns": "no plan of memory for each size of batch",
 }
 TRIED = {
     OPENVINO: "OpenVINO (`MMTL_RUNTIME=openvino`; it takes more memory)",
-    "garbage frozen": "garbage collector frozen after start, and rarer",
+    "garbage frozen": "garbage collector frozen after start",
     "short switches": "threads switched every 0.5 ms, not every 5",
     "batches of 8": "batches of 8 on the CPU",
+    "one spare worker": "one worker more than cores, not two",
+    "nice workers": "workers behind the event loop (`nice` 5)",
     "one malloc arena": "one arena of malloc for all threads",
     "freed memory kept": "freed memory not given back to the kernel",
     "log later": "log lines written ten times a second, not at once",
@@ -62,6 +70,7 @@ def serve(variant: str) -> None:
     import app.cli
     import app.engines.onnx
     import app.routes.predict
+    import app.server
     import models.images
 
     if variant == OPENVINO:
@@ -102,10 +111,27 @@ def serve(variant: str) -> None:
     elif variant == "memory patterns":
         options: Any = app.engines.onnx.onnxruntime.SessionOptions
         options.enable_mem_pattern = property(lambda _: False, lambda _, wanted: None)
+    elif variant == "joined":
+        app.batcher._stack = np.stack
+    elif variant == "bodies as they come":
+        app.server.Protocol.on_body = copied
+    elif variant == "rare collections":
+        app.cli._OBJECTS_PER_COLLECTION = 700
+    elif variant == "rare trims":
+        models.images._TRIM_SECONDS = 0.0
     elif variant == "garbage frozen":
         gc.collect()
         gc.freeze()
-        gc.set_threshold(20_000, 20, 20)
+    elif variant == "one spare worker":
+        app.batcher._SPARE = 1
+    elif variant == "nice workers":
+        work = app.batcher.Batcher._work
+
+        def nice(self: Any, warms_up: bool) -> None:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+            work(self, warms_up)
+
+        app.batcher.Batcher._work = nice
     elif variant == "short switches":
         sys.setswitchinterval(0.0005)
     elif variant == "log later":
@@ -120,6 +146,14 @@ def serve(variant: str) -> None:
         app.telemetry.uuid4 = Drawn
     sys.argv = ["mmtl", "serve"]
     app.cli.main()
+
+
+def copied(self: Any, body: bytes) -> None:
+    """`Protocol.on_body`, but for what it spares."""
+    self._bodies += 1
+    self._header_bytes = 0
+    if not self.transport.is_closing():
+        HttpToolsProtocol.on_body(self, body)
 
 
 def write_later() -> None:

@@ -1,5 +1,6 @@
 """What comes before a request is one: slow, huge and many."""
 
+import hashlib
 import http.client
 import json
 import re
@@ -15,7 +16,7 @@ import pytest
 from app.main import create_app
 from app.server import Server
 from app.settings import Settings
-from tests.lesions import encode
+from tests.lesions import encode, lesion
 
 
 @pytest.fixture
@@ -231,6 +232,22 @@ def test_many_small_chunks_are_no_large_header(port: int) -> None:
             time.sleep(0.0005)
         patient.sendall(b"0\r\n\r\n")
         assert status(patient.recv(1000)) == 415
+
+
+@pytest.mark.parametrize("chunk", [1, 999, 1_000_000])
+def test_a_body_in_chunks_of_any_size_is_put_together(port: int, chunk: int) -> None:
+    data = lesion(1)
+    pieces = [data[at : at + chunk] for at in range(0, len(data), chunk)]
+    body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+    with connect(port) as client:
+        client.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n" + body + b"0\r\n\r\n"
+        )
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        image = json.load(answer)["results"][0]["image"]
+    assert image["sha256"] == hashlib.sha256(data).hexdigest()
 
 
 def test_a_chunk_that_is_none_is_a_problem(server: Server, port: int) -> None:
