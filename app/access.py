@@ -68,7 +68,8 @@ async def authorize(request: Request, scope: Scope, counts: bool = False) -> Non
         raise Problem(
             problems.FORBIDDEN,
             f"This {'key' if key else 'token'} is for "
-            f"{', '.join(caller.scopes) or 'nothing here'}; the path asks for one for {scope}.",
+            f"{', '.join(caller.scopes) or 'nothing here'}; the path asks for one for {scope}"
+            + ("." if key else f" (`mmtl:{scope}` in its `scope`)."),
         )
     if counts and keys and key and (seconds := keys.wait_seconds(key)):
         raise Problem(

@@ -33,6 +33,8 @@ T = TypeVar("T")
 _BATCH_ON_CPU = 4
 # Workers beyond the cores: they use what the others leave idle, waiting for the interpreter.
 _SPARE = 2
+# Bytes that take long enough to copy for others to use the interpreter meanwhile.
+_MUCH = 1_000_000
 # How often it is looked whether a large image's turn has come.
 _TURN_SECONDS = 0.05
 # As CUDA, ONNX Runtime and torch say it.
@@ -467,9 +469,12 @@ class Batcher:
 
 
 def _stack(pixels: list[Pixels]) -> Pixels:
-    """What `np.stack` gives, which lets the interpreter go for some microseconds of copying.
+    """What `np.stack` gives, which lets the interpreter go while it copies.
 
-    To get it back, on cores that are all busy, takes a hundred times as long.
+    To get it back, on cores that are all busy, takes a hundred times as long as to copy a few
+    images.
     """
+    if sum(one.nbytes for one in pixels) > _MUCH:
+        return np.stack(pixels)
     joined = np.frombuffer(bytearray().join(one.data for one in pixels), np.uint8)
     return joined.reshape(len(pixels), *pixels[0].shape)

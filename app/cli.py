@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,6 +119,8 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure how much a running service answers, and how fast, to size a host."""
+    if not isfinite(seconds) or not isfinite(rate or 0.0):
+        fail("--seconds and --rate are finite numbers.")
     pairs = [entry.partition(":") for entry in header or []]
     if any(not (name.strip() and colon) for name, colon, _ in pairs):
         fail("A --header is `Name: value`.")
@@ -141,7 +144,7 @@ def bench(
 
 def _print_loads(title: str, measured: Mapping[int, Mapping[str, Any]]) -> None:
     table = Table(title=title, caption="times in milliseconds")
-    for column in ("clients", "images/s", "p50", "p95", "p99", "refused (503)", "failed"):
+    for column in ("clients", "images/s", "p50", "p95", "p99", "refused (503)", "failed", "unsent"):
         table.add_column(column, justify="right")
     for count, found in measured.items():
         percentiles = [found[f"p{percent}_ms"] for percent in (50, 95, 99)]
@@ -151,6 +154,7 @@ def _print_loads(title: str, measured: Mapping[int, Mapping[str, Any]]) -> None:
             *("" if value is None else f"{value:.1f}" for value in percentiles),
             str(found["refused"]),
             str(found["failed"]),
+            str(found["unsent"]),
         )
     show(table)
 

@@ -2,7 +2,8 @@
 
 In a closed loop each client sends its next image when it has an answer. In an open loop images
 arrive by chance (Poisson), whether or not earlier ones are answered; a time then counts from the
-arrival, so that waiting for a free connection is not left out ("coordinated omission").
+arrival, so that waiting for a free connection is not left out ("coordinated omission"). What
+arrives in the measured time is waited for, so that slow answers are not left out either.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
-from itertools import cycle
+from itertools import cycle, takewhile
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -40,21 +41,29 @@ class LoadError(Exception):
 class Measured:
     """What one load gave.
 
+    Latencies and statuses are of what arrived in the measured time, whenever it was answered.
+
     Attributes:
         seconds: That were measured, warm-up left out.
+        images: Answers 200 that came in that time.
+        answers: Of any status that came in that time.
         latencies: Of the answers 200, in seconds.
         refusals: Latencies of the answers 503.
         statuses: How many answers had which status; `broken` for a connection that ended.
         without_retry_after: Answers 503 that do not say when to try again.
+        unsent: Arrivals of an open loop for which no connection became free.
         answers_in_all: Those of the warm-up and of what was still open at the end included.
         generator_seconds: CPU time of this process in that time.
     """
 
     seconds: float = 0.0
+    images: int = 0
+    answers: int = 0
     latencies: list[float] = field(default_factory=list)
     refusals: list[float] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
     without_retry_after: int = 0
+    unsent: int = 0
     answers_in_all: int = 0
     generator_seconds: float = 0.0
 
@@ -69,18 +78,18 @@ class Measured:
 
     def summary(self) -> dict[str, Any]:
         """Images a second, percentiles in milliseconds and counts, as JSON takes them."""
-        answers = max(sum(self.statuses.values()), 1)
         return {
-            "images_per_second": len(self.latencies) / self.seconds if self.seconds else 0.0,
+            "images_per_second": self.images / self.seconds if self.seconds else 0.0,
             **{f"p{percent}_ms": _percentile(self.latencies, percent) for percent in (50, 95, 99)},
             "refused": self.statuses["503"],
             "refused_p99_ms": _percentile(self.refusals, 99),
             "failed": sum(self.statuses.values()) - self.statuses["200"] - self.statuses["503"],
             "without_retry_after": self.without_retry_after,
             "statuses": dict(self.statuses),
+            "unsent": self.unsent,
             "answers_in_all": self.answers_in_all,
             "seconds": self.seconds,
-            "generator_cpu_ms_per_answer": 1000 * self.generator_seconds / answers,
+            "generator_cpu_ms_per_answer": 1000 * self.generator_seconds / max(self.answers, 1),
         }
 
 
@@ -147,6 +156,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._answered: asyncio.Future[tuple[int, bool]] | None = None
         self._retry_after = False
+        self._parser = httptools.HttpResponseParser(self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
@@ -260,26 +270,54 @@ async def run_load(
             ) from None
         return connection
 
-    async def client(arrivals: Iterator[float] | None) -> None:
+    async def ask(connection: _Connection, asked: float) -> tuple[_Connection, int]:
+        status, retry_after = 0, False
+        with suppress(LoadError):  # of a service that has answered before, and may again
+            if not connection.open:
+                connection = await connect()
+            status, retry_after = await connection.send(next(requests))
+        answered = time.monotonic()
+        measured.answers_in_all += 1
+        if start <= answered <= end:
+            measured.answers += 1
+            measured.images += status == 200
+        if start <= asked < end:
+            measured.note(status, retry_after, answered - asked)
+        return connection, status
+
+    async def client() -> None:
         connection = await connect()
         try:
-            while True:
-                asked = next(arrivals) if arrivals else time.monotonic()
-                if asked >= end:
-                    return
-                if asked > time.monotonic():
-                    await asyncio.sleep(asked - time.monotonic())
-                if not connection.open:
-                    connection = await connect()
-                status, retry_after = await connection.send(next(requests))
-                answered = time.monotonic()
-                measured.answers_in_all += 1
-                if start <= answered <= end:
-                    measured.note(status, retry_after, answered - asked)
-                if status == 503 and not arrivals:
+            while (asked := time.monotonic()) < end:
+                connection, status = await ask(connection, asked)
+                if status in (0, 503):
                     await asyncio.sleep(0.01)  # a client that is refused does not spin
         finally:
             connection.close()
+
+    async def arrive(arrivals: Iterator[float]) -> None:
+        # The last one that became free takes the next arrival: one that rests is closed in the end.
+        free: asyncio.LifoQueue[_Connection] = asyncio.LifoQueue()
+
+        async def take(connection: _Connection, asked: float) -> None:
+            connection, _ = await ask(connection, asked)
+            free.put_nowait(connection)
+
+        for connection in await asyncio.gather(*(connect() for _ in range(clients))):
+            free.put_nowait(connection)
+        async with asyncio.TaskGroup() as group:
+            for asked in takewhile(lambda at: at < end, arrivals):
+                await asyncio.sleep(max(asked - time.monotonic(), 0))
+                try:
+                    # What waits at the end is sent for as long again, and no longer.
+                    async with asyncio.timeout_at(loop.time() + end + seconds - time.monotonic()):
+                        connection = await free.get()
+                except TimeoutError:
+                    measured.unsent += asked >= start
+                    continue
+                group.create_task(take(connection, asked))
+        while not free.empty():
+            free.get_nowait().close()
 
     async def meter() -> None:
         nonlocal cpu
@@ -288,12 +326,13 @@ async def run_load(
         await asyncio.sleep(max(end - time.monotonic(), 0))
         cpu = _cpu_seconds() - began
 
-    # Free connections take the arrivals in turn; with none free, an arrival waits for one.
-    arrivals = _poisson(start - warm_up_seconds, rate, seed) if rate else None
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(clients):
-                group.create_task(client(arrivals))
+            if rate:
+                group.create_task(arrive(_poisson(start - warm_up_seconds, rate, seed)))
+            else:
+                for _ in range(clients):
+                    group.create_task(client())
             group.create_task(meter())
     except* LoadError as errors:
         raise errors.exceptions[0] from None

@@ -152,24 +152,25 @@ class Predictor:
                     self._result(network, upload, explain, deadline, trace) for upload in uploads
                 ]
                 async with asyncio.timeout(self._deadline_seconds):
-                    return network.facts, await _all(work)
+                    results = await _all(work)
+                for result in results:
+                    self._metrics.images.labels(result.status).inc()
+                return network.facts, results
         except* batching.Refused as refused:
             refusal = type(_first(refused))
         except* TimeoutError:
             refusal = batching.DeadlineExceeded
+        self._metrics.images.labels("refused").inc(len(uploads))
         raise problem_of(refusal)
 
     async def _result(
         self, network: Network, upload: Upload, explain: bool, deadline: float, trace: Trace
     ) -> Result:
         try:
-            result = await self._success(network, upload, explain, deadline, trace)
+            return await self._success(network, upload, explain, deadline, trace)
         except Problem as problem:
-            self._metrics.images.labels("error").inc()
             trace.problems.append(problem.kind.name)
             return Failure(filename=upload.filename, status="error", error=problem.body())
-        self._metrics.images.labels("ok").inc()
-        return result
 
     async def _success(
         self, network: Network, upload: Upload, explain: bool, deadline: float, trace: Trace

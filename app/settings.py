@@ -57,7 +57,7 @@ class Settings(BaseSettings):
 
     runtime: Literal["onnxruntime", "openvino"] = "onnxruntime"
     """Of ONNX artifacts. On a CPU with AMX, `openvino` (requirements/openvino.txt) answers more
-    images a second, in more memory (docs/performance.md)."""
+    small images a second, in more memory (docs/performance.md)."""
 
     trust_torch: bool = False
     """Allow torch artifacts. They are code: say yes only to a bundle that you made or trust."""

@@ -30,7 +30,8 @@ from app.trace import KEY, Trace
 from models.bundle import Manifest
 
 STAGES = ("decode", "queue", "inference")
-OUTCOMES = ("ok", "error")
+# Of images: as their results say it, or the request was refused as a whole, or nobody waited.
+OUTCOMES = ("ok", "error", "refused", "gone")
 # Scrapes and probes come every few seconds and say nothing new.
 QUIET_ROUTES = frozenset({"/health/live", "/health/ready", "/metrics"})
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

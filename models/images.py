@@ -7,7 +7,6 @@ progressive one, only the scans that show at that scale.
 
 import struct
 import threading
-import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from models.headers import MOST_PIECES, in_too_many_pieces
-from models.memory import trim_heaps
+from models.memory import trim_heaps_soon
 from models.progressive import for_an_eighth, has_several_scans, most_scans
 from models.tiff import read_directory
 
@@ -46,9 +45,6 @@ MOST_SCANS = 100
 # Pixels from which an image that is held whole waits for the one before it: with what its decoder
 # needs beside it, that is up to twenty times as many bytes.
 _LARGE = 4 * MEGA
-# How often threads give back what they keep of large images, and when they did last.
-_TRIM_SECONDS = 1.0
-_trimmed = 0.0
 # Whose turn it is holds it; `skip_turn` puts another in its place.
 _turns = [threading.Lock()]
 # Of TIFF: none, LZW, JPEG, Deflate, PackBits, Zstandard. Those of fax machines know no colours, and
@@ -226,18 +222,14 @@ def skip_turn() -> None:
 
 @contextmanager
 def _turn(wait: bool) -> Iterator[None]:
-    global _trimmed
     turn = _turns[0]
     if not turn.acquire(blocking=wait):
         raise NotItsTurn
     try:
         yield
     finally:
-        # Or each thread would keep what one such image takes, a hundred megabytes. All threads take
-        # what they need anew, then, page by page: after each image that would cost more than it.
-        if (now := time.monotonic()) >= _trimmed + _TRIM_SECONDS:
-            _trimmed = now
-            trim_heaps()
+        # Or each thread would keep what one such image takes, a hundred megabytes.
+        trim_heaps_soon()
         turn.release()
 
 

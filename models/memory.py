@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+# Held while heaps are going to be trimmed.
+_due = threading.Lock()
 
 
 def give_back() -> None:
@@ -25,6 +27,23 @@ def trim_heaps() -> None:
     """Trim the C library's heaps where it can (glibc): each thread's keeps its size otherwise."""
     if _TRIM is not None:
         _TRIM(0)
+
+
+def trim_heaps_soon(seconds: float = 1.0) -> None:
+    """Trim the heaps in a while, once for all who ask until then.
+
+    All threads then take what they need anew, page by page: after each image, that would cost more
+    than a small one.
+    """
+    if _due.acquire(blocking=False):
+        timer = threading.Timer(seconds, _trim_now)
+        timer.daemon = True
+        timer.start()
+
+
+def _trim_now() -> None:
+    _due.release()
+    trim_heaps()
 
 
 @contextmanager

@@ -86,6 +86,8 @@ async def predict(
     try:
         async with opened as uploads:
             answered = await _while_connected(request, predictor.predict(uploads, explain, trace))
+            if answered is None:
+                state.metrics.images.labels("gone").inc(len(uploads))
             if state.audit is not None:
                 results = answered[1] if answered else None
                 outcomes = await asyncio.to_thread(_outcomes, uploads, results)

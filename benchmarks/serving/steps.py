@@ -72,6 +72,7 @@ def serve(variant: str) -> None:
     import app.routes.predict
     import app.server
     import models.images
+    import models.memory
 
     if variant == OPENVINO:
         os.environ["MMTL_RUNTIME"] = "openvino"
@@ -118,7 +119,7 @@ def serve(variant: str) -> None:
     elif variant == "rare collections":
         app.cli._OBJECTS_PER_COLLECTION = 700
     elif variant == "rare trims":
-        models.images._TRIM_SECONDS = 0.0
+        models.images.trim_heaps_soon = models.memory.trim_heaps
     elif variant == "garbage frozen":
         gc.collect()
         gc.freeze()

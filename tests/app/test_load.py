@@ -50,11 +50,39 @@ async def test_a_closed_loop_sends_the_images_in_turn_and_times_the_answers() ->
     assert summary["answers_in_all"] == len(bodies) >= len(found.latencies)
 
 
+async def test_answers_that_come_after_the_end_are_waited_for_and_timed() -> None:
+    async with server(OK, 0.3) as (url, _):
+        found = await run_load(Target(url, [b"x"]), 2, 0.1, 0.0)
+    assert len(found.latencies) == 2
+    assert min(found.latencies) >= 0.3
+    assert found.summary()["images_per_second"] == 0  # none came in that time
+
+
 async def test_an_open_loop_counts_from_the_arrival() -> None:
     """One connection that answers 20 a second, and 100 arrivals: who comes late waits long."""
     async with server(OK, 0.05) as (url, _):
         found = await run_load(Target(url, [b"x"]), 1, 0.5, 0.0, rate=100)
     assert max(found.latencies) > 0.25
+    # For as long again what waits is sent; the rest never is.
+    assert 15 <= len(found.latencies) <= 22
+    assert found.unsent > 10
+    assert found.summary()["images_per_second"] <= 20
+
+
+async def test_an_open_loop_keeps_to_few_connections_while_they_suffice() -> None:
+    connections = set()
+
+    class Noted(load._Connection):
+        async def send(self, request: bytes) -> tuple[int, bool]:
+            connections.add(id(self))
+            return await super().send(request)
+
+    async with server(OK) as (url, _):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(load, "_Connection", Noted)
+            found = await run_load(Target(url, [b"x"]), 20, 0.5, 0.0, rate=60)
+    assert found.statuses["200"] > 10
+    assert len(connections) < 8
 
 
 async def test_refusals_are_told_apart_and_must_say_when_to_try_again() -> None:
@@ -73,6 +101,16 @@ async def test_a_connection_that_breaks_is_a_failure_and_another_is_opened() -> 
         found = await run_load(Target(url, [b"x"]), 1, 0.1, 0.0)
     assert found.summary()["failed"] == len(found.statuses) * found.statuses["broken"] > 1
     assert len(bodies) > 1
+
+
+async def test_a_service_that_goes_is_failures_and_what_was_measured_is_kept() -> None:
+    once = OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    async with server(once, 0.01) as (url, _):
+        running = asyncio.create_task(run_load(Target(url, [b"x"]), 2, 0.5, 0.0))
+        await asyncio.sleep(0.2)
+    found = await running
+    assert found.statuses["200"] > 1
+    assert found.statuses["broken"] > 1
 
 
 async def test_nobody_there_is_one_sentence() -> None:

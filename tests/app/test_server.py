@@ -16,7 +16,8 @@ import pytest
 from app.main import create_app
 from app.server import Server
 from app.settings import Settings
-from tests.lesions import encode, lesion
+from models import images
+from tests.lesions import encode, flat, lesion
 
 
 @pytest.fixture
@@ -327,6 +328,22 @@ def test_an_answer_that_is_cut_off_is_not_counted_as_read(server: Server, port: 
         requests = state.metrics.requests
         until(lambda: ("POST", "/predict", "499") in requests._metrics)
         assert ("POST", "/predict", "200") not in requests._metrics
+
+
+def test_images_that_nobody_waits_for_any_more_are_counted(server: Server, port: int) -> None:
+    state = server.config.app.state
+    picture = flat(1, 2100, 2100)
+    with images._turn(wait=True):  # so that it is not answered
+        with connect(port) as gone:
+            head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+            gone.sendall(head + b"Content-Length: %d\r\n\r\n" % len(picture) + picture)
+            until(lambda: state.networks.current.batcher.admitted == 1)
+        until(
+            lambda: (
+                state.metrics.registry.get_sample_value("mmtl_images_total", {"outcome": "gone"})
+                == 1
+            )
+        )
 
 
 def test_an_upload_that_had_begun_when_the_service_ends_is_answered(

@@ -39,6 +39,16 @@ def test_every_label_is_there_before_the_first_request(client: TestClient) -> No
     assert {"test", "1.2.3", "onnxruntime", "cpu"} < info
 
 
+def test_images_of_a_request_that_is_refused_are_counted(settings: Settings) -> None:
+    late = settings.model_copy(update={"deadline_seconds": 1e-6})
+    with started(late) as client:
+        answer = client.post("/predict", files=[("files", flat(1)), ("files", flat(2))])
+        found = samples(client)
+    assert answer.status_code == 503
+    assert found[key("mmtl_images_total", "refused")] == 2
+    assert found[key("mmtl_images_total", "ok")] == 0
+
+
 def test_requests_and_images_are_counted(client: TestClient) -> None:
     import numpy as np
 

@@ -27,12 +27,9 @@ def reference(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
-def test_what_large_images_took_is_given_back_before_the_next_one_s_turn(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_large_images_took_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[bool] = []
-    monkeypatch.setattr(images, "trim_heaps", lambda: turns.append(is_anyones_turn()))
-    monkeypatch.setattr(images, "_TRIM_SECONDS", 0)
+    monkeypatch.setattr(images, "trim_heaps_soon", lambda: turns.append(is_anyones_turn()))
     decode(flat(1, 64, 64), 32, 32)
     assert not turns
     decode(flat(1, 2100, 2100), 32, 32)
@@ -41,9 +38,6 @@ def test_what_large_images_took_is_given_back_before_the_next_one_s_turn(
         decode(flat(1, 2100, 2100)[:-200], 32, 32)
     assert turns == [False, False]
     assert is_anyones_turn()
-    monkeypatch.setattr(images, "_TRIM_SECONDS", 60)
-    decode(flat(1, 2100, 2100), 32, 32)
-    assert turns == [False, False]
 
 
 def test_large_images_are_decoded_one_at_a_time() -> None:

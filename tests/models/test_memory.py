@@ -2,10 +2,12 @@
 
 import gc
 import signal
+import threading
 import weakref
 
 import pytest
 
+from models import memory
 from models.memory import give_back
 
 
@@ -32,3 +34,14 @@ def test_an_interrupt_in_a_callback_of_the_collection_is_not_lost() -> None:
         gc.enable()
     assert watched() is None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_heaps_are_trimmed_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed = threading.Semaphore(0)
+    monkeypatch.setattr(memory, "trim_heaps", trimmed.release)
+    for _ in range(3):
+        memory.trim_heaps_soon(0.05)
+    assert trimmed.acquire(timeout=5)
+    assert not trimmed.acquire(timeout=0.2)
+    memory.trim_heaps_soon(0.0)
+    assert trimmed.acquire(timeout=5)
