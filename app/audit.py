@@ -5,6 +5,7 @@ caller by the id of the key. Lines are only ever added, before the answer is sen
 renamed and kept.
 """
 
+import errno
 import json
 import os
 import threading
@@ -86,7 +87,7 @@ class AuditLog:
             if self._sync is not None:
                 self._sync.cancel()
             if self._file >= 0:
-                os.fsync(self._file)
+                self._sync_to_disk(self._file)
                 os.close(self._file)
                 self._file = -1
 
@@ -97,12 +98,15 @@ class AuditLog:
             if self._file < 0:
                 return
             file = os.dup(self._file)
+        self._sync_to_disk(file)
+        os.close(file)
+
+    def _sync_to_disk(self, file: int) -> None:
         try:
             os.fsync(file)
         except OSError as error:
-            log.error("audit log", reason=f"{self._path} is not on the disk: {error.strerror}.")
-        finally:
-            os.close(file)
+            if error.errno != errno.EINVAL:  # as a pipe says, which has no disk
+                log.error("audit log", reason=f"{self._path} is not on the disk: {error.strerror}.")
 
     def _turn(self) -> None:
         """Begin another file where this one is full, or was taken away (logrotate)."""

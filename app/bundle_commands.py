@@ -115,7 +115,7 @@ def recalibrate_bundle(
         float | None, typer.Option(help="Share of melanoma among the images to come.")
     ] = None,
     sensitivity: Annotated[
-        float, typer.Option(min=0.5, max=1, help="Of the new threshold, with --outcomes.")
+        float, typer.Option(help="Of the new threshold, with --outcomes; from 0.5 to 1.")
     ] = 0.9,
     version: Annotated[
         str | None, typer.Option(help="Of the new bundle; by default the next patch version.")
@@ -127,8 +127,11 @@ def recalibrate_bundle(
         fail("Give either --outcomes or --prevalence.")
     if out.resolve() == folder.resolve():
         fail("--out is the bundle itself: a clinic may want the one before back.")
+    if not 0.5 <= sensitivity <= 1:
+        fail("--sensitivity is a share from 0.5 to 1, such as 0.9.")
+    before = _artifact(bundle, artifact)
     if outcomes is not None:
-        logits, melanoma = read_outcomes(outcomes, _artifact(bundle, artifact))
+        logits, melanoma = read_outcomes(outcomes, before)
         manifest = recalibrate(
             bundle.manifest, logits, melanoma, f"{outcomes.name} (recalibration)", sensitivity
         )
@@ -145,8 +148,8 @@ def recalibrate_bundle(
         fail("--version is of the form 1.2.3.")
     manifest = manifest.model_copy(update={"version": version})
     save_recalibrated(bundle, out, manifest, how)
-    before, after = bundle.manifest.artifacts[0], manifest.artifacts[0]
-    print(f"{out}: {manifest.name} {manifest.version}, {how}.")
+    after = manifest.artifacts[bundle.manifest.artifacts.index(before)]
+    print(f"{out}: {manifest.name} {manifest.version}, {how}. Of {before.file}:")
     print(f"threshold {before.melanoma_threshold:.4f} -> {after.melanoma_threshold:.4f}")
     print(f"slope     {before.calibration.slope:.4f} -> {after.calibration.slope:.4f}")
     print(f"intercept {before.calibration.intercept:.4f} -> {after.calibration.intercept:.4f}")

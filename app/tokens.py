@@ -12,13 +12,14 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.request import Request, urlopen
 
 import structlog
 
 from app.keys import SCOPES, Scope
-from app.settings import Settings
+from app.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from jwt import PyJWK
@@ -129,9 +130,16 @@ class Tokens:
 
 
 def tokens_of(settings: Settings) -> Tokens | None:
-    """The tokens that the settings ask for."""
+    """The tokens that the settings ask for.
+
+    Raises:
+        SettingsError: What reads them is not installed.
+    """
     if settings.jwt_jwks_url is None:
         return None
+    for needed in ("jwt", "cryptography"):
+        if find_spec(needed) is None:
+            raise SettingsError(f"MMTL_JWT_ISSUER needs {needed}: install the extra `oidc`.")
     assert settings.jwt_issuer is not None
     assert settings.jwt_audience is not None
     return Tokens(settings.jwt_issuer, settings.jwt_audience, settings.jwt_jwks_url)

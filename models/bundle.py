@@ -212,19 +212,24 @@ class Bundle:
     def artifact(
         self, artifact_format: ArtifactFormat, precision: Precision | None = None
     ) -> Artifact:
-        """The artifact of a format: the first, or that of a precision.
+        """The artifact of a format: the first whose file is there, or that of a precision.
 
         Raises:
             BundleError: The bundle has none, or its file is not there.
         """
-        for artifact in self.manifest.artifacts:
-            if artifact.format == artifact_format and precision in (None, artifact.precision):
-                if not self.path(artifact).is_file():
-                    raise BundleError(
-                        f"{self.path(artifact)} is not there. Write it with `mmtl-train export`, "
-                        "or serve another format."
-                    )
+        fitting = [
+            artifact
+            for artifact in self.manifest.artifacts
+            if artifact.format == artifact_format and precision in (None, artifact.precision)
+        ]
+        for artifact in fitting:
+            if self.path(artifact).is_file():
                 return artifact
+        if fitting:
+            raise BundleError(
+                f"{self.path(fitting[0])} is not there. Write it with `mmtl-train export`, or "
+                "serve another format."
+            )
         have = ", ".join(f"{a.format} {a.precision}" for a in self.manifest.artifacts)
         asked = f"{artifact_format} {precision}" if precision else artifact_format
         raise BundleError(f"{self.folder} has no {asked} artifact; it has {have}.")
@@ -244,6 +249,11 @@ class Bundle:
     def path(self, artifact: Artifact) -> Path:
         """Where an artifact's file is."""
         return self.folder / artifact.file
+
+    def files(self, *without: str) -> dict[str, Path]:
+        """Those that fit another manifest, too: all but the manifest, its signature and these."""
+        out = {MANIFEST, SIGNATURE, *without}
+        return {p.name: p for p in self.folder.iterdir() if p.is_file() and p.name not in out}
 
     def read(self, artifact: Artifact) -> bytes:
         """An artifact's bytes, which are verified: its file may have changed since the bundle was.
@@ -435,7 +445,7 @@ def check_golden(
             if name not in outputs:
                 raise BundleError(f"{artifact.file} has no output {name}.")
             found = np.asarray(outputs[name][row], np.float64).ravel()
-            allowed = artifact.tolerance + rounding * max(1.0, *map(abs, expected))
+            allowed = artifact.tolerance + rounding * max([1.0, *map(abs, expected)])
             difference = (
                 float(np.abs(found - expected).max()) if found.shape == (len(expected),) else np.inf
             )

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import (
-    MANIFEST,
     Artifact,
     Bundle,
     Calibration,
@@ -70,7 +69,10 @@ def read_outcomes(
             column = LOGIT if LOGIT in there else PROBABILITY
             for needed in (column, OUTCOME):
                 if needed not in there:
-                    raise CalibrationError(f"{path}: the column {needed} is missing.")
+                    raise CalibrationError(
+                        f"{path}: the column {needed} is missing. Separated by commas, it has "
+                        f"{', '.join(there) or 'none'}."
+                    )
             for number, row in enumerate(reader, start=2):
                 said = (row[OUTCOME] or "").strip().lower()
                 if not said:
@@ -170,11 +172,7 @@ def save_recalibrated(bundle: Bundle, folder: Path, manifest: Manifest, how: str
     Raises:
         models.bundle.BundleError: `folder` is something else than a bundle.
     """
-    files: dict[str, bytes | Path] = {
-        path.name: path
-        for path in bundle.folder.iterdir()
-        if path.is_file() and path.name not in (MANIFEST, CARD, METRICS)
-    }
+    files: dict[str, bytes | Path] = {**bundle.files(CARD, METRICS)}
     card = bundle.folder / CARD
     note = (
         f"> Recalibrated: {how}. Probabilities, the threshold and what follows from them "

@@ -3,6 +3,7 @@
 Keys are PEM files, as OpenSSL writes them (`openssl genpkey -algorithm ed25519`).
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from models.files import write_atomically
@@ -15,6 +16,11 @@ class SignatureError(Exception):
     """A key that is none, or a signature that does not hold; the message says which."""
 
 
+def _check_installed() -> None:
+    if find_spec("cryptography") is None:
+        raise SignatureError("signatures need cryptography: install the extra `signatures`")
+
+
 def sign(content: bytes, private_key: Path, signature: Path) -> None:
     """Write the signature of a manifest.
 
@@ -24,8 +30,10 @@ def sign(content: bytes, private_key: Path, signature: Path) -> None:
         signature: Where.
 
     Raises:
-        SignatureError: The key cannot be used.
+        SignatureError: The key cannot be used, or cryptography is not installed.
     """
+    _check_installed()
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -33,7 +41,7 @@ def sign(content: bytes, private_key: Path, signature: Path) -> None:
         key = load_pem_private_key(private_key.read_bytes(), None)
     except OSError as error:
         raise SignatureError(f"{private_key} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise SignatureError(
             f"{private_key} is no PEM file of a private key without a passphrase"
         ) from None
@@ -52,9 +60,11 @@ def verify(content: bytes, signature: Path, public_key: Path) -> None:
         public_key: PEM, Ed25519.
 
     Raises:
-        SignatureError: There is no signature, it is not by this key, or the key cannot be used.
+        SignatureError: There is no signature, it is not by this key, the key cannot
+            be used, or cryptography is not installed.
     """
-    from cryptography.exceptions import InvalidSignature
+    _check_installed()
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -62,15 +72,18 @@ def verify(content: bytes, signature: Path, public_key: Path) -> None:
         key = load_pem_public_key(public_key.read_bytes())
     except OSError as error:
         raise SignatureError(f"{public_key} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise SignatureError(f"{public_key} is no PEM file of a public key") from None
     if not isinstance(key, Ed25519PublicKey):
         raise SignatureError(f"{public_key} is no Ed25519 key")
     try:
         key.verify(signature.read_bytes(), content)
     except OSError:
-        raise SignatureError(f"there is no {signature.name}") from None
+        raise SignatureError(
+            f"there is no {signature.name}: sign with `mmtl bundle sign`"
+        ) from None
     except InvalidSignature:
         raise SignatureError(
-            f"{signature.name} is not by {public_key}, or of another manifest"
+            f"{signature.name} is not by {public_key}, or of another manifest: sign with "
+            "`mmtl bundle sign`"
         ) from None

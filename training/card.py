@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from models.bundle import MANIFEST, Bundle, save_bundle
+from models.bundle import Bundle, save_bundle
 from models.recalibration import CARD, METRICS
 from training.data.manifest import DataError
 from training.evaluate import Report
@@ -19,14 +19,9 @@ def save_figures(bundle: Bundle, report: Report) -> Bundle:
     """
     check_publishable(bundle, report["split"], report["data_fingerprint"])
     manifest = bundle.manifest.model_copy(update={"metrics": headline(report)})
-    kept = {
-        path.name: path
-        for path in bundle.folder.iterdir()
-        if path.is_file() and path.name not in (MANIFEST, METRICS, CARD)
-    }
     updated = Bundle(bundle.folder, manifest)
     written = {METRICS: to_json(report).encode(), CARD: model_card(updated, report).encode()}
-    return save_bundle(bundle.folder, manifest, {**kept, **written})
+    return save_bundle(bundle.folder, manifest, {**bundle.files(METRICS, CARD), **written})
 
 
 def check_publishable(bundle: Bundle, split: str, data_fingerprint: str) -> None:

@@ -194,8 +194,7 @@ def quantize(run: Run, folder: Path) -> tuple[Bundle, list[Cost]]:
         )
         kept = [a for a in bundle.manifest.artifacts if a.file != FILE]
         # Figures and card are of what a CPU answered with so far.
-        gone = (FILE, METRICS, CARD)
-        files = {p.name: p for p in bundle.folder.iterdir() if p.is_file() and p.name not in gone}
+        files = bundle.files(FILE, METRICS, CARD)
         manifest = bundle.manifest.model_copy(
             update={"artifacts": (*kept, artifact), "metrics": ()}
         )

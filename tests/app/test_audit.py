@@ -1,5 +1,6 @@
 """Who had which image answered by which network, and nothing more."""
 
+import errno
 import hashlib
 import json
 import os
@@ -104,6 +105,19 @@ def test_a_part_of_a_line_is_taken_back(path: Path, monkeypatch: pytest.MonkeyPa
     log.write("three", None, MODEL, [("c", "ok")])
     log.close()
     assert [line["request_id"] for line in lines(path)] == ["one", "three"]
+
+
+def test_a_disk_that_fails_at_the_end_is_logged(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    log = AuditLog(path, 10_000)
+    log.write("one", None, MODEL, [("a", "ok")])
+    monkeypatch.setattr("app.audit.os.fsync", fail)
+    log.close()
+    assert "is not on the disk: Input/output error" in capsys.readouterr().out
 
 
 def test_a_line_torn_by_a_crash_harms_no_other(path: Path) -> None:

@@ -153,6 +153,7 @@ def test_a_bundle_is_recalibrated_into_another_one_and_compared(
     status, output, _ = run("bundle", "recalibrate", bundle_folder, "--outcomes", table, "-o", new)
     assert status == 0
     assert f"{new}: test 1.2.4, fitted to 400 outcomes" in output
+    assert "Of model.onnx:" in output
     status, output, _ = run("bundle", "diff", bundle_folder, new)
     assert status == 1
     assert "artifacts[model.onnx].calibration.slope" in output
@@ -164,6 +165,7 @@ def test_a_bundle_is_recalibrated_into_another_one_and_compared(
     for wrong, sentence in (
         ((bundle_folder,), "--out is the bundle itself"),
         ((new, "--version", "x"), "--version is of the form 1.2.3"),
+        ((new, "--sensitivity", "nan"), "--sensitivity is a share from 0.5 to 1"),
         ((new, "--prevalence", "2"), "--prevalence is a share between 0 and 1"),
         ((new, "--outcomes", table), "Give either --outcomes or --prevalence"),
     ):

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from app import tokens as tokens_module
 from app.access import check_exposure
 from app.keys import create_key
-from app.settings import Settings
+from app.settings import Settings, SettingsError
 from tests.conftest import started
 from tests.lesions import flat
 
@@ -249,3 +249,11 @@ def test_a_provider_that_speaks_no_http_is_unreachable(
 
     monkeypatch.setattr("app.tokens._fetch", fetch)
     assert ask(client, token()).json()["type"] == "urn:mmtl:problem:provider-unreachable"
+
+
+def test_without_the_library_the_service_does_not_start(
+    asking: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens_module, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="install the extra `oidc`"):
+        tokens_module.tokens_of(asking)

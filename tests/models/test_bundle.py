@@ -162,6 +162,16 @@ def test_a_network_that_answers_otherwise_is_refused(tmp_path: Path) -> None:
         check_golden(made.manifest, artifact, outputs)
 
 
+def test_a_golden_prediction_without_numbers_is_refused(tmp_path: Path) -> None:
+    def empty(manifest: dict) -> None:
+        manifest["golden"][0]["outputs"]["melanoma_logit"] = []
+
+    made = load_bundle(changed(tmp_path, empty))
+    outputs = expected_outputs(golden_batch(made.manifest))
+    with pytest.raises(BundleError, match="melanoma_logit by inf"):
+        check_golden(made.manifest, made.artifact("onnx"), outputs)
+
+
 def changed(tmp_path: Path, change: Callable[[dict], None]) -> Path:
     """A bundle's folder, its manifest changed."""
     made = make_bundle(tmp_path / "bundle")
@@ -198,3 +208,16 @@ def test_a_cpu_takes_no_integers_of_another_format(tmp_path: Path) -> None:
     folder = changed(tmp_path, torchscript)
     (folder / "model.pt").write_bytes((folder / "model.onnx").read_bytes())
     assert load_bundle(folder).artifact_for_cpu().file == "model.onnx"
+
+
+def test_an_artifact_that_was_left_out_is_passed_over(tmp_path: Path) -> None:
+    def integers(manifest: dict) -> None:
+        first = manifest["artifacts"][0]
+        manifest["artifacts"].append({**first, "file": "model.int8.onnx", "precision": "int8"})
+
+    folder = changed(tmp_path, integers)
+    (folder / "model.onnx").rename(folder / "model.int8.onnx")
+    bundle = load_bundle(folder)
+    assert bundle.artifact("onnx").file == bundle.artifact_for_cpu().file == "model.int8.onnx"
+    with pytest.raises(BundleError, match=r"model\.onnx is not there"):
+        bundle.artifact("onnx", "fp32")

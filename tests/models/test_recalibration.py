@@ -87,7 +87,8 @@ def test_the_new_bundle_says_so_and_the_old_one_stays(bundle_folder: Path, tmp_p
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("logit,melanoma\n1,1\n", "the column melanoma_probability is missing"),
+        ("logit,melanoma\n1,1\n", "melanoma_probability is missing. .* has logit, melanoma"),
+        ("melanoma_logit;melanoma\n1;1\n", "it has melanoma_logit;melanoma"),
         ("melanoma_logit,melanoma\n1,maybe\n", "row 2, column melanoma: 'maybe' is not 1 or 0"),
         ("melanoma_logit,melanoma\n1,1\nhigh,0\n", "row 3, column melanoma_logit: 'high' is not"),
         ("melanoma_logit,melanoma\nnan,0\n", "'nan' is not a number"),

@@ -13,7 +13,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from app.cli import main
+from models import signatures
 from models.bundle import BundleError, load_bundle
+from models.recalibration import change_prevalence, save_recalibrated
 from models.signatures import SIGNATURE, SignatureError, sign
 from tests.bundles import make_bundle
 
@@ -39,7 +41,7 @@ def test_a_signed_bundle_is_taken_and_no_other(
     private, public = write_keys(tmp_path, "release")
     _, other = write_keys(tmp_path, "other")
     with pytest.raises(
-        BundleError, match=r"bundle cannot be trusted: there is no bundle.json.sig\."
+        BundleError, match=r"bundle cannot be trusted: there is no bundle.json.sig: sign with"
     ):
         load_bundle(folder, public)
     monkeypatch.setattr("sys.argv", ["mmtl", "bundle", "sign", str(folder), "--key", str(private)])
@@ -49,6 +51,27 @@ def test_a_signed_bundle_is_taken_and_no_other(
     assert load_bundle(folder, public) == load_bundle(folder)
     with pytest.raises(BundleError, match=r"is not by .*other\.pub\.pem"):
         load_bundle(folder, other)
+
+
+def test_without_the_library_one_sentence_says_what_to_install(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private, public = write_keys(tmp_path, "release")
+    monkeypatch.setattr(signatures, "find_spec", lambda name: None)
+    with pytest.raises(SignatureError, match="install the extra `signatures`"):
+        sign(b"", private, folder / SIGNATURE)
+    with pytest.raises(BundleError, match="install the extra `signatures`"):
+        load_bundle(folder, public)
+
+
+def test_the_signature_of_another_manifest_is_not_copied(folder: Path, tmp_path: Path) -> None:
+    private, _ = write_keys(tmp_path, "release")
+    sign((folder / "bundle.json").read_bytes(), private, folder / SIGNATURE)
+    bundle = load_bundle(folder)
+    changed = change_prevalence(bundle.manifest, 0.2)
+    saved = save_recalibrated(bundle, tmp_path / "new", changed, "to 20 %")
+    assert not (saved.folder / SIGNATURE).exists()
+    assert (saved.folder / "model.onnx").exists()
 
 
 def test_a_changed_manifest_is_not_even_parsed(folder: Path, tmp_path: Path) -> None:
