@@ -38,7 +38,10 @@ def trim_heaps_soon(seconds: float = 1.0) -> None:
     if _due.acquire(blocking=False):
         timer = threading.Timer(seconds, _trim_now)
         timer.daemon = True
-        timer.start()
+        try:
+            timer.start()
+        except RuntimeError:  # no thread is to be had just now: the next who asks tries again
+            _due.release()
 
 
 def _trim_now() -> None:

@@ -43,5 +43,12 @@ def test_heaps_are_trimmed_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatch)
         memory.trim_heaps_soon(0.05)
     assert trimmed.acquire(timeout=5)
     assert not trimmed.acquire(timeout=0.2)
+    with monkeypatch.context() as crowded:
+        crowded.setattr("threading.Timer.start", fail)
+        memory.trim_heaps_soon(0.0)
     memory.trim_heaps_soon(0.0)
     assert trimmed.acquire(timeout=5)
+
+
+def fail(_: threading.Timer) -> None:
+    raise RuntimeError("can't start new thread")
