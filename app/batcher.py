@@ -395,6 +395,9 @@ class Batcher:
             return
         except Exception as error:
             job.fail(error)
+            # The error's traceback holds this frame, and the job's future holds the error: the
+            # upload would stay until the next collection of garbage.
+            del job
             return
         if not job.decodes:
             job.succeed(found)

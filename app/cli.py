@@ -1,6 +1,7 @@
 """The command line: `mmtl serve | bench | predict | bundle | keys | settings | openapi`."""
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from models.bundle import BundleError
 from models.calibration import CalibrationError
 
 _DAY_SECONDS = 86_400.0
+_OBJECTS_PER_COLLECTION = 20_000
 _EXPECTED = (
     AuditError,
     BundleError,
@@ -87,6 +89,9 @@ def serve(
     # Uvicorn's own lines of every request would repeat ours.
     logging.getLogger("uvicorn.access").disabled = True
     server = Server(app, settings)
+    # An answer makes hundreds of objects, none of them in cycles; all threads wait for each
+    # collection (benchmarks/serving/steps.py).
+    gc.set_threshold(_OBJECTS_PER_COLLECTION)
     server.run()
     if not server.started or server.failed:
         raise SystemExit(1)  # the log says why: a port in use, most often

@@ -182,7 +182,7 @@ class Predictor:
         try:
             answer = await asyncio.wrap_future(future)
         except ImageError as error:
-            raise Problem.of_image(error) from None
+            raise Problem.of_image(error.with_traceback(None)) from None
         except batching.InferenceFailed as refusal:
             raise problem_of(type(refusal)) from None
         finally:
@@ -210,7 +210,7 @@ class Predictor:
             try:
                 overlay = await asyncio.wrap_future(drawn)
             except ImageError as error:  # damaged where only a larger picture shows it
-                raise Problem.of_image(error) from None
+                raise Problem.of_image(error.with_traceback(None)) from None
             fields["explanation"] = Explanation(media_type="image/png", overlay=overlay)
         return Success(
             filename=upload.filename,

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import hashlib
 from io import BytesIO
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from starlette.routing import Router
 from starlette.types import Message
 
+from app.predictor import _Picture
 from app.problems import Problem
 from app.routes.predict import _HeldResponse
 from app.settings import Settings
@@ -74,6 +76,22 @@ def test_a_file_is_answered_as_the_contract_says(client: TestClient) -> None:
             }
         ],
     }
+
+
+@pytest.mark.parametrize("content", [flat(160, 80, 60), b"nothing", lesion()[:900]])
+def test_an_upload_is_freed_without_a_collection(client: TestClient, content: bytes) -> None:
+    def held() -> int:
+        return sum(isinstance(one, _Picture) for one in gc.get_objects())
+
+    client.post("/predict", files=form(content))
+    before = held()
+    gc.disable()  # uploads are large, and collections are far between
+    try:
+        for _ in range(10):
+            client.post("/predict", files=form(content))
+        assert held() <= before + 2  # a worker keeps its last job until it has another
+    finally:
+        gc.enable()
 
 
 def test_several_files_keep_the_order_of_the_upload(client: TestClient) -> None:
