@@ -84,13 +84,13 @@ def _choices(bundle: Bundle, settings: Settings) -> list[Artifact]:
 
 def _on_cpu(settings: Settings) -> bool:
     """Whether an ONNX artifact is run on a CPU."""
-    if settings.device.startswith("cuda"):
-        return False
     if settings.device == "cpu" or settings.runtime == "openvino":
         return True
-    from app.engines.onnx import uses_gpu
+    if settings.device != "auto":
+        return False
+    from app.engines.cuda import has_gpu
 
-    return not uses_gpu(settings.device)
+    return not has_gpu(0)
 
 
 def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
@@ -133,10 +133,15 @@ def _load(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
         # Who names a precision gets the same answers from every processor, up to rounding.
         bfloat16 = settings.precision == "auto" and has_amx()
         return OpenVinoEngine(artifact.file, bundle.read(artifact), threads, bfloat16)
-    if artifact.format == "onnx":
+    if artifact.format == "onnx" and _on_cpu(settings):
         from app.engines.onnx import OnnxEngine
 
-        return OnnxEngine(artifact.file, bundle.read(artifact), settings.device, threads)
+        return OnnxEngine(artifact.file, bundle.read(artifact), threads)
+    if artifact.format == "onnx":
+        from app.engines.cuda import CudaEngine
+
+        number = 0 if settings.device == "auto" else int(settings.device.removeprefix("cuda:"))
+        return CudaEngine(artifact.file, bundle.read(artifact), number, settings.max_batch)
     if not settings.trust_torch:
         raise EngineError(
             f"{artifact.file} is code, and runs only where you say that you trust it: "
@@ -149,8 +154,14 @@ def _load(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
             f"{artifact.file} needs torch: install requirements/training.txt, "
             "or serve the ONNX artifact."
         ) from None
-    content = bundle.read(artifact)
-    return PytorchEngine(artifact.file, content, artifact.format, settings.device, threads)
+    return PytorchEngine(
+        artifact.file,
+        bundle.read(artifact),
+        artifact.format,
+        settings.device,
+        threads,
+        settings.max_batch,
+    )
 
 
 def check_shapes(

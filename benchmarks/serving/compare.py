@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,11 +39,15 @@ SECONDS = 4.0
 REPEATS = 3
 MIXES = ("small", "medium", "full size", "mixed")
 CLIENTS = (1, 8, 32, 128)
+# Clients that every mix is measured with.
+CROWD = 32
 OPEN_CLIENTS = 128
 OPEN_LOADS = (0.5, 0.8, 1.2)
 # Images that may wait where refusals are looked at: fewer than there are connections.
 SHORT_QUEUE = 32
 LIMIT_BATCH = 4
+# What the name of an environment ends with where the network runs on a GPU.
+ON_GPU = "-gpu"
 _MARK = "BENCH_SERVE_TOKEN"
 
 
@@ -94,14 +98,20 @@ def make_environment(name: str) -> Path:
         uv = ROOT / ".venv/bin/uv"
         print(f"installing {folder}", file=sys.stderr)
         subprocess.run([uv, "venv", "--quiet", "--clear", "-p", sys.executable, folder], check=True)
-        locked = ROOT / "requirements/openvino.txt"
-        if name != "mmtl":
-            locked = HERE / f"requirements-{name}.txt"
-        install = [uv, "pip", "install", "--quiet", "--python", folder / "bin/python"]
+        system, gpu, _ = name.partition(ON_GPU)
+        locked = HERE / f"requirements-{system}.txt"
+        if system == "mmtl":
+            locked = ROOT / f"requirements/{'gpu' if gpu else 'openvino'}.txt"
+        there = ["--quiet", "--python", folder / "bin/python"]
+        install = [uv, "pip", "install", *there]
         subprocess.run([*install, "--require-hashes", "-r", locked], check=True)
-        if name == "mmtl":
+        if system == "mmtl":
             # A copy: what is edited meanwhile is not measured.
             subprocess.run([*install, "--no-deps", "--no-build-isolation", ROOT], check=True)
+        elif gpu:
+            subprocess.run([uv, "pip", "uninstall", *there, "onnxruntime"], check=True)
+            locked = HERE / "requirements-onnxruntime-gpu.txt"
+            subprocess.run([*install, "--no-deps", "--require-hashes", "-r", locked], check=True)
         done.touch()
     return folder / "bin"
 
@@ -265,18 +275,20 @@ def load(
     }
 
 
-def measure(system: System, mixes: dict[str, list[Path]], log: Path) -> dict[str, Any]:
-    """Every load on one system, started for it."""
+def measure(
+    system: System, mixes: dict[str, list[Path]], log: Path, crowd: int = CROWD
+) -> dict[str, Any]:
+    """Every load on one system, started for it; each mix with a crowd of clients."""
     process = Process(system, log)
     try:
         ready = process.wait(mixes["small"][0].read_bytes())
         found: dict[str, Any] = {
-            f"{mix}, 32 clients": load(process, mixes[mix], 32) for mix in MIXES
+            f"{mix}, {crowd} clients": load(process, mixes[mix], crowd) for mix in MIXES
         }
         for clients in CLIENTS:
-            if clients != 32:
+            if clients != crowd:
                 found[f"mixed, {clients} clients"] = load(process, mixes["mixed"], clients)
-        found |= measure_arrivals(process, mixes, found["mixed, 32 clients"], OPEN_LOADS)
+        found |= measure_arrivals(process, mixes, found[f"mixed, {crowd} clients"], OPEN_LOADS)
         return {"ready_seconds": ready, "loads": found}
     finally:
         process.stop()
@@ -306,20 +318,24 @@ def measure_refusals(system: System, mixes: dict[str, list[Path]], log: Path) ->
         process.stop()
 
 
-def measure_generator(system: System, mixes: dict[str, list[Path]], log: Path) -> dict[str, Any]:
+def measure_generator(
+    system: System, mixes: dict[str, list[Path]], log: Path, crowd: int = CROWD
+) -> dict[str, Any]:
     """What the load generator can do at most: every mix against a server that does nothing."""
     process = Process(system, log)
     try:
         ready = process.wait(mixes["small"][0].read_bytes())
-        loads = {f"{mix}, 32 clients": load(process, mixes[mix], 32) for mix in MIXES}
+        loads = {f"{mix}, {crowd} clients": load(process, mixes[mix], crowd) for mix in MIXES}
         return {"ready_seconds": ready, "loads": loads}
     finally:
         process.stop()
 
 
-def measure_limit(system: System, mixes: dict[str, list[Path]]) -> dict[str, Any]:
+def measure_limit(
+    system: System, mixes: dict[str, list[Path]], batch: int, crowd: int = CROWD
+) -> dict[str, Any]:
     """The bare loop on every mix, and one image after the other, with what a system runs."""
-    python = make_environment("mmtl") / "python"
+    python = make_environment(system.environment) / "python"
 
     def run(mix: str, threads: int, batch: int) -> dict[str, Any]:
         command = [python, HERE / "limit.py", SECONDS, threads, batch, *mixes[mix]]
@@ -335,9 +351,36 @@ def measure_limit(system: System, mixes: dict[str, list[Path]]) -> dict[str, Any
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    loads = {f"{mix}, 32 clients": run(mix, CORES, LIMIT_BATCH) for mix in MIXES}
+    loads = {f"{mix}, {crowd} clients": run(mix, CORES, batch) for mix in MIXES}
     loads["mixed, 1 clients"] = run("mixed", 1, 1)
     return {"loads": loads}
+
+
+def collect(
+    run: Path, repeats: int, names: Sequence[str], measure_one: Callable[[str, Path], Any]
+) -> list[dict[str, Any]]:
+    """What is measured of every system in every repeat; what a run has already is not again.
+
+    Args:
+        run: Folder of logs and results.
+        repeats: Each begins with another system.
+        names: Of the systems.
+        measure_one: Of a system's name, and a file for its log.
+    """
+    results = run / "results.jsonl"
+    rows = [json.loads(line) for line in results.open()] if results.exists() else []
+    done = {(row["repeat"], row["system"]) for row in rows}
+    bar = tqdm(total=repeats * len(names), desc="systems")
+    for repeat in range(repeats):
+        for name in [*names[repeat % len(names) :], *names[: repeat % len(names)]]:
+            if (repeat, name) not in done:
+                log = run / f"{name.replace(', ', '-').replace(' ', '-')}.log"
+                row = {"repeat": repeat, "system": name, **measure_one(name, log)}
+                with results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                rows.append(row)
+            bar.update()
+    return rows
 
 
 def main() -> None:
@@ -352,35 +395,24 @@ def main() -> None:
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle.resolve())
     network = bundle.path(bundle.artifact("onnx", "fp32"))
-    side = bundle.manifest.input.width
     mixes = make_images(arguments.data.resolve(), arguments.run / "images")
-    known = systems(network, side)
+    known = systems(network, bundle.manifest.input.width)
     names = [*known, "limit, same network", "limit, as shipped"]
     if arguments.only:
         names = [name for name in names if name in arguments.only]
     for name in {system.environment for system in known.values()}:
         make_environment(name)
-    results = arguments.run / "results.jsonl"
-    rows = [json.loads(line) for line in results.open()] if results.exists() else []
-    done = {(row["repeat"], row["system"]) for row in rows}
-    bar = tqdm(total=arguments.repeats * len(names), desc="systems")
-    for repeat in range(arguments.repeats):
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            if (repeat, name) not in done:
-                log = arguments.run / f"{name.replace(', ', '-').replace(' ', '-')}.log"
-                if name.startswith("limit"):
-                    found = measure_limit(known[name.replace("limit", "mmtl")], mixes)
-                elif name == "nothing":
-                    found = measure_generator(known[name], mixes, log)
-                elif name == "mmtl, short queue":
-                    found = measure_refusals(known[name], mixes, log)
-                else:
-                    found = measure(known[name], mixes, log)
-                row = {"repeat": repeat, "system": name, **found}
-                with results.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                rows.append(row)
-            bar.update()
+
+    def measure_one(name: str, log: Path) -> dict[str, Any]:
+        if name.startswith("limit"):
+            return measure_limit(known[name.replace("limit", "mmtl")], mixes, LIMIT_BATCH)
+        if name == "nothing":
+            return measure_generator(known[name], mixes, log)
+        if name == "mmtl, short queue":
+            return measure_refusals(known[name], mixes, log)
+        return measure(known[name], mixes, log)
+
+    rows = collect(arguments.run, arguments.repeats, names, measure_one)
     if not arguments.only:
         page.write(arguments.out, rows, bundle, mixes, SECONDS)
 

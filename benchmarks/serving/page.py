@@ -54,16 +54,16 @@ class Results:
         )
         return median(a / b if b else float("inf") for a, b in pairs)
 
-    def of_the_limit(self, system: str, load: str, given_back: bool) -> float:
+    def of_the_limit(self, system: str, limit: str, load: str, given_back: bool) -> float:
         """Share of what the bare loop does; with the generator's CPU time taken off the latter."""
         cores = len(os.sched_getaffinity(0))
         shares = []
         for repeat in self.repeats:
             found = self.of(system, repeat)["loads"][load]
-            limit = self.of(LIMIT[system], repeat)["loads"][load]["images_per_second"]
+            most = self.of(limit, repeat)["loads"][load]["images_per_second"]
             busy = found["generator_cpu_ms_per_answer"] * found["images_per_second"] / 1000
             left = (cores - busy) / cores if given_back else 1.0
-            shares.append(found["images_per_second"] / (limit * left))
+            shares.append(found["images_per_second"] / (most * left))
         return median(shares)
 
 
@@ -94,7 +94,8 @@ def _lines(
         "ONNX Runtime; *OpenVINO* is mmtl with `MMTL_RUNTIME=openvino`, which computes in "
         f"{'bfloat16' if has_amx() else 'float32'} here what stays in floats. "
         "*The limit* is a bare loop without HTTP: mmtl's decoder and the same network in the same "
-        "runtime, in batches of 4, a thread a core. No GPU was measured."
+        "runtime, in batches of 4, a thread a core. On a GPU: "
+        "[performance-gpu.md](performance-gpu.md)."
     )
     yield (
         "\nImages: "
@@ -112,45 +113,48 @@ def _lines(
     yield "![images a second](performance.svg)\n"
     for ours, title in ((SAME, "Same network"), (SHIPPED, "As shipped")):
         yield f"## {title}: images a second, 32 clients\n"
-        yield _row(["", *MIXES])
-        yield _row(["---"] * 5)
+        yield row(["", *MIXES])
+        yield row(["---"] * 5)
         others = (OPENVINO, *PEERS) if ours == SHIPPED else PEERS
         for name in (LIMIT[ours], ours, *others):
-            yield _row([name, *(f"{_rate(results, name, mix):.1f}" for mix in MIXES)])
+            yield row([name, *(f"{_rate(results, name, mix):.1f}" for mix in MIXES)])
         for given_back, what in (
             (False, "of the limit"),
             (True, "of what the generator leaves of it"),
         ):
-            shares = [results.of_the_limit(ours, f"{m}, 32 clients", given_back) for m in MIXES]
-            yield _row([f"{ours}, {what}", *(f"{share:.2f}" for share in shares)])
+            shares = [
+                results.of_the_limit(ours, LIMIT[ours], f"{m}, 32 clients", given_back)
+                for m in MIXES
+            ]
+            yield row([f"{ours}, {what}", *(f"{share:.2f}" for share in shares)])
         for peer in PEERS:
             ratios = [results.ratio(ours, peer, f"{m}, 32 clients") for m in MIXES]
-            yield _row([f"{ours} over {peer}", *(f"{ratio:.2f}x" for ratio in ratios)])
+            yield row([f"{ours} over {peer}", *(f"{ratio:.2f}x" for ratio in ratios)])
         if ours == SHIPPED:
             ratios = [results.ratio(OPENVINO, SHIPPED, f"{m}, 32 clients") for m in MIXES]
-            yield _row([f"{OPENVINO} over {ours}", *(f"{ratio:.2f}x" for ratio in ratios)])
+            yield row([f"{OPENVINO} over {ours}", *(f"{ratio:.2f}x" for ratio in ratios)])
         yield ""
     yield "## Latency, mixed images: p50 / p95 / p99 in milliseconds\n"
     counts = (1, 8, 32, 128)
-    yield _row(["clients", *map(str, counts)])
-    yield _row(["---"] * 5)
+    yield row(["clients", *map(str, counts)])
+    yield row(["---"] * 5)
     for name in (SAME, SHIPPED, OPENVINO, *PEERS):
-        yield _row([name, *(_latency(results, name, f"mixed, {n} clients") for n in counts)])
+        yield row([name, *(latency(results, name, f"mixed, {n} clients") for n in counts)])
     for ours in (SAME, SHIPPED):
         alone = results.median(LIMIT[ours], "mixed, 1 clients", "p50_ms")
-        yield _row([f"{LIMIT[ours]} (one thread)", f"{alone:.1f}", "", "", ""])
+        yield row([f"{LIMIT[ours]} (one thread)", f"{alone:.1f}", "", "", ""])
     yield "\n## Arrivals by chance (Poisson), at a share of each system's own capacity\n"
-    yield _row(["", "load", "images/s", "p50 / p95 / p99 ms", "refused (503)", "failed"])
-    yield _row(["---"] * 6)
+    yield row(["", "load", "images/s", "p50 / p95 / p99 ms", "refused (503)", "failed"])
+    yield row(["---"] * 6)
     for name in (SAME, SHIPPED, OPENVINO, *PEERS):
         for share in ("50%", "80%", "120%"):
             load = f"mixed, open loop, {share}"
-            yield _row(
+            yield row(
                 [
                     name,
                     share,
                     f"{results.median(name, load, 'images_per_second'):.1f}",
-                    _latency(results, name, load),
+                    latency(results, name, load),
                     f"{sum(results.each(name, load, 'refused')):.0f}",
                     f"{sum(results.each(name, load, 'failed')):.0f}",
                 ]
@@ -159,58 +163,57 @@ def _lines(
         "\nRefusals take more connections than may wait. With `MMTL_QUEUE_SIZE=32`, 120 % of its "
         "capacity over 128 connections, mmtl as shipped:\n"
     )
-    yield _row(["", "images/s", "p50 / p95 / p99 ms", "refused (503)", "their p99, ms", "failed"])
-    yield _row(["---"] * 6)
+    yield row(["", "images/s", "p50 / p95 / p99 ms", "refused (503)", "their p99, ms", "failed"])
+    yield row(["---"] * 6)
     over = f"mixed, open loop, {1.2:.0%}"
-    yield _row(
+    yield row(
         [
             SHORT,
             f"{results.median(SHORT, over, 'images_per_second'):.1f}",
-            _latency(results, SHORT, over),
+            latency(results, SHORT, over),
             f"{sum(results.each(SHORT, over, 'refused')):.0f}",
             f"{results.median(SHORT, over, 'refused_p99_ms'):.0f}",
             f"{sum(results.each(SHORT, over, 'failed')):.0f}",
         ]
     )
     yield "\n## What it costs, 32 clients\n"
-    yield _row(
-        ["", *(f"CPU ms an image, {mix}" for mix in MIXES), "peak MB, full size", "ready, s"]
-    )
-    yield _row(["---"] * 7)
+    yield row(["", *(f"CPU ms an image, {mix}" for mix in MIXES), "peak MB, full size", "ready, s"])
+    yield row(["---"] * 7)
     for name in (SAME, SHIPPED, OPENVINO, *PEERS):
         costs = [
             results.median(name, f"{mix}, 32 clients", "server_cpu_ms_per_image") for mix in MIXES
         ]
         ready = median(results.of(name, repeat)["ready_seconds"] for repeat in results.repeats)
         peak = max(results.each(name, "full size, 32 clients", "peak_megabytes"))
-        yield _row([name, *(f"{cost:.1f}" for cost in costs), f"{peak:.0f}", f"{ready:.2f}"])
+        yield row([name, *(f"{cost:.1f}" for cost in costs), f"{peak:.0f}", f"{ready:.2f}"])
     for ours in (SAME, SHIPPED):
         costs = [results.median(LIMIT[ours], f"{m}, 32 clients", "cpu_ms_per_image") for m in MIXES]
-        yield _row([LIMIT[ours], *(f"{cost:.1f}" for cost in costs), "", ""])
+        yield row([LIMIT[ours], *(f"{cost:.1f}" for cost in costs), "", ""])
     yield "\n## The load generator, against a server that does nothing\n"
-    yield _row(["", *MIXES])
-    yield _row(["---"] * 5)
+    yield row(["", *MIXES])
+    yield row(["---"] * 5)
     for what, name, unit in (
         ("images a second", "images_per_second", ""),
         ("its CPU an image", "generator_cpu_ms_per_answer", " ms"),
     ):
         values = [results.median("nothing", f"{mix}, 32 clients", name) for mix in MIXES]
-        yield _row([what, *(f"{value:.2f}{unit}" for value in values)])
+        yield row([what, *(f"{value:.2f}{unit}" for value in values)])
     values = [
         results.median(SAME, f"{m}, 32 clients", "generator_cpu_ms_per_answer") for m in MIXES
     ]
-    yield _row(["its CPU an image, beside mmtl", *(f"{value:.2f} ms" for value in values)])
+    yield row(["its CPU an image, beside mmtl", *(f"{value:.2f} ms" for value in values)])
     yield "\n## Targets\n"
-    yield _row(["", "measured", "target", "met"])
-    yield _row(["---"] * 4)
+    yield row(["", "measured", "target", "met"])
+    yield row(["---"] * 4)
     for what, value, target, met in _targets(results):
-        yield _row([what, value, target, "yes" if met else "no"])
+        yield row([what, value, target, "yes" if met else "no"])
 
 
 def _targets(results: Results) -> Iterator[tuple[str, str, str, bool]]:
     for mix in ("mixed", "full size"):
-        share = results.of_the_limit(SAME, f"{mix}, 32 clients", given_back=True)
-        raw = results.of_the_limit(SAME, f"{mix}, 32 clients", given_back=False)
+        limit, load = LIMIT[SAME], f"{mix}, 32 clients"
+        share = results.of_the_limit(SAME, limit, load, given_back=True)
+        raw = results.of_the_limit(SAME, limit, load, given_back=False)
         what = f"same network, {mix}: share of the limit, generator accounted for (not: {raw:.2f})"
         yield what, f"{share:.2f}", "0.90", share >= 0.9
         used = results.median(SAME, f"{mix}, 32 clients", "server_cpu_ms_per_image")
@@ -263,12 +266,14 @@ def _rate(results: Results, system: str, mix: str) -> float:
     return results.median(system, f"{mix}, 32 clients", "images_per_second")
 
 
-def _latency(results: Results, system: str, load: str) -> str:
+def latency(results: Results, system: str, load: str) -> str:
+    """Three percentiles of it."""
     values = [results.median(system, load, f"p{percent}_ms") for percent in (50, 95, 99)]
     return " / ".join(f"{value:.0f}" for value in values)
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
+    """Of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -1,20 +1,27 @@
 import sys
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 from app.engines import Engine, EngineError, load_engine, open_engine
+from app.engines.cuda import CudaEngine, has_gpu
 from app.engines.onnx import OnnxEngine
 from app.engines.pytorch import PytorchEngine
 from app.settings import Settings
-from models.bundle import Bundle, BundleError, Precision, load_bundle, save_bundle
+from models.bundle import ArtifactFormat, Bundle, BundleError, Precision, load_bundle, save_bundle
 from tests.bundles import SIDE, expected_outputs, make_bundle
 
 needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO is not installed")
+needs_no_cuda = pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="has CUDA"
+)
+needs_gpu = pytest.mark.skipif(not has_gpu(0), reason="ONNX Runtime finds no GPU")
 runtimes = pytest.mark.parametrize(
     "runtime", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)]
 )
@@ -35,9 +42,7 @@ def test_a_network_answers_by_name_at_any_batch_size(runtime: str, tmp_path: Pat
             np.testing.assert_allclose(outputs[name], values, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(
-    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="has CUDA"
-)
+@needs_no_cuda
 def test_a_gpu_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"requirements/gpu\.txt"):
         load(make_bundle(tmp_path / "bundle"), device="cuda:0")
@@ -48,7 +53,7 @@ def test_a_gpu_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
 def test_a_file_that_is_no_network_is_refused(runtime: str, content: bytes) -> None:
     with pytest.raises(BundleError, match=r"cannot load model\.onnx: .+"):
         if runtime == "onnxruntime":
-            OnnxEngine("model.onnx", content, "cpu", 1)
+            OnnxEngine("model.onnx", content, 1)
         else:
             from app.engines.openvino import OpenVinoEngine
 
@@ -141,9 +146,7 @@ def test_an_openvino_that_does_not_load_is_a_clear_error(
         open_engine(make_bundle(tmp_path / "bundle"), Settings(runtime="openvino"))
 
 
-@pytest.mark.skipif(
-    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="has CUDA"
-)
+@needs_no_cuda
 def test_who_asks_for_a_gpu_is_told_of_the_gpu(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="this ONNX Runtime has no CUDA"):
         open_engine(two_precisions(tmp_path / "bundle"), Settings(device="cuda:0"))
@@ -210,12 +213,12 @@ def test_torch_artifacts_run_only_where_trusted(tmp_path: Path, artifact_format:
 @pytest.mark.parametrize("artifact_format", ["torchscript", "torch_export"])
 def test_a_file_that_is_no_program_is_refused(artifact_format: str) -> None:
     with pytest.raises(BundleError, match=r"torch cannot load model\.pt"):
-        PytorchEngine("model.pt", b"not a program", artifact_format, "cpu", 1)
+        PytorchEngine("model.pt", b"not a program", artifact_format, "cpu", 1, 8)
 
 
 def test_torch_names_a_gpu_that_is_not_there() -> None:
     with pytest.raises(EngineError, match="MMTL_DEVICE=cuda:99"):
-        PytorchEngine("model.pt2", b"", "torch_export", "cuda:99", 1)
+        PytorchEngine("model.pt2", b"", "torch_export", "cuda:99", 1, 8)
 
 
 @runtimes
@@ -227,3 +230,87 @@ def test_the_shipped_bundle_loads_and_answers_its_golden_predictions(
     artifact = bundle.artifact("onnx", precision)
     load_engine(bundle, artifact, Settings(precision=precision, runtime=runtime))
     assert bundle.artifact("onnx").bytes < 16_000_000
+
+
+@needs_gpu
+def test_a_gpu_answers_as_the_cpu_does_at_any_batch_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = load(make_bundle(tmp_path / "bundle"), device="cuda:0", max_batch=6)
+    assert (engine.name, engine.device) == ("onnxruntime", "cuda:0")
+    for count in (1, 3, 6, 7, 2, 1):
+        images = np.random.default_rng(count).integers(0, 255, (count, SIDE, SIDE, 3), np.uint8)
+        outputs = engine.run(images)
+        for name, values in expected_outputs(images).items():
+            np.testing.assert_allclose(outputs[name], values, rtol=1e-4, atol=1e-4)
+    assert "no CUDA graph" not in "".join(capsys.readouterr())
+
+
+@needs_gpu
+def test_a_gpu_is_taken_where_there_is_one_and_runs_floats() -> None:
+    bundle = load_bundle(Settings().bundle)
+    artifact, engine = open_engine(bundle, Settings())
+    assert (artifact.precision, engine.device) == ("fp32", "cuda:0")
+    images = np.random.default_rng(0).integers(0, 255, (5, 160, 160, 3), np.uint8)
+    expected = OnnxEngine("model.onnx", bundle.read(artifact), 1).run(images)
+    for name, values in engine.run(images).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-3, atol=1e-3)
+
+
+@needs_gpu
+def test_two_networks_on_one_gpu_do_not_disturb_each_other() -> None:
+    bundle = load_bundle(Settings().bundle)
+    content = bundle.read(bundle.artifact("onnx", "fp32"))
+    images = np.random.default_rng(0).integers(0, 255, (4, 160, 160, 3), np.uint8)
+    first = CudaEngine("model.onnx", content, 0, 4)
+    expected = first.run(images)["melanoma_logit"]
+    stop, wrong = Event(), []
+
+    def ask() -> None:
+        while not stop.is_set():
+            wrong.extend(first.run(images)["melanoma_logit"] - expected)
+
+    asking = Thread(target=ask)
+    asking.start()
+    for size in (1, 2, 4):
+        found = CudaEngine("model.onnx", content, 0, 4).run(images[:size])["melanoma_logit"]
+        np.testing.assert_allclose(found, expected[:size], atol=1e-4)
+    stop.set()
+    asking.join()
+    assert np.abs(wrong).max() < 1e-4
+
+
+@needs_gpu
+def test_a_gpu_that_is_not_there_beside_one_that_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="MMTL_DEVICE=cuda:99: ONNX Runtime could not use"):
+        load(make_bundle(tmp_path / "bundle"), device="cuda:99")
+
+
+class Program(torch.nn.Module):
+    """Answers with a mean and a constant, which a traced program keeps on the CPU."""
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        means = images.float().mean(dim=(1, 2, 3))
+        return {"mean": means, "ages": means[:, None] + torch.arange(5, dtype=torch.float32)}
+
+
+@needs_gpu
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("artifact_format", ["torchscript", "torch_export"])
+def test_a_gpu_runs_torch_artifacts_at_any_batch_size(artifact_format: ArtifactFormat) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (3, SIDE, SIDE, 3), np.uint8)
+    example = torch.from_numpy(images)
+    content = BytesIO()
+    if artifact_format == "torchscript":
+        torch.jit.save(torch.jit.script(Program()), content)
+    else:
+        free = {"images": {0: torch.export.Dim("batch", min=1, max=64)}}
+        program = torch.export.export(Program(), (example,), dynamic_shapes=free)
+        torch.export.save(program, content)
+    engine = PytorchEngine("model.pt", content.getvalue(), artifact_format, "cuda:0", 1, 4)
+    for count in (1, 2, 3, 3):
+        found = engine.run(images[:count])
+        means = images[:count].astype(np.float32).mean(axis=(1, 2, 3))
+        np.testing.assert_allclose(found["mean"], means, rtol=1e-4)
+        np.testing.assert_allclose(found["ages"], means[:, None] + np.arange(5), rtol=1e-4)

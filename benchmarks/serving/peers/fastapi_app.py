@@ -10,7 +10,7 @@ import network
 from fastapi import FastAPI, UploadFile
 
 app = FastAPI()
-session = network.load(threads=1)
+session = network.load(threads=1, batch=1)
 pool = ThreadPoolExecutor(network.CORES)
 
 

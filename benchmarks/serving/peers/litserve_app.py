@@ -33,5 +33,10 @@ class Api(litserve.LitAPI):
 
 if __name__ == "__main__":
     api = Api(max_batch_size=network.MAX_BATCH, batch_timeout=0.01)
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=network.CORES)
+    server = litserve.LitServer(
+        api,
+        accelerator="cuda" if network.GPU else "cpu",
+        devices=1,
+        workers_per_device=network.CORES,
+    )
     server.run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False)

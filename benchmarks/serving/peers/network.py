@@ -1,7 +1,7 @@
 """What every peer shares: the ONNX file, and a full decode with Pillow as they document it.
 
 Each peer runs in an environment of its own, without mmtl. `NETWORK` is the ONNX file, `SIDE` its
-input's height and width, `CORES` how many there are.
+input's height and width, `CORES` how many there are; `GPU` is set where there is one.
 """
 
 import os
@@ -13,16 +13,27 @@ from PIL import Image
 
 SIDE = int(os.environ["SIDE"])
 CORES = int(os.environ["CORES"])
+GPU = "GPU" in os.environ
 MAX_BATCH = 8
+# What batches are filled up to, where that pays.
+filled = {"to": 0}
 
 
-def load(threads: int = 1) -> onnxruntime.InferenceSession:
-    """A session with as many threads in one run."""
+def load(threads: int = 1, batch: int = MAX_BATCH) -> onnxruntime.InferenceSession:
+    """A session with as many threads in one run; `batch` is the most images that it will get."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(
-        os.environ["NETWORK"], options, providers=["CPUExecutionProvider"]
-    )
+    providers = ["CPUExecutionProvider"]
+    if GPU:
+        # On a GPU, ONNX Runtime plans anew for every change of size, and for seconds.
+        filled["to"] = batch
+        onnxruntime.preload_dlls()
+        providers.insert(0, "CUDAExecutionProvider")
+    session = onnxruntime.InferenceSession(os.environ["NETWORK"], options, providers=providers)
+    assert session.get_providers() == providers
+    if GPU:
+        run(session, [np.zeros((SIDE, SIDE, 3), np.uint8)])
+    return session
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -38,7 +49,8 @@ def fit(image: Image.Image) -> np.ndarray:
 def run(session: onnxruntime.InferenceSession, images: list[np.ndarray]) -> list[dict]:
     """What is answered for each image: every output but the heat map."""
     names = [o.name for o in session.get_outputs() if o.name != "melanoma_map"]
-    values = session.run(names, {"images": np.stack(images)})
+    missing = [np.zeros_like(images[0])] * (filled["to"] - len(images))
+    values = session.run(names, {"images": np.stack([*images, *missing])})
     return [
         {name: value[row].tolist() for name, value in zip(names, values, strict=True)}
         for row in range(len(images))

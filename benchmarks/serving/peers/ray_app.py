@@ -13,7 +13,9 @@ from starlette.requests import Request
 
 
 @serve.deployment(
-    num_replicas=network.CORES, ray_actor_options={"num_cpus": 1}, max_ongoing_requests=128
+    num_replicas=network.CORES,
+    ray_actor_options={"num_cpus": 1, "num_gpus": 1 / network.CORES if network.GPU else 0},
+    max_ongoing_requests=128,
 )
 class Predict:
     """Decodes in a thread and runs batches."""
