@@ -6,8 +6,11 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
+from multiprocessing.connection import Connection
 from pathlib import Path
+from socket import socket
 from typing import Annotated, Any
 
 import typer
@@ -23,9 +26,11 @@ from app.engines import EngineError
 from app.keys import KeysError
 from app.main import build_api, create_app
 from app.problems import NOT_FOUND, Problem
+from app.processes import Place, PortTaken, end_with_parent, supervise
 from app.schemas import Failure, PredictResponse, Result, Success
 from app.server import Server
 from app.settings import PREFIX, Settings, SettingsError, load_settings
+from app.siblings import Siblings
 from app.spans import SpansError
 from app.telemetry import configure_logs
 from app.trace import Trace
@@ -42,6 +47,7 @@ _EXPECTED = (
     EngineError,
     Exposed,
     KeysError,
+    PortTaken,
     SettingsError,
     SpansError,
     Problem,
@@ -55,8 +61,14 @@ cli.add_typer(bundle_commands.cli, name="bundle")
 
 def main() -> None:
     """Run the command line; an expected error is one sentence and exit status 2."""
-    try:
+    with _in_a_sentence():
         cli()
+
+
+@contextmanager
+def _in_a_sentence() -> Iterator[None]:
+    try:
+        yield
     except _EXPECTED as error:
         fail(str(error))
     except OSError as error:
@@ -81,20 +93,37 @@ def serve(
     settings = load_settings()
     check_exposure(settings, insecure)
     configure_logs("WARNING" if check else settings.log_level)
+    if settings.processes > 1 and not check:
+        raise SystemExit(supervise(_serve_beside, settings.processes, settings.host, settings.port))
     app = create_app(settings)
     if check:
         facts = app.state.networks.current.facts
         print(f"ok: {facts.name} {facts.version} on {settings.host}:{settings.port}")
         return
+    _serve(Server(app, settings))
+
+
+def _serve(server: Server, listener: socket | None = None) -> None:
     # Uvicorn's own lines of every request would repeat ours.
     logging.getLogger("uvicorn.access").disabled = True
-    server = Server(app, settings)
     # An answer makes hundreds of objects, none of them in cycles; all threads wait for each
     # collection (benchmarks/serving/steps.py).
     gc.set_threshold(_OBJECTS_PER_COLLECTION)
-    server.run()
+    server.run(None if listener is None else [listener])
     if not server.started or server.failed:
         raise SystemExit(1)  # the log says why: a port in use, most often
+
+
+def _serve_beside(place: Place, ready: Connection) -> None:
+    """One of several processes."""
+    with _in_a_sentence():
+        end_with_parent()
+        settings = load_settings().share()
+        configure_logs(settings.log_level, place.number)
+        app = create_app(settings, Siblings(place.folder, place.number))
+        server = Server(app, settings)
+        server.on_start = lambda: ready.send(None)
+        _serve(server, place.listener())
 
 
 @cli.command()

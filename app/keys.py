@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,10 @@ _PREFIX = "mmtl"
 # How often the file is looked at for keys that are new or revoked.
 _FRESH_SECONDS = 1.0
 log = structlog.get_logger()
+
+
+# A bucket's tokens, and when it was filled; all processes of a machine have one monotonic clock.
+_BUCKET = struct.Struct("<dd")
 
 
 class KeysError(Exception):
@@ -172,13 +177,15 @@ class Keys:
 
     Args:
         path: Of the file.
+        shared: Folder of what is used, where several processes count together.
 
     Raises:
         KeysError: It cannot be read, or is none.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, shared: Path | None = None):
         self._path = path
+        self._shared = shared
         self._lock = threading.Lock()
         self._seen = self._mark()
         self._keys = {key.id: key for key in read_keys(path)}
@@ -204,7 +211,10 @@ class Keys:
             bucket = self._buckets.get(key.id)
             if bucket is None or bucket.per_minute != key.per_minute:
                 bucket = self._buckets[key.id] = _Bucket(key.per_minute)
-            return bucket.take(time.monotonic())
+            if self._shared is None:
+                return bucket.take(time.monotonic())
+            with bucket.kept_in(self._shared / f"{key.id}.bucket"):
+                return bucket.take(time.monotonic())
 
     def _refresh(self) -> None:
         now = time.monotonic()
@@ -239,6 +249,20 @@ class _Bucket:
         self.per_minute = per_minute
         self._tokens = float(per_minute)
         self._filled = time.monotonic()
+
+    @contextmanager
+    def kept_in(self, path: Path) -> Iterator[None]:
+        """Take the bucket out of a file, and put it back; one process at a time."""
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            kept = os.pread(file, _BUCKET.size, 0)
+            if len(kept) == _BUCKET.size:
+                self._tokens, self._filled = _BUCKET.unpack(kept)
+            yield
+            os.pwrite(file, _BUCKET.pack(self._tokens, self._filled), 0)
+        finally:
+            os.close(file)
 
     def take(self, now: float) -> int:
         gained = (now - self._filled) * self.per_minute / 60

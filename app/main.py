@@ -10,11 +10,13 @@ from fastapi_offline import FastAPIOffline
 
 from app import problems
 from app.audit import AuditLog
+from app.engines import EngineError
 from app.keys import Keys
-from app.networks import Networks
+from app.networks import Networks, ReloadError
 from app.predictor import Predictor
 from app.routes import admin, health, metrics, model, predict, web
 from app.settings import Settings
+from app.siblings import Siblings
 from app.spans import Spans
 from app.telemetry import Metrics, Telemetry
 from app.tokens import tokens_of
@@ -28,8 +30,13 @@ DESCRIPTION = (
 API_VERSION = "1.0.0"
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, siblings: Siblings | None = None) -> FastAPI:
     """Load the bundle and wire the service.
+
+    Args:
+        settings: All of them.
+        siblings: The other processes of the service, where there are any; it takes no connection
+            before it is warm, then.
 
     Raises:
         models.bundle.BundleError: The bundle cannot be used.
@@ -43,16 +50,32 @@ def create_app(settings: Settings) -> FastAPI:
     networks = Networks(settings, measured)
     predictor = Predictor(networks, settings, measured)
 
+    async def tell_metrics(accept: str) -> bytes:
+        return measured.expose(accept)[0]
+
+    async def tell_reload(_: str) -> bytes:
+        try:
+            await asyncio.to_thread(networks.reload)
+        except ReloadError as error:
+            return str(error).encode()
+        return b""
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         predictor.start()
         longest = settings.deadline_seconds
         try:
+            if siblings is not None:
+                await siblings.listen({"metrics": tell_metrics, "reload": tell_reload})
+                if not await asyncio.to_thread(networks.current.batcher.wait_ready):
+                    raise EngineError("The network failed while it was warmed up.")
             yield
         except asyncio.CancelledError:
             longest = 0.0  # a second signal, or Ctrl-C: nothing is waited for
             raise
         finally:
+            if siblings is not None:
+                siblings.close()
             predictor.close(longest)
             for last in (app.state.audit, spans):
                 if last is not None:
@@ -60,13 +83,16 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = build_api(lifespan)
     app.state.settings = settings
+    app.state.siblings = siblings
     app.state.predictor = predictor
     app.state.networks = networks
     app.state.metrics = measured
     app.state.audit = (
         AuditLog(settings.audit_log, settings.audit_log_bytes) if settings.audit_log else None
     )
-    app.state.keys = Keys(settings.keys) if settings.keys else None
+    app.state.keys = (
+        Keys(settings.keys, siblings.folder if siblings else None) if settings.keys else None
+    )
     app.state.tokens = tokens_of(settings)
     app.state.held = Held(settings.max_bytes_in_flight, settings.max_bytes)
     app.add_middleware(predict.Direct)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -281,12 +282,15 @@ class Server(uvicorn.Server):
             )
         )
         self.failed = False
+        # Called when it listens.
+        self.on_start: Callable[[], None] = lambda: None
         self._networks: Networks = app.state.networks
         self._networks.on_failure = self._fail
 
     async def startup(self, sockets: Any = None) -> None:
         """Listen, and take SIGHUP."""
         await super().startup(sockets)
+        self.on_start()
         if threading.current_thread() is not threading.main_thread():
             return  # which alone gets signals, as uvicorn has it, too
         loop = asyncio.get_running_loop()

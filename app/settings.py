@@ -2,6 +2,7 @@
 
 import os
 from difflib import get_close_matches
+from math import ceil
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from pydantic_settings import SettingsError as SettingsSourceError
 
 import models
 from models.bundle import ArtifactFormat, Precision
+from models.cores import available_cores
 from models.images import Limits
 
 PREFIX = "MMTL_"
@@ -64,6 +66,11 @@ class Settings(BaseSettings):
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda:\d+)$")
     """`auto` (a GPU where the runtime finds one), `cpu`, or `cuda:0`."""
+
+    processes: int = Field(1, ge=1, le=64)
+    """Processes that share the port, and the cores, queue, bytes and connections set here. From
+    some eight cores on several answer more, in two hundred megabytes each (a GPU's memory holds the
+    network once for each); `/metrics` tells them apart."""
 
     threads: int = Field(0, ge=0)
     """Threads of the runtime on the CPU, and of the decoder; 0 takes the container's CPU quota."""
@@ -153,6 +160,21 @@ class Settings(BaseSettings):
         if None in jwt and jwt != {None}:
             raise ValueError("MMTL_JWT_ISSUER, _AUDIENCE and _JWKS_URL belong together")
         return self
+
+    def share(self) -> "Settings":
+        """Of one of the processes: as all of them together, but for what is divided among them."""
+
+        def part(whole: int, least: int) -> int:
+            return max(ceil(whole / self.processes), least)
+
+        return self.model_copy(
+            update={
+                "threads": max((self.threads or available_cores()) // self.processes, 1),
+                "queue_size": part(self.queue_size, self.max_files),
+                "max_bytes_in_flight": part(self.max_bytes_in_flight, self.max_bytes),
+                "max_connections": part(self.max_connections, 1),
+            }
+        )
 
     @property
     def limits(self) -> Limits:

@@ -19,6 +19,7 @@ from prometheus_client import (
     Histogram,
     disable_created_metrics,
 )
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -153,6 +154,19 @@ class Metrics:
         for decision in ("at_or_above_threshold", "below_threshold"):
             self.predicted_as("melanoma", decision)
 
+    def expose(self, accept: str) -> tuple[bytes, str]:
+        """All metrics, and their media type.
+
+        Args:
+            accept: The header of who asks: for OpenMetrics, or Prometheus' text format.
+        """
+        try:
+            encode, media_type = choose_encoder(accept)
+            return encode(self.registry), media_type
+        except (TypeError, ValueError):  # of a version that is no number
+            encode, media_type = choose_encoder("")
+            return encode(self.registry), media_type
+
     def observe_probability(self, probability: float) -> None:
         """Count a melanoma probability, as exactly as its bucket."""
         self.melanoma_probability.observe((max(ceil(probability * _STEPS), 1) - 0.5) / _STEPS)
@@ -274,9 +288,16 @@ def _route(scope: Scope) -> tuple[str, str]:
     return method, getattr(scope.get("route"), "path", "unmatched")
 
 
-def configure_logs(level: str) -> None:
-    """Write every log line of the process, ours and the libraries', as JSON to standard error."""
+def configure_logs(level: str, process: int | None = None) -> None:
+    """Write every log line of the process, ours and the libraries', as JSON to standard error.
+
+    Args:
+        level: The least that is written.
+        process: Its number, where the service has several.
+    """
+    told = {} if process is None else {"process": process}
     shared: list[structlog.typing.Processor] = [
+        lambda _, __, line: {**told, **line},
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,

@@ -9,6 +9,10 @@ from app.access import REFUSALS, asks, authorize, bearer
 from app.networks import Networks, ReloadError
 from app.problems import Problem
 from app.schemas import ModelFacts
+from app.siblings import Siblings
+
+# Longest that another process is waited for.
+_SECONDS = 120.0
 
 
 async def administrator(request: Request) -> None:
@@ -36,11 +40,19 @@ async def reload(request: Request) -> ModelFacts:
     """Load the bundle of MMTL_BUNDLE again; answers once it has taken over, with which it is.
 
     It is verified, warmed up and asked its golden predictions beside the served one, which stays
-    when anything does not fit (409).
+    when anything does not fit (409). Of a service of several processes, all load it.
     """
     networks: Networks = request.app.state.networks
     try:
         network = await asyncio.to_thread(networks.reload)
     except ReloadError as error:
         raise Problem(problems.RELOAD_REFUSED, str(error)) from None
+    siblings: Siblings | None = request.app.state.siblings
+    if siblings is not None:
+        for number, refusal in (await siblings.ask("reload", "", _SECONDS)).items():
+            if refusal:
+                raise Problem(
+                    problems.RELOAD_REFUSED,
+                    f"Process {siblings.number} has it; process {number}: {refusal.decode()}",
+                )
     return network.facts

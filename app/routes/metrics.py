@@ -1,11 +1,13 @@
 """`GET /metrics`."""
 
 from fastapi import APIRouter, Depends, Request, Response
-from prometheus_client.exposition import choose_encoder
 
 from app.access import REFUSALS, bearer, require
+from app.siblings import Siblings, merge_metrics
 from app.telemetry import Metrics
 
+# Longest that another process is waited for.
+_SECONDS = 2.0
 router = APIRouter(responses=REFUSALS, dependencies=[bearer, Depends(require("metrics"))])
 
 
@@ -13,13 +15,15 @@ router = APIRouter(responses=REFUSALS, dependencies=[bearer, Depends(require("me
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format or, where it is asked for, as OpenMetrics.
 
+    Of a service of several processes, those of all, each with a label `process`.
+
     OpenMetrics has exemplars: the trace of a request, beside the bucket of its time.
     """
     measured: Metrics = request.app.state.metrics
-    try:
-        encode, media_type = choose_encoder(request.headers.get("accept", ""))
-        text = encode(measured.registry)
-    except (TypeError, ValueError):  # of a version that is no number
-        encode, media_type = choose_encoder("")
-        text = encode(measured.registry)
+    siblings: Siblings | None = request.app.state.siblings
+    accept = request.headers.get("accept", "")
+    text, media_type = measured.expose(accept)
+    if siblings is not None:
+        others = await siblings.ask("metrics", accept, _SECONDS)
+        text = merge_metrics({siblings.number: text, **others})
     return Response(text, media_type=media_type)

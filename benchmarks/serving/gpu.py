@@ -24,21 +24,21 @@ from models.cores import processor
 
 CROWD = 128
 LIMIT_BATCH = 16
-OURS, LIMIT, NOTHING = "mmtl", "limit", "nothing"
+OURS, ALONE, LIMIT, NOTHING = "mmtl", "mmtl, one process", "limit", "nothing"
 
 
-def systems(network: Path, side: int) -> dict[str, System]:
+def systems(network: Path, side: int, processes: int) -> dict[str, System]:
     """Everything that is measured over HTTP, each in an environment with CUDA."""
-    variables = {OURS: {"MMTL_DEVICE": "cuda:0", "MMTL_MAX_BATCH": "32"}}
     named = compare.systems(network, side)
-    known = {OURS: named["mmtl, same network"]} | {name: named[name] for name in PEERS}
+    ours = {"MMTL_DEVICE": "cuda:0", "MMTL_MAX_BATCH": "32"}
+    known = {
+        OURS: (named["mmtl, same network"], {**ours, "MMTL_PROCESSES": str(processes)}),
+        ALONE: (named["mmtl, same network"], ours),
+        **{name: (named[name], {"GPU": "1"}) for name in PEERS},
+    }
     on_gpu = {
-        name: System(
-            system.environment + ON_GPU,
-            system.command,
-            system.variables | variables.get(name, {"GPU": "1"}),
-        )
-        for name, system in known.items()
+        name: System(system.environment + ON_GPU, system.command, system.variables | more)
+        for name, (system, more) in known.items()
     }
     return {**on_gpu, NOTHING: named[NOTHING]}
 
@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=ROOT / "models/default")
     parser.add_argument("--run", type=Path, default=ROOT / "runs/bench-serve-gpu")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    most = max(compare.CORES // 4, 1)
+    parser.add_argument("--processes", type=int, default=most, help="Of mmtl.")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="Systems to measure, and to write of.")
     arguments = parser.parse_args()
@@ -72,14 +74,14 @@ def main() -> None:
     bundle = load_bundle(arguments.bundle.resolve())
     network = bundle.path(bundle.artifact("onnx", "fp32"))
     mixes = compare.make_images(arguments.data.resolve(), arguments.run / "images")
-    known = systems(network, bundle.manifest.input.width)
+    known = systems(network, bundle.manifest.input.width, arguments.processes)
     names = [name for name in (*known, LIMIT) if name in (arguments.only or (*known, LIMIT))]
     for name in {known[name].environment for name in names if name != LIMIT}:
         compare.make_environment(name)
 
     def measure_one(name: str, log: Path) -> dict[str, Any]:
         if name == LIMIT:
-            return compare.measure_limit(known[OURS], mixes, LIMIT_BATCH, CROWD)
+            return compare.measure_limit(known[ALONE], mixes, LIMIT_BATCH, CROWD)
         if name == NOTHING:
             return compare.measure_generator(known[name], mixes, log, CROWD)
         return compare.measure(known[name], mixes, log, CROWD)
@@ -87,13 +89,15 @@ def main() -> None:
     rows = compare.collect(arguments.run, arguments.repeats, names, measure_one)
     results = Results([found for found in rows if found["system"] in names])
     (arguments.out / "performance-gpu.json").write_text(json.dumps(results.rows, indent=1) + "\n")
-    text = "\n".join(_lines(results, names, bundle, gpu)) + "\n"
+    text = "\n".join(_lines(results, names, bundle, gpu, arguments.processes)) + "\n"
     (arguments.out / "performance-gpu.md").write_text(text)
     print(text)
 
 
-def _lines(results: Results, names: list[str], bundle: Bundle, gpu: str) -> Iterator[str]:
-    served = [name for name in (OURS, *PEERS) if name in names]
+def _lines(
+    results: Results, names: list[str], bundle: Bundle, gpu: str, processes: int
+) -> Iterator[str]:
+    served = [name for name in (OURS, ALONE, *PEERS) if name in names]
     loads = [f"{mix}, {CROWD} clients" for mix in MIXES]
     manifest = bundle.manifest
     yield "# How fast it serves on a GPU, beside others\n"
@@ -103,7 +107,8 @@ def _lines(results: Results, names: list[str], bundle: Bundle, gpu: str) -> Iter
         f"every system; {gpu}; {len(os.sched_getaffinity(0))} cores ({processor()}), Python "
         f"{platform.python_version()}; {len(results.repeats)} repeats of {SECONDS:g} seconds a "
         "load after one of warm-up, medians. The load generator, one process, runs on the same "
-        "cores. Peers decode with Pillow, in a process a core or (FastAPI) a thread a core. *The "
+        f"cores. mmtl runs in {processes} processes (`MMTL_PROCESSES`); peers decode with Pillow, "
+        "in a process a core or (FastAPI) a thread a core, and fill batches up to one size. *The "
         "limit* is a bare loop without HTTP: mmtl's decoder and engine, a thread a core, in "
         f"batches of {LIMIT_BATCH}. What each part of the engine gives: "
         "[performance-gpu-steps.md](performance-gpu-steps.md).\n"

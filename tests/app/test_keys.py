@@ -92,6 +92,18 @@ def test_a_quota_is_a_minute_s_requests_and_refills(path: Path, clock) -> None:
     assert [running.wait_seconds(found) for _ in range(4)] == [0, 0, 0, 20]
 
 
+def test_processes_that_share_a_folder_count_a_key_s_requests_together(
+    path: Path, tmp_path: Path, clock
+) -> None:
+    key = create_key(path, "tool", ("predict",), 3)
+    running = [Keys(path, tmp_path) for _ in range(2)]
+    found = running[0].find(key)
+    assert found is not None
+    assert [running[i % 2].wait_seconds(found) for i in range(5)] == [0, 0, 0, 20, 20]
+    clock.now += 20
+    assert [each.wait_seconds(found) for each in running] == [0, 20]
+
+
 def test_mistakes_are_sentences(path: Path) -> None:
     with pytest.raises(KeysError, match="cannot be read: No such file"):
         Keys(path)

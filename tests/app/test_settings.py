@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from app.settings import DEFAULT_BUNDLE, OF_COMPOSE, SettingsError, load_settings
+from app.settings import DEFAULT_BUNDLE, OF_COMPOSE, Settings, SettingsError, load_settings
 from tests.conftest import ROOT
 
 
@@ -52,3 +52,13 @@ def test_what_does_not_fit_is_one_sentence(
 def test_what_compose_reads_is_known() -> None:
     files = [path.read_text() for path in ROOT.glob("docker-compose*.yml")]
     assert {name for text in files for name in re.findall(r"\$\{(MMTL_\w+)", text)} == OF_COMPOSE
+
+
+def test_processes_share_cores_queue_bytes_and_connections() -> None:
+    whole = Settings(
+        processes=3, threads=8, queue_size=100, max_files=40, max_bytes_in_flight=10**9
+    )
+    part = whole.share()
+    assert (part.threads, part.queue_size, part.max_connections) == (2, 40, 334)
+    assert part.max_bytes_in_flight == 333_333_334
+    assert Settings(threads=1, processes=4).share().threads == 1

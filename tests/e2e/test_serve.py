@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -30,15 +31,16 @@ def write_no_file() -> None:
 
 
 class Service:
-    """`make serve` on a free port."""
+    """`make serve` on a free port, with some settings."""
 
-    def __init__(self) -> None:
+    def __init__(self, writes: bool = False, **settings: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         environment = {
             **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
             "MMTL_PORT": str(self.port),
+            **settings,
         }
         self.started = time.monotonic()
         self.process = subprocess.Popen(
@@ -47,7 +49,7 @@ class Service:
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=write_no_file,
+            preexec_fn=None if writes else write_no_file,
         )
         while self.get("/health/ready")[0] != 200:
             assert self.process.poll() is None, self.process.stderr.read()
@@ -226,6 +228,39 @@ def test_a_second_stop_does_not_wait_for_what_is_queued_either(service: Service)
     assert service.process.returncode == 0
     assert answer.exception() or answer.result()[0] == 503
     assert "Traceback" not in service.process.stderr.read()
+
+
+def test_several_processes_are_one_service() -> None:
+    service = Service(writes=True, MMTL_PROCESSES="2")
+    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
+    images = re.compile(r'mmtl_images_total\{process="(.)",outcome="ok"\} (\d+)')
+
+    def answered() -> dict[str, int]:
+        text = service.get("/metrics")[1].decode()
+        return {number: int(count) for number, count in images.findall(text)}
+
+    try:
+        deadline = time.monotonic() + 60
+        while len(answered()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for _ in range(40):
+            assert service.post(lesion())[0] == 200
+        assert sum(answered().values()) == 40
+        assert min(answered().values()) > 0  # the kernel deals connections out
+        # One is killed, as the kernel does where memory runs out: another takes its place.
+        victim = int(children.read_text().split()[-1])
+        os.kill(victim, signal.SIGKILL)
+        while len(answered()) < 2 or str(victim) in children.read_text().split():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert service.post(lesion())[0] == 200
+    finally:
+        service.process.send_signal(signal.SIGTERM)
+        _, written = service.process.communicate(timeout=30)
+    assert service.process.returncode == 0, written
+    lines = [json.loads(line) for line in written.splitlines()]
+    assert {line["process"] for line in lines if line["event"] == "serving"} == {0, 1}
+    assert sum(line["event"] == "process died" for line in lines) == 1
 
 
 def test_real_images_are_answered(service: Service, shared_data: Path) -> None:

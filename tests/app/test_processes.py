@@ -1,0 +1,183 @@
+"""Processes behind one port, with targets that do nothing else."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from app.processes import Place, PortTaken, end_with_parent, supervise
+
+NOTES = "MMTL_TEST_NOTES"
+
+
+def note(place: Place, what: str) -> None:
+    with (Path(os.environ[NOTES]) / what).open("a") as file:
+        file.write(f"{place.number} {os.getpid()}\n")
+
+
+def listen(place: Place, ready: Connection) -> None:
+    """Takes connections until SIGTERM."""
+    signal.signal(signal.SIGHUP, lambda *_: note(place, "reloaded"))
+    listener = place.listener()
+    listener.listen()
+    note(place, "listening")
+    ready.send(None)
+    while True:
+        listener.accept()[0].close()
+
+
+def fail(place: Place, ready: Connection) -> None:
+    """Cannot start."""
+    note(place, "failed")
+    raise SystemExit(2)
+
+
+def die(place: Place, ready: Connection) -> None:
+    """Starts, and is killed."""
+    note(place, "listening")
+    ready.send(None)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def listen_with_parent(place: Place, ready: Connection) -> None:
+    end_with_parent()
+    listen(place, ready)
+
+
+@pytest.fixture(autouse=True)
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(NOTES, str(tmp_path))
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield tmp_path
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
+def noted(notes: Path, what: str) -> list[str]:
+    path = notes / what
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+def meanwhile(do: Callable[[], None]) -> threading.Thread:
+    """In a thread, and then SIGTERM in any case."""
+
+    def work() -> None:
+        try:
+            do()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def test_all_listen_on_one_port_until_they_are_told_to_stop(notes: Path) -> None:
+    port = free_port()
+    answered = []
+
+    def visit() -> None:
+        until(lambda: len(noted(notes, "listening")) == 3)
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", port)) as caller:
+                answered.append(caller.recv(1) == b"")
+        os.kill(os.getpid(), signal.SIGHUP)
+        until(lambda: len(noted(notes, "reloaded")) == 3)
+
+    visitor = meanwhile(visit)
+    assert supervise(listen, 3, "127.0.0.1", port) == 0
+    visitor.join()
+    assert answered == [True] * 20
+    assert sorted(line.split()[0] for line in noted(notes, "reloaded")) == ["0", "1", "2"]
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+def test_one_that_dies_is_started_again(notes: Path) -> None:
+    def kill() -> None:
+        until(lambda: len(noted(notes, "listening")) == 2)
+        killed = next(x for x in noted(notes, "listening") if x.startswith("1"))
+        os.kill(int(killed.split()[1]), signal.SIGKILL)
+        until(lambda: len(noted(notes, "listening")) == 3)
+        assert noted(notes, "listening")[-1].startswith("1")
+
+    killer = meanwhile(kill)
+    assert supervise(listen, 2, "127.0.0.1", 0) == 0
+    killer.join()
+    assert len(noted(notes, "listening")) == 3
+
+
+def test_what_the_first_cannot_start_with_no_other_tries(notes: Path) -> None:
+    assert supervise(fail, 3, "127.0.0.1", 0) == 2
+    assert len(noted(notes, "failed")) == 1
+
+
+def test_processes_that_die_again_and_again_are_given_up(notes: Path) -> None:
+    assert supervise(die, 1, "127.0.0.1", 0) == 1
+    assert len(noted(notes, "listening")) == 4
+
+
+def test_a_port_that_somebody_listens_on_is_a_clear_error() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PortTaken, match=f"127.0.0.1:{port} cannot be listened on: Address"):
+            supervise(listen, 2, "127.0.0.1", port)
+
+
+def test_two_services_do_not_share_a_port_by_mistake(notes: Path) -> None:
+    port = free_port()
+    refused = []
+
+    def start_another() -> None:
+        until(lambda: len(noted(notes, "listening")) == 2)
+        try:
+            supervise(listen, 2, "127.0.0.1", port)
+        except PortTaken as error:
+            refused.append(error)
+
+    another = meanwhile(start_another)
+    supervise(listen, 2, "127.0.0.1", port)
+    another.join()
+    assert refused
+
+
+def test_processes_end_with_the_one_that_watches_them(notes: Path) -> None:
+    watching = multiprocessing.get_context("spawn").Process(
+        target=supervise, args=(listen_with_parent, 2, "127.0.0.1", 0)
+    )
+    watching.start()
+    until(lambda: len(noted(notes, "listening")) == 2)
+    pids = [int(line.split()[1]) for line in noted(notes, "listening")]
+    watching.kill()
+    watching.join()
+
+    def gone(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except FileNotFoundError:
+            return True
+
+    until(lambda: all(map(gone, pids)))

@@ -1,0 +1,104 @@
+import asyncio
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics import parser as openmetrics_parser
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.main import create_app
+from app.settings import Settings
+from app.siblings import Siblings, merge_metrics
+from tests.lesions import flat
+
+pytestmark = pytest.mark.anyio
+
+
+def registry(count: int) -> CollectorRegistry:
+    made = CollectorRegistry()
+    Counter("images", "Of {all} kinds.", ("outcome",), registry=made).labels('o"k}').inc(count)
+    Gauge("ready", "1 or 0.", registry=made).set(1)
+    Histogram("seconds", "Of work.", buckets=(1,), registry=made).observe(
+        count, {"trace_id": "a" * 32}
+    )
+    return made
+
+
+def test_metrics_of_several_processes_are_one_exposition_that_tells_them_apart() -> None:
+    text = merge_metrics({1: generate_latest(registry(5)), 0: generate_latest(registry(2))})
+    found = {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+    assert found["images_total", ("outcome", 'o"k}'), ("process", "0")] == 2
+    assert found["images_total", ("outcome", 'o"k}'), ("process", "1")] == 5
+    assert found["ready", ("process", "1")] == 1
+    assert found["seconds_bucket", ("le", "+Inf"), ("process", "0")] == 1
+    assert text.count(b"# TYPE images_total") == 1
+
+
+def test_openmetrics_keep_their_exemplars_and_end_once() -> None:
+    texts = {n: openmetrics.generate_latest(registry(n)) for n in (0, 1)}
+    text = merge_metrics(texts).decode()
+    assert text.endswith("# EOF\n")
+    assert text.count("# EOF") == 1
+    families = list(openmetrics_parser.text_string_to_metric_families(text))
+    exemplars = [s.exemplar for f in families for s in f.samples if s.exemplar]
+    assert len(exemplars) == 2
+
+
+async def test_the_others_are_asked_and_one_that_is_not_there_is_left_out(tmp_path: Path) -> None:
+    async def number(about: str) -> bytes:
+        return f"{about}!".encode()
+
+    go_on = asyncio.Event()
+
+    async def late(_: str) -> bytes:
+        await go_on.wait()
+        return b""
+
+    first, second, third = (Siblings(tmp_path, n) for n in range(3))
+    await first.listen({"say": number})
+    await second.listen({"say": number})
+    await third.listen({"say": late})
+    assert await first.ask("say", "text/plain; q=1", 0.2) == {1: b"text/plain; q=1!"}
+    second.close()
+    assert await first.ask("say", "a", 0.2) == {}
+    again = Siblings(tmp_path, 1)  # in the place of one that died
+    await again.listen({"say": number})
+    assert await first.ask("say", "b", 0.2) == {1: b"b!"}
+    assert await first.ask("what", "b", 0.2) == {1: b"", 2: b""}
+    go_on.set()
+    for each in (first, again, third):
+        each.close()
+    await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def test_two_processes_tell_the_metrics_of_both_and_reload_together(
+    settings: Settings, tmp_path: Path
+) -> None:
+    apps = [create_app(settings, Siblings(tmp_path, n)) for n in (0, 1)]
+    with TestClient(apps[0]) as first, TestClient(apps[1]) as second:
+        assert first.get("/health/ready").status_code == 200  # it began when it was warm
+        for client, times in ((first, 1), (second, 2)):
+            for _ in range(times):
+                answer = client.post("/predict", files=[("files", ("a.png", flat(9)))])
+                assert answer.status_code == 200
+        for client in (first, second):
+            text = client.get("/metrics").text
+            assert 'mmtl_images_total{process="0",outcome="ok"} 1.0' in text
+            assert 'mmtl_images_total{process="1",outcome="ok"} 2.0' in text
+        before = [app.state.networks.current for app in apps]
+        asked = apps[0].state.siblings.ask("reload", "", 30)
+        assert first.portal is not None
+        assert first.portal.call(lambda: asked) == {1: b""}
+        assert apps[1].state.networks.current is not before[1]
+        assert apps[0].state.networks.current is before[0]
