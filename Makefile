@@ -12,7 +12,7 @@ uv := $(VENV)/bin/uv
 install := $(uv) pip install --quiet --python $(VENV)/bin/python --require-hashes
 editable := $(uv) pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
 
-.PHONY: serve test test-slow lint check default-bundle benchmark bench-serve \
+.PHONY: serve test test-slow lint check default-bundle benchmark bench-serve bench-serve-gpu \
 	reliability fuzz secrets audit sbom docs lock clean
 
 ## Serve the shipped bundle on http://127.0.0.1:8000 (settings: MMTL_*; see docs/settings.md).
@@ -66,6 +66,10 @@ benchmark: $(VENV)/.dev
 ## mmtl beside LitServe, BentoML, Ray Serve and FastAPI (half an hour; installs each on its own).
 bench-serve: $(VENV)/.dev
 	$(VENV)/bin/python -m benchmarks.serving.compare $(DATA)
+
+## The same on an NVIDIA GPU, on such a host (half an hour).
+bench-serve-gpu: $(VENV)/.dev
+	$(VENV)/bin/python -m benchmarks.serving.gpu $(DATA)
 
 ## Keys and passwords for docker-compose.yml, made once, under docker/secrets (not in git).
 secrets: docker/secrets/service/keys.json docker/secrets/grafana_password

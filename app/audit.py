@@ -6,10 +6,12 @@ renamed and kept.
 """
 
 import errno
+import fcntl
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -68,12 +70,12 @@ class AuditLog:
         ).encode()
         with self._lock:
             try:
-                self._turn()
-                written = os.write(self._file, lines)
-                if written < len(lines):
-                    # A part of a line is worse than none.
-                    os.ftruncate(self._file, os.fstat(self._file).st_size - written)
-                    raise AuditError(f"{self._path} cannot be written: no space is left.")
+                with self._alone():
+                    written = os.write(self._file, lines)
+                    if written < len(lines):
+                        # A part of a line is worse than none.
+                        os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+                        raise AuditError(f"{self._path} cannot be written: no space is left.")
             except OSError as error:
                 raise AuditError(f"{self._path} cannot be written: {error.strerror}.") from None
             if self._sync is None:
@@ -107,6 +109,23 @@ class AuditLog:
         except OSError as error:
             if error.errno != errno.EINVAL:  # as a pipe says, which has no disk
                 log.error("audit log", reason=f"{self._path} is not on the disk: {error.strerror}.")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Have the file of now, while no other process of the service writes to it, or turns it."""
+        while True:
+            locked = self._file
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(locked, fcntl.LOCK_EX)
+            try:
+                self._turn()
+                if self._file == locked:
+                    yield
+                    return
+            finally:
+                if self._file == locked:
+                    with suppress(OSError):
+                        fcntl.flock(locked, fcntl.LOCK_UN)
 
     def _turn(self) -> None:
         """Begin another file where this one is full, or was taken away (logrotate)."""

@@ -5,14 +5,15 @@ import gc
 import json
 import logging
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
-from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socket
 from typing import Annotated, Any
 
+import structlog
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -26,7 +27,7 @@ from app.engines import EngineError
 from app.keys import KeysError
 from app.main import build_api, create_app
 from app.problems import NOT_FOUND, Problem
-from app.processes import Place, PortTaken, end_with_parent, supervise
+from app.processes import LISTENS, WARM, Place, PortTaken, be_watched, supervise
 from app.schemas import Failure, PredictResponse, Result, Success
 from app.server import Server
 from app.settings import PREFIX, Settings, SettingsError, load_settings
@@ -37,9 +38,13 @@ from app.trace import Trace
 from app.uploads import Upload
 from models.bundle import BundleError
 from models.calibration import CalibrationError
+from models.cores import available_cores
 
 _DAY_SECONDS = 86_400.0
 _OBJECTS_PER_COLLECTION = 20_000
+_MANY_CORES = 8
+# Beyond the deadline of what was accepted: for uploads that never end, and for closing.
+_PATIENCE_SECONDS = 15.0
 _EXPECTED = (
     AuditError,
     BundleError,
@@ -54,6 +59,7 @@ _EXPECTED = (
     load.LoadError,
 )
 
+log = structlog.get_logger()
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help=f"Serve M-MTL. {NOTICE}")
 cli.add_typer(key_commands.cli, name="keys")
 cli.add_typer(bundle_commands.cli, name="bundle")
@@ -94,7 +100,18 @@ def serve(
     check_exposure(settings, insecure)
     configure_logs("WARNING" if check else settings.log_level)
     if settings.processes > 1 and not check:
-        raise SystemExit(supervise(_serve_beside, settings.processes, settings.host, settings.port))
+        raise SystemExit(
+            supervise(
+                _serve_beside,
+                settings.processes,
+                settings.host,
+                settings.port,
+                settings.deadline_seconds + _PATIENCE_SECONDS,
+            )
+        )
+    cores = settings.threads or available_cores()
+    if cores >= _MANY_CORES and not check:
+        log.info("several processes would answer more", cores=cores, setting=f"{PREFIX}PROCESSES")
     app = create_app(settings)
     if check:
         facts = app.state.networks.current.facts
@@ -114,15 +131,27 @@ def _serve(server: Server, listener: socket | None = None) -> None:
         raise SystemExit(1)  # the log says why: a port in use, most often
 
 
-def _serve_beside(place: Place, ready: Connection) -> None:
+def _serve_beside(place: Place) -> None:
     """One of several processes."""
+    be_watched()
     with _in_a_sentence():
-        end_with_parent()
-        settings = load_settings().share()
+        whole = load_settings()
+        settings = whole.share()
         configure_logs(settings.log_level, place.number)
-        app = create_app(settings, Siblings(place.folder, place.number))
-        server = Server(app, settings)
-        server.on_start = lambda: ready.send(None)
+        said = False
+
+        def may_listen() -> bool:
+            nonlocal said
+            if not said:
+                place.link.send(WARM)
+                said = True
+            return place.link.poll()
+
+        siblings = Siblings(place.folder, place.number, whole.processes)
+        server = Server(create_app(settings, siblings, may_listen), settings)
+        # A stop that reaches all processes reaches this one once, by the one that watches.
+        server.stops_on = {signal.SIGINT}
+        server.on_start = lambda: place.link.send(LISTENS)
         _serve(server, place.listener())
 
 

@@ -211,10 +211,14 @@ class Keys:
             bucket = self._buckets.get(key.id)
             if bucket is None or bucket.per_minute != key.per_minute:
                 bucket = self._buckets[key.id] = _Bucket(key.per_minute)
-            if self._shared is None:
-                return bucket.take(time.monotonic())
-            with bucket.kept_in(self._shared / f"{key.id}.bucket"):
-                return bucket.take(time.monotonic())
+            if self._shared is not None:
+                try:
+                    with bucket.kept_in(self._shared / f"{key.id}.bucket"):
+                        return bucket.take(time.monotonic())
+                except OSError as error:  # the folder is gone, or full
+                    log.error("quotas counted by each process", reason=error.strerror)
+                    self._shared = None
+            return bucket.take(time.monotonic())
 
     def _refresh(self) -> None:
         now = time.monotonic()

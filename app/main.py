@@ -1,7 +1,7 @@
 """The application: settings -> networks -> predictor -> routes."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -16,7 +16,7 @@ from app.networks import Networks, ReloadError
 from app.predictor import Predictor
 from app.routes import admin, health, metrics, model, predict, web
 from app.settings import Settings
-from app.siblings import Siblings
+from app.siblings import RELOADED, Siblings
 from app.spans import Spans
 from app.telemetry import Metrics, Telemetry
 from app.tokens import tokens_of
@@ -28,15 +28,21 @@ DESCRIPTION = (
     "**Research software, not a medical device.**"
 )
 API_VERSION = "1.0.0"
+_WAIT_SECONDS = 0.02
 
 
-def create_app(settings: Settings, siblings: Siblings | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    siblings: Siblings | None = None,
+    may_listen: Callable[[], bool] = lambda: True,
+) -> FastAPI:
     """Load the bundle and wire the service.
 
     Args:
         settings: All of them.
-        siblings: The other processes of the service, where there are any; it takes no connection
-            before it is warm, then.
+        siblings: The other processes of the service, where there are any.
+        may_listen: Asked again and again once the network is warm, where there are other processes:
+            whether this one may take connections.
 
     Raises:
         models.bundle.BundleError: The bundle cannot be used.
@@ -58,7 +64,15 @@ def create_app(settings: Settings, siblings: Siblings | None = None) -> FastAPI:
             await asyncio.to_thread(networks.reload)
         except ReloadError as error:
             return str(error).encode()
-        return b""
+        return RELOADED
+
+    async def wait_for_others() -> None:
+        while not (networks.current.batcher.ready and may_listen()):
+            if networks.draining:
+                return
+            if not networks.current.batcher.alive:
+                raise EngineError("The network failed while it was warmed up.")
+            await asyncio.sleep(_WAIT_SECONDS)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -66,9 +80,8 @@ def create_app(settings: Settings, siblings: Siblings | None = None) -> FastAPI:
         longest = settings.deadline_seconds
         try:
             if siblings is not None:
+                await wait_for_others()
                 await siblings.listen({"metrics": tell_metrics, "reload": tell_reload})
-                if not await asyncio.to_thread(networks.current.batcher.wait_ready):
-                    raise EngineError("The network failed while it was warmed up.")
             yield
         except asyncio.CancelledError:
             longest = 0.0  # a second signal, or Ctrl-C: nothing is waited for

@@ -78,6 +78,11 @@ class Networks:
         self.current.batcher.start()
         threading.Thread(target=self._watch, name="mmtl-watch", daemon=True).start()
 
+    @property
+    def draining(self) -> bool:
+        """Whether the service is to end."""
+        return self._draining
+
     def drain(self) -> None:
         """Admit no more requests, and answer those that have begun. Safe in a signal handler."""
         self._draining = True

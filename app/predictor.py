@@ -184,7 +184,7 @@ class Predictor:
         except ImageError as error:
             raise Problem.of_image(error.with_traceback(None)) from None
         except batching.InferenceFailed as refusal:
-            raise problem_of(type(refusal)) from None
+            raise problem_of(type(refusal.with_traceback(None))) from None
         finally:
             if picture.decode_seconds:
                 self._spent(trace, "decode", picture.decode_seconds)

@@ -2,7 +2,7 @@
 
 Python runs one thread of a process at a time, so that from some eight cores on several processes
 answer more (docs/performance-gpu.md). The kernel deals connections out among those that listen
-(SO_REUSEPORT); each listens once it is warm.
+(SO_REUSEPORT). At the start they listen when all are warm: the first would keep every connection.
 """
 
 import multiprocessing
@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -23,9 +24,15 @@ from types import FrameType
 
 import structlog
 
-# A process that dies is started again; where so many do within that time, all end.
+# A process that dies is started again, after a pause from its second death in that time on. Where
+# none listens any more after that many, all end.
 _MOST_DEATHS = 3
 _WITHIN_SECONDS = 600.0
+_LONGEST_PAUSE = 30.0
+# How often it is looked what is due; a signal does not end a wait.
+_LOOK_SECONDS = 0.5
+# What a process says.
+WARM, LISTENS = "warm", "listens"
 log = structlog.get_logger()
 
 
@@ -41,29 +48,33 @@ class Place:
         number: From 0.
         folder: Of what they share, which nobody else can open.
         address: Host and port that all listen on.
+        link: To the one that watches: says that this is `WARM`, hears that it may listen, says that
+            it `LISTENS`.
     """
 
     number: int
     folder: Path
     address: tuple[str, int]
+    link: Connection
 
     def listener(self) -> socket.socket:
         """Its own socket for the address that all have."""
-        return _bound(self.address, shared=True)
+        return _bound(self.address, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
 
 
-# What a process does; it says that it listens by sending something.
-Target = Callable[[Place, Connection], None]
+# What a process does; first of all it calls `be_watched`.
+Target = Callable[[Place], None]
 
 
-def supervise(target: Target, count: int, host: str, port: int) -> int:
-    """Run processes until SIGTERM or SIGINT, which they get; SIGHUP is theirs, too.
+def supervise(target: Target, count: int, host: str, port: int, patience: float) -> int:
+    """Run processes until SIGTERM or SIGINT, of which they get SIGINT; SIGHUP is theirs, too.
 
     Args:
         target: Called in each, in a new interpreter: a function of a module.
         count: Of them.
         host: To listen on.
         port: Likewise; 0 for a free one.
+        patience: Seconds that they may take to end.
 
     Returns:
         The exit status: 0 where they ended because they were told to.
@@ -73,111 +84,185 @@ def supervise(target: Target, count: int, host: str, port: int) -> int:
     """
     with _reserve(host, port) as reserved, TemporaryDirectory(prefix="mmtl-") as folder:
         address = (host, reserved.getsockname()[1])
-        return _Supervisor(target, count, Path(folder), address).run()
+        return _Supervisor(target, count, Path(folder), address, patience).run()
 
 
-def end_with_parent() -> None:
-    """Stop this process, as SIGTERM does, when the one that watches it is gone."""
+def be_watched() -> None:
+    """Take signals from the one that watches, and end with it."""
     # Ctrl-C at a terminal is for the one that watches, which passes it on.
     os.setpgid(0, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a network to load anew
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def follow() -> None:
         wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=follow, name="mmtl-follow", daemon=True).start()
 
 
+@dataclass(slots=True)
+class _Child:
+    process: SpawnProcess
+    link: Connection
+    heard: bool = True  # whether there is more to hear from its link
+    warm: bool = False
+    may_listen: bool = False
+    listens: bool = False
+    must_reload: bool = False
+
+    def send(self, number: signal.Signals) -> None:
+        if self.process.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
+
+
 class _Supervisor:
-    def __init__(self, target: Target, count: int, folder: Path, address: tuple[str, int]):
+    def __init__(
+        self, target: Target, count: int, folder: Path, address: tuple[str, int], patience: float
+    ):
         self._target = target
         self._count = count
         self._folder = folder
         self._address = address
-        self._processes: dict[int, SpawnProcess] = {}
-        # That say that they listen.
-        self._starting: dict[int, Connection] = {}
-        self._listening: set[int] = set()
+        self._patience = patience
+        self._children: dict[int, _Child] = {}
+        # When those that died are started again.
+        self._due: dict[int, float] = {}
         self._deaths: deque[float] = deque()
+        self._served = False
         self._stopping = False
+        self._kill_at = float("inf")
         self._status = 0
 
     def run(self) -> int:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, self._stop)
         signal.signal(signal.SIGHUP, self._reload)
-        self._start(0)  # the others, once it is known that the bundle and the settings will do
-        while self._processes:
-            ended = {process.sentinel: n for n, process in self._processes.items()}
-            said = {connection: n for n, connection in self._starting.items()}
-            for what in wait([*ended, *said]):
-                if isinstance(what, Connection):
-                    self._hear(said[what])
-                elif isinstance(what, int):
-                    self._bury(ended[what])
+        try:
+            self._start(0)  # the others, once it is known that the bundle and the settings will do
+            while self._children or (self._due and not self._stopping):
+                self._watch()
+        finally:
+            for child in self._children.values():  # where something went wrong here
+                child.process.kill()
         return self._status
+
+    def _watch(self) -> None:
+        ends = {child.process.sentinel: n for n, child in self._children.items()}
+        links = {child.link: n for n, child in self._children.items() if child.heard}
+        for what in wait([*ends, *links], _LOOK_SECONDS):
+            # One of two that are told of at once may have changed what the other was about.
+            if isinstance(what, Connection):
+                child = self._children.get(links[what])
+                if child is not None and child.link is what:
+                    self._hear(links[what], child)
+            elif isinstance(what, int):
+                child = self._children.get(ends[what])
+                if child is not None and child.process.sentinel == what:
+                    self._bury(ends[what], child)
+        now = time.monotonic()
+        if now >= self._kill_at:
+            log.error("processes killed", processes=list(self._children))
+            for child in self._children.values():
+                child.process.kill()
+            self._kill_at = float("inf")
+        for number in [number for number, due in self._due.items() if due <= now]:
+            del self._due[number]
+            if not self._stopping:
+                self._start(number)
 
     def _start(self, number: int) -> None:
         context = multiprocessing.get_context("spawn")
-        hears, says = context.Pipe(duplex=False)
-        place = Place(number, self._folder, self._address)
-        process = context.Process(target=self._target, args=(place, says), name=f"mmtl-{number}")
-        process.start()
-        says.close()
-        self._processes[number] = process
-        self._starting[number] = hears
+        # Ctrl-C is not for it, and it has no say in that before it is there.
+        resource_tracker.ensure_running()
+        link, theirs = context.Pipe()
+        with theirs:
+            place = Place(number, self._folder, self._address, theirs)
+            process = context.Process(target=self._target, args=(place,), name=f"mmtl-{number}")
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+            except OSError as error:
+                link.close()
+                if not self._served:
+                    raise
+                log.error("process not started", process=number, reason=str(error))
+                self._start_later(number)
+                return
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        self._children[number] = _Child(process, link)
         if self._stopping:  # just now
-            process.terminate()
+            self._children[number].send(signal.SIGINT)
 
-    def _hear(self, number: int) -> None:
-        connection = self._starting.pop(number, None)
-        if connection is None:  # it has died, and been seen to
-            return
-        with connection, suppress(EOFError):
-            connection.recv()
-            self._listening.add(number)
-            log.info("process listens", process=number, pid=self._processes[number].pid)
-            if len(self._processes) == 1 and not self._stopping and not self._deaths:
-                for other in range(1, self._count):
-                    self._start(other)
-
-    def _bury(self, number: int) -> None:
-        process = self._processes.pop(number)
-        listened = number in self._listening
-        self._listening.discard(number)
-        if (connection := self._starting.pop(number, None)) is not None:
-            connection.close()
-        if self._stopping:
-            return
-        status = process.exitcode or 0
-        if not listened and status > 0:  # it has said why, and would do so again
-            self._status = status
-            self._stop()
-            return
-        log.error("process died", process=number, exit=status)
+    def _start_later(self, number: int) -> None:
         now = time.monotonic()
         self._deaths.append(now)
         while self._deaths[0] < now - _WITHIN_SECONDS:
             self._deaths.popleft()
-        if len(self._deaths) > _MOST_DEATHS:
-            log.error("processes die too often", deaths=len(self._deaths), seconds=_WITHIN_SECONDS)
+        deaths = len(self._deaths)
+        if deaths > _MOST_DEATHS and not any(child.listens for child in self._children.values()):
+            log.error("processes die again and again", deaths=deaths)
             self._status = 1
             self._stop()
-        else:
-            self._start(number)
+            return
+        pause = min(2.0 ** (deaths - 2), _LONGEST_PAUSE) if deaths > 1 else 0.0
+        self._due[number] = now + pause
+
+    def _hear(self, number: int, child: _Child) -> None:
+        try:
+            said = child.link.recv()
+        except (EOFError, OSError):  # it is dying
+            child.heard = False
+            return
+        if said == LISTENS:
+            child.listens = self._served = True
+            log.info("process listens", process=number, pid=child.process.pid)
+            if child.must_reload:
+                child.send(signal.SIGHUP)
+            return
+        child.warm = True
+        if number == 0 and len(self._children) == 1 and not self._served and not self._stopping:
+            for other in range(1, self._count):
+                self._start(other)
+        warm = [each for each in self._children.values() if each.warm]
+        if self._served or len(warm) == self._count:
+            for each in warm:
+                if not each.may_listen:
+                    each.may_listen = True
+                    with suppress(OSError):  # it has died just now
+                        each.link.send(None)
+
+    def _bury(self, number: int, child: _Child) -> None:
+        child.process.join()
+        status = child.process.exitcode or 0
+        del self._children[number]
+        child.link.close()
+        if self._stopping:
+            return
+        if not self._served and status > 0:  # it has said why, and would do so again
+            self._status = status
+            self._stop()
+            return
+        log.error("process died", process=number, exit=status)
+        self._start_later(number)
 
     def _stop(self, _: int = 0, __: FrameType | None = None) -> None:
+        if not self._stopping:
+            self._kill_at = time.monotonic() + self._patience
         self._stopping = True
-        for process in list(self._processes.values()):
-            process.terminate()
+        for child in list(self._children.values()):
+            child.send(signal.SIGINT)
 
     def _reload(self, _: int, __: FrameType | None) -> None:
-        for number, process in list(self._processes.items()):
-            if number in self._listening and process.pid is not None:  # SIGHUP ends others
-                with suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGHUP)
+        for child in list(self._children.values()):
+            child.must_reload = not child.listens  # what it loads just now may be the old bundle
+            if child.listens:
+                child.send(signal.SIGHUP)
 
 
 def _reserve(host: str, port: int) -> socket.socket:
@@ -187,20 +272,22 @@ def _reserve(host: str, port: int) -> socket.socket:
         PortTaken: Somebody else listens there.
     """
     try:
-        with _bound((host, port), shared=False) as alone:
+        with _bound((host, port), socket.SO_REUSEADDR) as alone:
             address = (host, alone.getsockname()[1])
-        return _bound(address, shared=True)
+        try:
+            # With SO_REUSEADDR, others with it could be bound, too, while none listens yet.
+            return _bound(address, socket.SO_REUSEPORT)
+        except OSError:  # connections of a service before, which the kernel remembers for a minute
+            return _bound(address, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
     except OSError as error:
         raise PortTaken(f"{host}:{port} cannot be listened on: {error.strerror}.") from None
 
 
-def _bound(address: tuple[str, int], shared: bool) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    made = socket.socket(family)
+def _bound(address: tuple[str, int], *options: int) -> socket.socket:
+    made = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for option in options:
+            made.setsockopt(socket.SOL_SOCKET, option, 1)
         made.bind(address)
     except OSError:
         made.close()

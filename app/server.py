@@ -282,19 +282,20 @@ class Server(uvicorn.Server):
             )
         )
         self.failed = False
-        # Called when it listens.
+        # Called when it listens, and takes its signals.
         self.on_start: Callable[[], None] = lambda: None
+        self.stops_on = {signal.SIGINT, signal.SIGTERM}
         self._networks: Networks = app.state.networks
         self._networks.on_failure = self._fail
 
     async def startup(self, sockets: Any = None) -> None:
         """Listen, and take SIGHUP."""
         await super().startup(sockets)
+        # The main thread alone gets signals, as uvicorn has it, too.
+        if threading.current_thread() is threading.main_thread():
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, self._reload))
         self.on_start()
-        if threading.current_thread() is not threading.main_thread():
-            return  # which alone gets signals, as uvicorn has it, too
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, self._reload))
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Stop; what a second signal cuts off is not logged as a failure."""
@@ -304,6 +305,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGINT and SIGTERM."""
+        if sig not in self.stops_on:
+            return
         self._networks.drain()
         # Not uvicorn's own, which raises the signal again in the end: a drained stop is a good end.
         self.force_exit = self.should_exit

@@ -69,8 +69,8 @@ class Settings(BaseSettings):
 
     processes: int = Field(1, ge=1, le=64)
     """Processes that share the port, and the cores, queue, bytes and connections set here. From
-    some eight cores on several answer more, in two hundred megabytes each (a GPU's memory holds the
-    network once for each); `/metrics` tells them apart."""
+    some eight cores on, one for every two cores or four answers more, in two hundred megabytes
+    each; on a GPU in a gigabyte, and two or three of its own. `/metrics` tells them apart."""
 
     threads: int = Field(0, ge=0)
     """Threads of the runtime on the CPU, and of the decoder; 0 takes the container's CPU quota."""
@@ -152,27 +152,25 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _one_request_fits(self) -> "Settings":
-        if self.queue_size < self.max_files:
-            raise ValueError("MMTL_QUEUE_SIZE must be at least MMTL_MAX_FILES")
-        if self.max_bytes_in_flight < self.max_bytes:
-            raise ValueError("MMTL_MAX_BYTES_IN_FLIGHT must be at least MMTL_MAX_BYTES")
+        each = " times MMTL_PROCESSES" if self.processes > 1 else ""
+        if self.queue_size < self.max_files * self.processes:
+            raise ValueError(f"MMTL_QUEUE_SIZE must be at least MMTL_MAX_FILES{each}")
+        if self.max_bytes_in_flight < self.max_bytes * self.processes:
+            raise ValueError(f"MMTL_MAX_BYTES_IN_FLIGHT must be at least MMTL_MAX_BYTES{each}")
         jwt = {self.jwt_issuer, self.jwt_audience, self.jwt_jwks_url}
         if None in jwt and jwt != {None}:
             raise ValueError("MMTL_JWT_ISSUER, _AUDIENCE and _JWKS_URL belong together")
         return self
 
     def share(self) -> "Settings":
-        """Of one of the processes: as all of them together, but for what is divided among them."""
-
-        def part(whole: int, least: int) -> int:
-            return max(ceil(whole / self.processes), least)
-
+        """Of one of the processes: a part of what is divided among them, and all of the rest."""
         return self.model_copy(
             update={
+                "processes": 1,
                 "threads": max((self.threads or available_cores()) // self.processes, 1),
-                "queue_size": part(self.queue_size, self.max_files),
-                "max_bytes_in_flight": part(self.max_bytes_in_flight, self.max_bytes),
-                "max_connections": part(self.max_connections, 1),
+                "queue_size": self.queue_size // self.processes,
+                "max_bytes_in_flight": self.max_bytes_in_flight // self.processes,
+                "max_connections": ceil(self.max_connections / self.processes),
             }
         )
 

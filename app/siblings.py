@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 Answer = Callable[[str], Awaitable[bytes]]
+# Answer to a question to reload; any other is why not.
+RELOADED = b"reloaded"
 _SAMPLE = re.compile(rb"^([a-zA-Z_:][a-zA-Z0-9_:]*)(\{?)")
 
 
@@ -17,12 +19,14 @@ class Siblings:
     """This process among the others.
 
     Args:
-        folder: Of the sockets.
+        folder: Of the sockets, and of what else all share.
         number: Of this process.
+        count: Of all.
     """
 
-    def __init__(self, folder: Path, number: int):
+    def __init__(self, folder: Path, number: int, count: int):
         self.number = number
+        self.count = count
         self.folder = folder
         self._server: asyncio.Server | None = None
 
@@ -52,7 +56,7 @@ class Siblings:
             (self.folder / f"{self.number}.socket").unlink(missing_ok=True)
 
     async def ask(self, name: str, about: str, seconds: float) -> dict[int, bytes]:
-        """What the others answer, by number; not of one that is just being started, or hangs.
+        """What the others answer, by number; nothing of one that is being started, dies or hangs.
 
         Args:
             name: Of the question.
@@ -64,7 +68,7 @@ class Siblings:
         found = await asyncio.gather(
             *(_ask(paths[number], f"{name} {about}\n", seconds) for number in others)
         )
-        return {n: answer for n, answer in zip(others, found, strict=True) if answer is not None}
+        return {n: answer for n, answer in zip(others, found, strict=True) if answer}
 
 
 async def _ask(path: Path, question: str, seconds: float) -> bytes | None:
@@ -93,7 +97,7 @@ def merge_metrics(texts: Mapping[int, bytes]) -> bytes:
     for number, text in sorted(texts.items()):
         described: list[bytes] = []
         samples: list[bytes] = []
-        for line in text.splitlines():
+        for line in text.split(b"\n"):
             if line.startswith(b"# EOF"):
                 ends = b"# EOF\n"
             elif line.startswith(b"#"):

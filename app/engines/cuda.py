@@ -78,20 +78,23 @@ class CudaEngine:
         self._outputs = {output.name: output.shape[1:] for output in described.get_outputs()}
         self._content = content
         self._number = number
-        self._graphs = Graphs(self._record, max_batch)
+        self._graphs = Graphs(max_batch)
 
     def run(self, images: Pixels) -> Outputs:
         """uint8 [N, H, W, 3] -> each output by name."""
-        return self._graphs.run(images)
+        return self._graphs.run(images, self._record)
 
     def _record(self, images: Pixels) -> Run:
+        return self._graph_that_runs(images) or self._without_graph(images)
+
+    def _graph_that_runs(self, images: Pixels) -> Run | None:
         try:
             run = self._graph(images)
-            with alone:
+            with alone():
                 run(images)
         except Exception as error:  # an operator that CUDA has not, or a shape that is not known
             log.warning("no CUDA graph", images=len(images), reason=str(error)[:200])
-            return self._without_graph(images)
+            return None
         return run
 
     def _graph(self, images: Pixels) -> Run:
@@ -128,7 +131,8 @@ class CudaEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_free_dimension_override_by_name(self._batch, size)
+        if isinstance(self._batch, str):
+            options.add_free_dimension_override_by_name(self._batch, size)
         cuda = {"device_id": str(self._number), **_OPTIONS, **changes}
         return onnxruntime.InferenceSession(self._content, options, providers=[(_CUDA, cuda), _CPU])
 

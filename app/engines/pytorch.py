@@ -1,6 +1,9 @@
 """PyTorch: TorchScript and torch.export artifacts, for those who trust them."""
 
+from collections.abc import Callable
+from functools import partial
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import structlog
@@ -62,23 +65,20 @@ class PytorchEngine:
                 self._program = program.module()
         except Exception as error:  # either loader raises whatever its unpickler does
             raise BundleError(f"torch cannot load {file}: {error}") from None
-        self._graphs = Graphs(self._record, max_batch) if on_gpu else None
+        self._graphs = Graphs(max_batch) if on_gpu else None
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """uint8 [N, H, W, 3] -> each output by name."""
-        return self._graphs.run(images) if self._graphs else self._run(images)
-
-    @torch.inference_mode()
-    def _run(self, images: NDArray[np.uint8]) -> Outputs:
-        values = self._program(torch.from_numpy(images).to(self.device))
-        return {name: value.float().cpu().numpy() for name, value in values.items()}
+        if self._graphs is not None:
+            return self._graphs.run(images, self._record)
+        return _run(self._program, self.device, images)
 
     def _record(self, images: NDArray[np.uint8]) -> Run:
         try:
             return self._graph(images)
         except RuntimeError as error:  # it waits for the CPU, as a traced program may
             log.warning("no CUDA graph", images=len(images), reason=str(error)[:200])
-            return self._run
+            return partial(_run, self._program, self.device)
 
     @torch.inference_mode()
     def _graph(self, images: NDArray[np.uint8]) -> Run:
@@ -89,7 +89,7 @@ class PytorchEngine:
             for _ in range(3):  # what it sets up only once is not recorded
                 self._program(taken)
         graph = torch.cuda.CUDAGraph()
-        with alone, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with alone(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             given = self._program(taken)
 
         @torch.inference_mode()
@@ -100,3 +100,9 @@ class PytorchEngine:
                 return {name: value.float().cpu().numpy() for name, value in given.items()}
 
         return run
+
+
+@torch.inference_mode()
+def _run(program: Callable[..., Any], device: str, images: NDArray[np.uint8]) -> Outputs:
+    values = program(torch.from_numpy(images).to(device))
+    return {name: value.float().cpu().numpy() for name, value in values.items()}

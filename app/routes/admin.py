@@ -9,7 +9,7 @@ from app.access import REFUSALS, asks, authorize, bearer
 from app.networks import Networks, ReloadError
 from app.problems import Problem
 from app.schemas import ModelFacts
-from app.siblings import Siblings
+from app.siblings import RELOADED, Siblings
 
 # Longest that another process is waited for.
 _SECONDS = 120.0
@@ -49,10 +49,14 @@ async def reload(request: Request) -> ModelFacts:
         raise Problem(problems.RELOAD_REFUSED, str(error)) from None
     siblings: Siblings | None = request.app.state.siblings
     if siblings is not None:
-        for number, refusal in (await siblings.ask("reload", "", _SECONDS)).items():
-            if refusal:
-                raise Problem(
-                    problems.RELOAD_REFUSED,
-                    f"Process {siblings.number} has it; process {number}: {refusal.decode()}",
-                )
+        told = await siblings.ask("reload", "", _SECONDS)
+        others = [number for number in range(siblings.count) if number != siblings.number]
+        left = {n: told.get(n, b"no answer") for n in others if told.get(n) != RELOADED}
+        if left:
+            reasons = "; ".join(f"process {n}: {why.decode()}" for n, why in left.items())
+            raise Problem(
+                problems.RELOAD_REFUSED,
+                f"{siblings.count - len(left)} of {siblings.count} processes have it. Not so "
+                f"{reasons}",
+            )
     return network.facts

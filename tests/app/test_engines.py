@@ -287,11 +287,12 @@ def test_a_gpu_that_is_not_there_beside_one_that_is_a_clear_error(tmp_path: Path
 
 
 class Program(torch.nn.Module):
-    """Answers with a mean and a constant, which a traced program keeps on the CPU."""
+    """Answers with a mean, and with what a constant that it makes itself is added to."""
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         means = images.float().mean(dim=(1, 2, 3))
-        return {"mean": means, "ages": means[:, None] + torch.arange(5, dtype=torch.float32)}
+        ages = torch.arange(5, dtype=torch.float32, device=images.device)
+        return {"mean": means, "ages": means[:, None] + ages}
 
 
 @needs_gpu

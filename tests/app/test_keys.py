@@ -102,6 +102,10 @@ def test_processes_that_share_a_folder_count_a_key_s_requests_together(
     assert [running[i % 2].wait_seconds(found) for i in range(5)] == [0, 0, 0, 20, 20]
     clock.now += 20
     assert [each.wait_seconds(found) for each in running] == [0, 20]
+    for each in running:  # the folder is gone: each counts for itself
+        each._shared = tmp_path / "gone"
+    clock.now += 3600
+    assert [each.wait_seconds(found) for each in running * 3] == [0, 0, 0, 0, 0, 0]
 
 
 def test_mistakes_are_sentences(path: Path) -> None:

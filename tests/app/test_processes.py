@@ -7,12 +7,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
-from app.processes import Place, PortTaken, end_with_parent, supervise
+from app.processes import LISTENS, WARM, Place, PortTaken, be_watched, supervise
 
 NOTES = "MMTL_TEST_NOTES"
 
@@ -22,33 +21,60 @@ def note(place: Place, what: str) -> None:
         file.write(f"{place.number} {os.getpid()}\n")
 
 
-def listen(place: Place, ready: Connection) -> None:
-    """Takes connections until SIGTERM."""
-    signal.signal(signal.SIGHUP, lambda *_: note(place, "reloaded"))
+def wait_for_others(place: Place) -> None:
+    note(place, "warm")
+    place.link.send(WARM)
+    place.link.recv()
+
+
+def listen(place: Place) -> None:
+    """Takes connections until it is told to stop."""
+    be_watched()
     listener = place.listener()
+    wait_for_others(place)
     listener.listen()
+    signal.signal(signal.SIGHUP, lambda *_: note(place, "reloaded"))
     note(place, "listening")
-    ready.send(None)
+    place.link.send(LISTENS)
     while True:
         listener.accept()[0].close()
 
 
-def fail(place: Place, ready: Connection) -> None:
+def fail(place: Place) -> None:
     """Cannot start."""
+    be_watched()
     note(place, "failed")
     raise SystemExit(2)
 
 
-def die(place: Place, ready: Connection) -> None:
+def die(place: Place) -> None:
     """Starts, and is killed."""
+    be_watched()
+    wait_for_others(place)
     note(place, "listening")
-    ready.send(None)
+    place.link.send(LISTENS)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def listen_with_parent(place: Place, ready: Connection) -> None:
-    end_with_parent()
-    listen(place, ready)
+def fail_when_there_are_others(place: Place) -> None:
+    """The second cannot start, until a file says that it can."""
+    be_watched()
+    if place.number == 1 and noted(Path(os.environ[NOTES]), "listening"):
+        note(place, "failed")
+        if len(noted(Path(os.environ[NOTES]), "failed")) < 3:
+            raise SystemExit(2)
+    listen(place)
+
+
+def be_deaf(place: Place) -> None:
+    """Listens, and does not end."""
+    be_watched()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    wait_for_others(place)
+    note(place, "listening")
+    place.link.send(LISTENS)
+    while True:
+        time.sleep(60)
 
 
 @pytest.fixture(autouse=True)
@@ -106,12 +132,26 @@ def test_all_listen_on_one_port_until_they_are_told_to_stop(notes: Path) -> None
         until(lambda: len(noted(notes, "reloaded")) == 3)
 
     visitor = meanwhile(visit)
-    assert supervise(listen, 3, "127.0.0.1", port) == 0
+    assert supervise(listen, 3, "127.0.0.1", port, 9.0) == 0
     visitor.join()
     assert answered == [True] * 20
     assert sorted(line.split()[0] for line in noted(notes, "reloaded")) == ["0", "1", "2"]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
+
+
+def listen_late(place: Place) -> None:
+    if place.number == 2:
+        until(lambda: len(noted(Path(os.environ[NOTES]), "warm")) == 2)
+        time.sleep(0.2)  # in which the others could begin, and shall not
+        assert not noted(Path(os.environ[NOTES]), "listening")
+    listen(place)
+
+
+def test_none_listens_before_all_are_warm(notes: Path) -> None:
+    waiter = meanwhile(lambda: until(lambda: len(noted(notes, "listening")) == 3))
+    assert supervise(listen_late, 3, "127.0.0.1", 0, 9.0) == 0
+    waiter.join()
 
 
 def test_one_that_dies_is_started_again(notes: Path) -> None:
@@ -123,19 +163,53 @@ def test_one_that_dies_is_started_again(notes: Path) -> None:
         assert noted(notes, "listening")[-1].startswith("1")
 
     killer = meanwhile(kill)
-    assert supervise(listen, 2, "127.0.0.1", 0) == 0
+    assert supervise(listen, 2, "127.0.0.1", 0, 9.0) == 0
     killer.join()
     assert len(noted(notes, "listening")) == 3
 
 
 def test_what_the_first_cannot_start_with_no_other_tries(notes: Path) -> None:
-    assert supervise(fail, 3, "127.0.0.1", 0) == 2
+    assert supervise(fail, 3, "127.0.0.1", 0, 9.0) == 2
     assert len(noted(notes, "failed")) == 1
 
 
 def test_processes_that_die_again_and_again_are_given_up(notes: Path) -> None:
-    assert supervise(die, 1, "127.0.0.1", 0) == 1
+    assert supervise(die, 1, "127.0.0.1", 0, 9.0) == 1
     assert len(noted(notes, "listening")) == 4
+
+
+def test_one_that_cannot_start_again_at_once_is_tried_again_beside_the_others(notes: Path) -> None:
+    def kill() -> None:
+        until(lambda: len(noted(notes, "listening")) == 2)
+        killed = next(x for x in noted(notes, "listening") if x.startswith("1"))
+        os.kill(int(killed.split()[1]), signal.SIGKILL)
+        until(lambda: len(noted(notes, "listening")) == 3)
+
+    killer = meanwhile(kill)
+    assert supervise(fail_when_there_are_others, 2, "127.0.0.1", 0, 9.0) == 0
+    killer.join()
+    assert len(noted(notes, "failed")) == 3
+
+
+def test_one_that_starts_while_all_are_to_load_the_bundle_anew_is_told_then(notes: Path) -> None:
+    def kill_and_reload() -> None:
+        until(lambda: len(noted(notes, "listening")) == 2)
+        killed = next(x for x in noted(notes, "listening") if x.startswith("1"))
+        os.kill(int(killed.split()[1]), signal.SIGKILL)
+        until(lambda: len(noted(notes, "warm")) == 3)  # it has read the bundle of before
+        os.kill(os.getpid(), signal.SIGHUP)
+        until(lambda: len(noted(notes, "reloaded")) >= 2)
+
+    reloader = meanwhile(kill_and_reload)
+    assert supervise(listen, 2, "127.0.0.1", 0, 9.0) == 0
+    reloader.join()
+    assert {line.split()[0] for line in noted(notes, "reloaded")} == {"0", "1"}
+
+
+def test_one_that_does_not_end_is_killed(notes: Path) -> None:
+    teller = meanwhile(lambda: until(lambda: len(noted(notes, "listening")) == 2))
+    assert supervise(be_deaf, 2, "127.0.0.1", 0, 0.5) == 0
+    teller.join()
 
 
 def test_a_port_that_somebody_listens_on_is_a_clear_error() -> None:
@@ -144,7 +218,7 @@ def test_a_port_that_somebody_listens_on_is_a_clear_error() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(PortTaken, match=f"127.0.0.1:{port} cannot be listened on: Address"):
-            supervise(listen, 2, "127.0.0.1", port)
+            supervise(listen, 2, "127.0.0.1", port, 9.0)
 
 
 def test_two_services_do_not_share_a_port_by_mistake(notes: Path) -> None:
@@ -154,19 +228,19 @@ def test_two_services_do_not_share_a_port_by_mistake(notes: Path) -> None:
     def start_another() -> None:
         until(lambda: len(noted(notes, "listening")) == 2)
         try:
-            supervise(listen, 2, "127.0.0.1", port)
+            supervise(listen, 2, "127.0.0.1", port, 9.0)
         except PortTaken as error:
             refused.append(error)
 
     another = meanwhile(start_another)
-    supervise(listen, 2, "127.0.0.1", port)
+    supervise(listen, 2, "127.0.0.1", port, 9.0)
     another.join()
     assert refused
 
 
 def test_processes_end_with_the_one_that_watches_them(notes: Path) -> None:
     watching = multiprocessing.get_context("spawn").Process(
-        target=supervise, args=(listen_with_parent, 2, "127.0.0.1", 0)
+        target=supervise, args=(listen, 2, "127.0.0.1", 0, 9.0)
     )
     watching.start()
     until(lambda: len(noted(notes, "listening")) == 2)

@@ -55,10 +55,28 @@ def test_what_compose_reads_is_known() -> None:
 
 
 def test_processes_share_cores_queue_bytes_and_connections() -> None:
-    whole = Settings(
-        processes=3, threads=8, queue_size=100, max_files=40, max_bytes_in_flight=10**9
-    )
+    whole = Settings(processes=3, threads=8, queue_size=100, max_bytes_in_flight=10**9)
     part = whole.share()
-    assert (part.threads, part.queue_size, part.max_connections) == (2, 40, 334)
-    assert part.max_bytes_in_flight == 333_333_334
+    assert (part.threads, part.queue_size, part.max_connections) == (2, 33, 334)
+    assert part.max_bytes_in_flight == 333_333_333
     assert Settings(threads=1, processes=4).share().threads == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MMTL_PROCESSES", "9", "MMTL_MAX_FILES times MMTL_PROCESSES"),
+        (
+            "MMTL_MAX_BYTES",
+            "400000000",
+            "MMTL_MAX_BYTES times MMTL_PROCESSES",
+        ),
+    ],
+)
+def test_a_request_fits_into_the_part_of_one_process(
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMTL_PROCESSES", "3")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=message):
+        load_settings()

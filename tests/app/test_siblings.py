@@ -1,4 +1,5 @@
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.keys import create_key
 from app.main import create_app
 from app.settings import Settings
-from app.siblings import Siblings, merge_metrics
+from app.siblings import RELOADED, Siblings, merge_metrics
 from tests.lesions import flat
 
 pytestmark = pytest.mark.anyio
@@ -60,17 +62,17 @@ async def test_the_others_are_asked_and_one_that_is_not_there_is_left_out(tmp_pa
         await go_on.wait()
         return b""
 
-    first, second, third = (Siblings(tmp_path, n) for n in range(3))
+    first, second, third = (Siblings(tmp_path, n, 3) for n in range(3))
     await first.listen({"say": number})
     await second.listen({"say": number})
     await third.listen({"say": late})
     assert await first.ask("say", "text/plain; q=1", 0.2) == {1: b"text/plain; q=1!"}
     second.close()
     assert await first.ask("say", "a", 0.2) == {}
-    again = Siblings(tmp_path, 1)  # in the place of one that died
+    again = Siblings(tmp_path, 1, 3)  # in the place of one that died
     await again.listen({"say": number})
     assert await first.ask("say", "b", 0.2) == {1: b"b!"}
-    assert await first.ask("what", "b", 0.2) == {1: b"", 2: b""}
+    assert await first.ask("what", "b", 0.2) == {}
     go_on.set()
     for each in (first, again, third):
         each.close()
@@ -85,7 +87,7 @@ def anyio_backend() -> str:
 def test_two_processes_tell_the_metrics_of_both_and_reload_together(
     settings: Settings, tmp_path: Path
 ) -> None:
-    apps = [create_app(settings, Siblings(tmp_path, n)) for n in (0, 1)]
+    apps = [create_app(settings, Siblings(tmp_path, n, 2)) for n in (0, 1)]
     with TestClient(apps[0]) as first, TestClient(apps[1]) as second:
         assert first.get("/health/ready").status_code == 200  # it began when it was warm
         for client, times in ((first, 1), (second, 2)):
@@ -99,6 +101,40 @@ def test_two_processes_tell_the_metrics_of_both_and_reload_together(
         before = [app.state.networks.current for app in apps]
         asked = apps[0].state.siblings.ask("reload", "", 30)
         assert first.portal is not None
-        assert first.portal.call(lambda: asked) == {1: b""}
+        assert first.portal.call(lambda: asked) == {1: RELOADED}
         assert apps[1].state.networks.current is not before[1]
         assert apps[0].state.networks.current is before[0]
+
+
+def test_a_reload_says_which_processes_did_not_take_the_bundle(
+    bundle_folder: Path, tmp_path: Path
+) -> None:
+    key = create_key(tmp_path / "keys.json", "admin", ("admin",), None)
+    settings = Settings(bundle=bundle_folder, keys=tmp_path / "keys.json", threads=1)
+    apps = [create_app(settings, Siblings(tmp_path, n, 3)) for n in (0, 1)]
+    with TestClient(apps[0]) as first, TestClient(apps[1]):
+        answer = first.post("/admin/reload", headers={"Authorization": f"Bearer {key}"})
+        assert answer.status_code == 409
+        assert answer.json()["detail"] == ("2 of 3 processes have it. Not so process 2: no answer")
+        with TestClient(create_app(settings, Siblings(tmp_path, 2, 3))):
+            for _ in range(50):  # what they loaded before may still end
+                answer = first.post("/admin/reload", headers={"Authorization": f"Bearer {key}"})
+                if answer.status_code == 200:
+                    break
+                time.sleep(0.1)
+            assert answer.json()["version"] == "1.2.3"
+
+
+def test_a_process_takes_no_connection_before_it_is_warm_and_may(
+    settings: Settings, tmp_path: Path
+) -> None:
+    asked: list[bool] = []
+
+    def may_listen() -> bool:
+        asked.append(app.state.networks.current.batcher.ready)
+        return len(asked) == 3
+
+    app = create_app(settings, Siblings(tmp_path, 0, 2), may_listen)
+    with TestClient(app) as client:
+        assert asked == [True] * 3
+        assert client.get("/health/ready").status_code == 200
