@@ -142,16 +142,24 @@ class AuditLog:
         if moved:
             old = self._file
             self._open()  # where this fails, the old one stays
-            os.fsync(old)
+            self._sync_to_disk(old)
+            with suppress(OSError):
+                fcntl.flock(old, fcntl.LOCK_UN)
             os.close(old)
 
     def _open(self) -> None:
+        made = -1
         try:
-            self._file = os.open(
-                self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
-            )
-            size = os.fstat(self._file).st_size
-            if size and os.pread(self._file, 1, size - 1) != b"\n":
-                os.write(self._file, b"\n")  # the machine crashed within a line: the next is whole
+            made = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with suppress(OSError):  # another process may be in the middle of a line
+                fcntl.flock(made, fcntl.LOCK_EX)
+            size = os.fstat(made).st_size
+            if size and os.pread(made, 1, size - 1) != b"\n":
+                os.write(made, b"\n")  # the machine crashed within a line: the next is whole
+            with suppress(OSError):
+                fcntl.flock(made, fcntl.LOCK_UN)
         except OSError as error:
+            if made >= 0:
+                os.close(made)
             raise AuditError(f"{self._path} cannot be written: {error.strerror}.") from None
+        self._file = made

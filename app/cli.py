@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
 from socket import socket
@@ -142,16 +142,23 @@ def _serve_beside(place: Place) -> None:
 
         def may_listen() -> bool:
             nonlocal said
-            if not said:
-                place.link.send(WARM)
-                said = True
-            return place.link.poll()
+            try:
+                if not said:
+                    place.link.send(WARM)
+                    said = True
+                return place.link.poll() and place.link.recv() is None
+            except (EOFError, OSError):  # the one that watches is gone: so will this be
+                return False
+
+        def say_that_it_listens() -> None:
+            with suppress(OSError):
+                place.link.send(LISTENS)
 
         siblings = Siblings(place.folder, place.number, whole.processes)
         server = Server(create_app(settings, siblings, may_listen), settings)
         # A stop that reaches all processes reaches this one once, by the one that watches.
         server.stops_on = {signal.SIGINT}
-        server.on_start = lambda: place.link.send(LISTENS)
+        server.on_start = say_that_it_listens
         _serve(server, place.listener())
 
 

@@ -216,8 +216,7 @@ class Keys:
                     with bucket.kept_in(self._shared / f"{key.id}.bucket"):
                         return bucket.take(time.monotonic())
                 except OSError as error:  # the folder is gone, or full
-                    log.error("quotas counted by each process", reason=error.strerror)
-                    self._shared = None
+                    log.error("request counted by this process alone", reason=error.strerror)
             return bucket.take(time.monotonic())
 
     def _refresh(self) -> None:

@@ -52,6 +52,7 @@ def create_app(
         app.spans.SpansError: Traces are asked for, and OpenTelemetry is not installed.
     """
     measured = Metrics(settings.max_batch, problems.KINDS)
+    measured.processes.set(1 if siblings is None else siblings.count)
     spans = Spans() if settings.traces else None
     networks = Networks(settings, measured)
     predictor = Predictor(networks, settings, measured)
@@ -67,9 +68,7 @@ def create_app(
         return RELOADED
 
     async def wait_for_others() -> None:
-        while not (networks.current.batcher.ready and may_listen()):
-            if networks.draining:
-                return
+        while not networks.draining and not (networks.current.batcher.ready and may_listen()):
             if not networks.current.batcher.alive:
                 raise EngineError("The network failed while it was warmed up.")
             await asyncio.sleep(_WAIT_SECONDS)

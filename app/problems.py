@@ -68,6 +68,7 @@ NOT_FOUND = Kind("not-found", 404, "There is nothing at this path")
 METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "The path does not take this method")
 ADMIN_CLOSED = Kind("admin-closed", 403, "The service has no key for administrators")
 RELOAD_REFUSED = Kind("reload-refused", 409, "The served network stays")
+RELOADED_IN_PART = Kind("reloaded-in-part", 409, "Not every process took the bundle")
 SATURATED = Kind("saturated", 503, "The service is busy")
 DRAINING = Kind("draining", 503, "The service is shutting down")
 DEADLINE_EXCEEDED = Kind("deadline-exceeded", 503, "The request took too long")
@@ -102,6 +103,7 @@ KINDS = {
         METHOD_NOT_ALLOWED,
         ADMIN_CLOSED,
         RELOAD_REFUSED,
+        RELOADED_IN_PART,
         SATURATED,
         DRAINING,
         DEADLINE_EXCEEDED,

@@ -25,7 +25,7 @@ from types import FrameType
 import structlog
 
 # A process that dies is started again, after a pause from its second death in that time on. Where
-# none listens any more after that many, all end.
+# one dies more often than that, and no other listens, all end.
 _MOST_DEATHS = 3
 _WITHIN_SECONDS = 600.0
 _LONGEST_PAUSE = 30.0
@@ -132,7 +132,7 @@ class _Supervisor:
         self._children: dict[int, _Child] = {}
         # When those that died are started again.
         self._due: dict[int, float] = {}
-        self._deaths: deque[float] = deque()
+        self._deaths: dict[int, deque[float]] = {}
         self._served = False
         self._stopping = False
         self._kill_at = float("inf")
@@ -149,6 +149,7 @@ class _Supervisor:
         finally:
             for child in self._children.values():  # where something went wrong here
                 child.process.kill()
+                child.process.join()
         return self._status
 
     def _watch(self) -> None:
@@ -177,12 +178,12 @@ class _Supervisor:
 
     def _start(self, number: int) -> None:
         context = multiprocessing.get_context("spawn")
-        # Ctrl-C is not for it, and it has no say in that before it is there.
-        resource_tracker.ensure_running()
+        resource_tracker.ensure_running()  # it would unblock SIGINT if it were started below
         link, theirs = context.Pipe()
         with theirs:
             place = Place(number, self._folder, self._address, theirs)
             process = context.Process(target=self._target, args=(place,), name=f"mmtl-{number}")
+            # Ctrl-C is not for it, which it can say only once it is there.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 process.start()
@@ -201,16 +202,17 @@ class _Supervisor:
 
     def _start_later(self, number: int) -> None:
         now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - _WITHIN_SECONDS:
-            self._deaths.popleft()
-        deaths = len(self._deaths)
-        if deaths > _MOST_DEATHS and not any(child.listens for child in self._children.values()):
-            log.error("processes die again and again", deaths=deaths)
+        deaths = self._deaths.setdefault(number, deque())
+        deaths.append(now)
+        while deaths[0] < now - _WITHIN_SECONDS:
+            deaths.popleft()
+        others = [each for n, each in self._children.items() if n != number and each.listens]
+        if len(deaths) > _MOST_DEATHS and not others:
+            log.error("process dies again and again", process=number, deaths=len(deaths))
             self._status = 1
             self._stop()
             return
-        pause = min(2.0 ** (deaths - 2), _LONGEST_PAUSE) if deaths > 1 else 0.0
+        pause = min(2.0 ** min(len(deaths) - 2, 9), _LONGEST_PAUSE) if len(deaths) > 1 else 0.0
         self._due[number] = now + pause
 
     def _hear(self, number: int, child: _Child) -> None:
@@ -221,14 +223,16 @@ class _Supervisor:
             return
         if said == LISTENS:
             child.listens = self._served = True
-            log.info("process listens", process=number, pid=child.process.pid)
+            host, port = self._address
+            log.info("process listens", process=number, pid=child.process.pid, host=host, port=port)
             if child.must_reload:
                 child.send(signal.SIGHUP)
             return
         child.warm = True
-        if number == 0 and len(self._children) == 1 and not self._served and not self._stopping:
+        if number == 0 and not self._served and not self._stopping:
             for other in range(1, self._count):
-                self._start(other)
+                if other not in self._children and other not in self._due:
+                    self._start(other)
         warm = [each for each in self._children.values() if each.warm]
         if self._served or len(warm) == self._count:
             for each in warm:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -319,3 +320,8 @@ class Server(uvicorn.Server):
     def _fail(self) -> None:
         self.failed = True
         self.should_exit = True
+        # What hung may keep the process from ending, and so from being started anew.
+        longest = float(self.config.timeout_graceful_shutdown or 0) + _MARGIN_SECONDS
+        end = threading.Timer(longest, os._exit, [1])
+        end.daemon = True
+        end.start()

@@ -121,6 +121,9 @@ class Metrics:
             registry=registry,
         )
         self.ready = Gauge("mmtl_ready", "1 while images are taken, else 0.", registry=registry)
+        self.processes = Gauge(
+            "mmtl_processes", "That the service has, if all are there.", registry=registry
+        )
         self.reloads = Counter(
             "mmtl_reloads",
             "Bundles that were to replace the served one.",

@@ -10,7 +10,7 @@ import structlog
 from onnxruntime import OrtValue
 
 from app.engines import EngineError
-from app.engines.graphs import Graphs, Pixels, Run, alone
+from app.engines.graphs import Busy, Graphs, Pixels, Run, alone
 from app.engines.onnx import open_session
 from models.bundle import Outputs
 
@@ -92,6 +92,8 @@ class CudaEngine:
             run = self._graph(images)
             with alone():
                 run(images)
+        except Busy:
+            raise
         except Exception as error:  # an operator that CUDA has not, or a shape that is not known
             log.warning("no CUDA graph", images=len(images), reason=str(error)[:200])
             return None

@@ -29,15 +29,19 @@ _LONGEST_SECONDS = 60.0
 _Tasks = queue.SimpleQueue["tuple[Callable[[], Outputs], Future[Outputs]] | None"]
 
 
+class Busy(Exception):
+    """A run elsewhere on the GPU does not end."""
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """Have the GPU to oneself in this process, as a recording must: another network may serve.
 
     Raises:
-        RuntimeError: A run elsewhere does not end.
+        Busy: A run elsewhere does not end.
     """
     if not _turn.acquire(timeout=_LONGEST_SECONDS):
-        raise RuntimeError("another run on the GPU does not end")
+        raise Busy("Another run on the GPU does not end.")
     try:
         yield
     finally:
@@ -76,7 +80,11 @@ class Graphs:
         filled[: len(images)] = images
         done: Future[Outputs] = Future()
         self._tasks.put((partial(self._replay, filled, record), done))
-        return {name: values[: len(images)] for name, values in done.result().items()}
+        try:
+            found = done.result()
+        finally:
+            del done  # its error's traceback holds this frame
+        return {name: values[: len(images)] for name, values in found.items()}
 
     def _replay(self, images: Pixels, record: Record) -> Outputs:
         run = self._recorded.get(len(images))

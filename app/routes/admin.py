@@ -40,7 +40,8 @@ async def reload(request: Request) -> ModelFacts:
     """Load the bundle of MMTL_BUNDLE again; answers once it has taken over, with which it is.
 
     It is verified, warmed up and asked its golden predictions beside the served one, which stays
-    when anything does not fit (409). Of a service of several processes, all load it.
+    when anything does not fit (409). Of a service of several processes, all load it; where some do
+    not, it is said which (409).
     """
     networks: Networks = request.app.state.networks
     try:
@@ -55,8 +56,8 @@ async def reload(request: Request) -> ModelFacts:
         if left:
             reasons = "; ".join(f"process {n}: {why.decode()}" for n, why in left.items())
             raise Problem(
-                problems.RELOAD_REFUSED,
-                f"{siblings.count - len(left)} of {siblings.count} processes have it. Not so "
-                f"{reasons}",
+                problems.RELOADED_IN_PART,
+                f"{siblings.count - len(left)} of {siblings.count} processes have it, and answer "
+                f"by it. Ask again. Not so {reasons}",
             )
     return network.facts

@@ -57,7 +57,7 @@ def die(place: Place) -> None:
 
 
 def fail_when_there_are_others(place: Place) -> None:
-    """The second cannot start, until a file says that it can."""
+    """The second cannot start again, twice."""
     be_watched()
     if place.number == 1 and noted(Path(os.environ[NOTES]), "listening"):
         note(place, "failed")
@@ -77,11 +77,16 @@ def be_deaf(place: Place) -> None:
         time.sleep(60)
 
 
+THREADS: list[threading.Thread] = []
+
+
 @pytest.fixture(autouse=True)
 def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv(NOTES, str(tmp_path))
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield tmp_path
+    while THREADS:  # each ends with a signal that would end the tests
+        THREADS.pop().join()
     for each, handler in before.items():
         signal.signal(each, handler)
 
@@ -108,6 +113,7 @@ def meanwhile(do: Callable[[], None]) -> threading.Thread:
             os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=work)
+    THREADS.append(thread)
     thread.start()
     return thread
 
@@ -206,10 +212,35 @@ def test_one_that_starts_while_all_are_to_load_the_bundle_anew_is_told_then(note
     assert {line.split()[0] for line in noted(notes, "reloaded")} == {"0", "1"}
 
 
-def test_one_that_does_not_end_is_killed(notes: Path) -> None:
+def test_one_that_does_not_end_is_killed(notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teller = meanwhile(lambda: until(lambda: len(noted(notes, "listening")) == 2))
     assert supervise(be_deaf, 2, "127.0.0.1", 0, 0.5) == 0
     teller.join()
+    assert "processes killed" in capsys.readouterr().out
+
+
+def listen_when_let(place: Place) -> None:
+    """The second takes its time to be warm."""
+    note(place, "started")
+    if place.number == 1:
+        until(lambda: bool(noted(Path(os.environ[NOTES]), "let")))
+    listen(place)
+
+
+def test_those_that_die_before_all_are_warm_are_started_once_each(notes: Path) -> None:
+    def kill_both() -> None:
+        until(lambda: len(noted(notes, "started")) == 2)
+        for line in noted(notes, "started"):
+            os.kill(int(line.split()[1]), signal.SIGKILL)
+        until(lambda: len(noted(notes, "started")) == 4)
+        (notes / "let").write_text("now\n")
+        until(lambda: len(noted(notes, "listening")) == 2)
+
+    killer = meanwhile(kill_both)
+    assert supervise(listen_when_let, 2, "127.0.0.1", 0, 9.0) == 0
+    killer.join()
+    assert len(noted(notes, "started")) == 4
+    assert sorted(line.split()[0] for line in noted(notes, "listening")) == ["0", "1"]
 
 
 def test_a_port_that_somebody_listens_on_is_a_clear_error() -> None:

@@ -115,7 +115,10 @@ def test_a_reload_says_which_processes_did_not_take_the_bundle(
     with TestClient(apps[0]) as first, TestClient(apps[1]):
         answer = first.post("/admin/reload", headers={"Authorization": f"Bearer {key}"})
         assert answer.status_code == 409
-        assert answer.json()["detail"] == ("2 of 3 processes have it. Not so process 2: no answer")
+        assert answer.json()["title"] == "Not every process took the bundle"
+        assert answer.json()["detail"] == (
+            "2 of 3 processes have it, and answer by it. Ask again. Not so process 2: no answer"
+        )
         with TestClient(create_app(settings, Siblings(tmp_path, 2, 3))):
             for _ in range(50):  # what they loaded before may still end
                 answer = first.post("/admin/reload", headers={"Authorization": f"Bearer {key}"})

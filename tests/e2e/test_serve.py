@@ -67,7 +67,7 @@ class Service:
             content = answer.read()
             is_json = "json" in (answer.headers["Content-Type"] or "")
             return answer.status, json.loads(content) if is_json else content
-        except ConnectionRefusedError:
+        except (ConnectionError, http.client.RemoteDisconnected):
             return 0, None
         finally:
             connection.close()
@@ -236,7 +236,7 @@ def test_several_processes_are_one_service() -> None:
     images = re.compile(r'mmtl_images_total\{process="(.)",outcome="ok"\} (\d+)')
 
     def answered() -> dict[str, int]:
-        text = service.get("/metrics")[1].decode()
+        text = (service.get("/metrics")[1] or b"").decode()
         return {number: int(count) for number, count in images.findall(text)}
 
     try:
