@@ -29,6 +29,8 @@ import structlog
 _MOST_DEATHS = 3
 _WITHIN_SECONDS = 600.0
 _LONGEST_PAUSE = 30.0
+# Longest that those that are warm wait for one that is not.
+_LONGEST_WAIT = 120.0
 # How often it is looked what is due; a signal does not end a wait.
 _LOOK_SECONDS = 0.5
 # What a process says.
@@ -133,6 +135,7 @@ class _Supervisor:
         # When those that died are started again.
         self._due: dict[int, float] = {}
         self._deaths: dict[int, deque[float]] = {}
+        self._warm_since = float("inf")
         self._served = False
         self._stopping = False
         self._kill_at = float("inf")
@@ -175,6 +178,7 @@ class _Supervisor:
             del self._due[number]
             if not self._stopping:
                 self._start(number)
+        self._let_listen()
 
     def _start(self, number: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -233,13 +237,19 @@ class _Supervisor:
             for other in range(1, self._count):
                 if other not in self._children and other not in self._due:
                     self._start(other)
-        warm = [each for each in self._children.values() if each.warm]
-        if self._served or len(warm) == self._count:
-            for each in warm:
-                if not each.may_listen:
-                    each.may_listen = True
-                    with suppress(OSError):  # it has died just now
-                        each.link.send(None)
+        self._warm_since = min(self._warm_since, time.monotonic())
+        self._let_listen()
+
+    def _let_listen(self) -> None:
+        warm = [child for child in self._children.values() if child.warm]
+        late = time.monotonic() > self._warm_since + _LONGEST_WAIT
+        if not (self._served or late or len(warm) == self._count):
+            return
+        for child in warm:
+            if not child.may_listen:
+                child.may_listen = True
+                with suppress(OSError):  # it has died just now
+                    child.link.send(None)
 
     def _bury(self, number: int, child: _Child) -> None:
         child.process.join()

@@ -298,13 +298,13 @@ def configure_logs(level: str, process: int | None = None) -> None:
         level: The least that is written.
         process: Its number, where the service has several.
     """
-    told = {} if process is None else {"process": process}
     shared: list[structlog.typing.Processor] = [
-        lambda _, __, line: {**told, **line},
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
+    if process is not None:
+        shared.insert(0, lambda _, __, line: {"process": process, **line})
     to_json = structlog.processors.JSONRenderer()
     # Our own lines do without the standard library's records, which took a request longer than
     # anything else in this module.

@@ -2,8 +2,8 @@
 
     make bench-serve-gpu                (.venv/bin/python -m benchmarks.serving.gpu ../shared/data)
 
-The same ONNX file behind each system, in ONNX Runtime on the first GPU; 128 clients, as many cores
-decode. docs/performance-gpu.md and .json are written from runs/bench-serve-gpu.
+The same ONNX file behind each system, in ONNX Runtime on the first GPU. docs/performance-gpu.md and
+.json are written from runs/bench-serve-gpu.
 """
 
 import argparse

@@ -160,6 +160,29 @@ def test_none_listens_before_all_are_warm(notes: Path) -> None:
     waiter.join()
 
 
+def never_be_warm(place: Place) -> None:
+    """The second hangs."""
+    if place.number == 1:
+        be_watched()
+        note(place, "hangs")
+        time.sleep(600)
+    listen(place)
+
+
+def test_one_that_hangs_at_its_start_does_not_keep_the_others_for_ever(
+    notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.processes._LONGEST_WAIT", 1.0)
+
+    def wait() -> None:
+        until(lambda: len(noted(notes, "hangs")) == 1)
+        until(lambda: len(noted(notes, "listening")) == 1)
+
+    waiter = meanwhile(wait)
+    assert supervise(never_be_warm, 2, "127.0.0.1", 0, 9.0) == 0
+    waiter.join()
+
+
 def test_one_that_dies_is_started_again(notes: Path) -> None:
     def kill() -> None:
         until(lambda: len(noted(notes, "listening")) == 2)
