@@ -17,8 +17,9 @@ from statistics import median
 from typing import Any
 
 from benchmarks.serving import compare
-from benchmarks.serving.compare import MIXES, ON_GPU, ROOT, System
+from benchmarks.serving.compare import MIXES
 from benchmarks.serving.page import PEERS, Results, latency, row
+from benchmarks.serving.process import ON_GPU, ROOT, System, make_environment
 from models.bundle import Bundle, load_bundle
 from models.cores import processor
 
@@ -106,7 +107,7 @@ def _measure(
     }
     mixes = compare.make_images(arguments.data.resolve(), arguments.run / "images")
     for name in {known[name].environment for name in names if name != LIMIT}:
-        compare.make_environment(name)
+        make_environment(name)
 
     def measure_one(name: str, log: Path) -> dict[str, Any]:
         if name == LIMIT:

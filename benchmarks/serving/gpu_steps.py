@@ -16,6 +16,7 @@ from statistics import median
 
 import numpy as np
 import onnx
+import onnxruntime
 import structlog
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -53,8 +54,6 @@ def engine(content: bytes, changes: dict[str, str]) -> Run:
 
 def one_session(content: bytes) -> Run:
     """ONNX Runtime as its documentation has it; batches differ by one from run to run."""
-    import onnxruntime
-
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(content, providers=providers)
     names = [output.name for output in session.get_outputs()]

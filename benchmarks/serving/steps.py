@@ -26,7 +26,8 @@ import numpy as np
 from tqdm import tqdm
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from benchmarks.serving.compare import CORES, PORT, ROOT, make_images
+from benchmarks.serving.compare import CORES, make_images
+from benchmarks.serving.process import PORT, ROOT
 from models.cores import processor
 
 ROUNDS = 5

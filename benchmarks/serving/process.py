@@ -1,0 +1,173 @@
+"""A system that is measured: its environment, its processes, and what they cost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+PORT = 8765
+# What the name of an environment ends with where the network runs on a GPU.
+ON_GPU = "-gpu"
+_MARK = "BENCH_SERVE_TOKEN"
+
+
+@dataclass(frozen=True)
+class System:
+    """Something that answers `POST /predict`.
+
+    Attributes:
+        environment: Of .venv-bench.
+        command: Whose first word is a program there.
+        variables: Of its environment.
+    """
+
+    environment: str
+    command: tuple[str, ...]
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+def make_environment(name: str) -> Path:
+    """The folder of an environment's programs, installed from hash-locked requirements."""
+    folder = ROOT / ".venv-bench" / name
+    done = folder / ".done"
+    if not done.exists():
+        uv = ROOT / ".venv/bin/uv"
+        print(f"installing {folder}", file=sys.stderr)
+        subprocess.run([uv, "venv", "--quiet", "--clear", "-p", sys.executable, folder], check=True)
+        system, gpu, _ = name.partition(ON_GPU)
+        locked = HERE / f"requirements-{system}.txt"
+        if system == "mmtl":
+            locked = ROOT / f"requirements/{'gpu' if gpu else 'openvino'}.txt"
+        there = ["--quiet", "--python", folder / "bin/python"]
+        install = [uv, "pip", "install", *there]
+        subprocess.run([*install, "--require-hashes", "-r", locked], check=True)
+        if system == "mmtl":
+            # A copy: what is edited meanwhile is not measured.
+            subprocess.run([*install, "--no-deps", "--no-build-isolation", ROOT], check=True)
+        elif gpu:
+            subprocess.run([uv, "pip", "uninstall", *there, "onnxruntime"], check=True)
+            locked = HERE / "requirements-onnxruntime-gpu.txt"
+            subprocess.run([*install, "--no-deps", "--require-hashes", "-r", locked], check=True)
+        done.touch()
+    return folder / "bin"
+
+
+class Process:
+    """A system's processes, found by a mark in their environment: some start daemons."""
+
+    def __init__(self, system: System, log: Path):
+        self.token = f"{time.time_ns()}"
+        programs = make_environment(system.environment)
+        self.log = log.open("wb")
+        self.main = subprocess.Popen(
+            [programs / system.command[0], *system.command[1:]],
+            cwd=HERE / "peers",
+            env={**os.environ, **system.variables, _MARK: self.token},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.peak = 0.0
+
+    def pids(self) -> Iterator[int]:
+        """Of every process that is alive."""
+        mark = f"{_MARK}={self.token}".encode()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    if mark in (entry / "environ").read_bytes():
+                        yield int(entry.name)
+                except OSError:
+                    pass
+
+    def cpu_seconds(self) -> float:
+        """User and system time of all of them, and of their children that have ended."""
+        ticks = 0
+        for pid in self.pids():
+            try:
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            ticks += sum(map(int, fields[11:15]))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def megabytes(self) -> float:
+        """Memory, with what several share counted once (PSS)."""
+        total = 0
+        for pid in self.pids():
+            try:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            except OSError:
+                continue
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        return total / 1000
+
+    def wait(self, image: bytes) -> float:
+        """Seconds until a posted image is answered."""
+        started = time.monotonic()
+        body = (
+            b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n'
+            b"Content-Type: image/jpeg\r\n\r\n" + image + b"\r\n--b--\r\n"
+        )
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{PORT}/predict",
+            body,
+            {"Content-Type": "multipart/form-data; boundary=b"},
+        )
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=10) as answer:
+                    answer.read()
+                    return time.monotonic() - started
+            except (urllib.error.URLError, OSError):
+                pass
+            if self.main.poll() is not None or time.monotonic() - started > 120:
+                raise SystemExit(f"A system did not start: see {self.log.name}.")
+            time.sleep(0.02)
+
+    @contextmanager
+    def watched(self) -> Iterator[dict[str, float]]:
+        """CPU seconds and the most memory, of the time that the block takes."""
+        found: dict[str, float] = {}
+        over = threading.Event()
+        peak = 0.0
+
+        def watch() -> None:
+            nonlocal peak
+            while not over.wait(1.0):
+                peak = max(peak, self.megabytes())
+
+        watcher = threading.Thread(target=watch)
+        before = self.cpu_seconds()
+        watcher.start()
+        try:
+            yield found
+        finally:
+            over.set()
+            watcher.join()
+            found["cpu_seconds"] = self.cpu_seconds() - before
+            found["peak_megabytes"] = max(peak, self.megabytes())
+
+    def stop(self) -> None:
+        """End all of them."""
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            for pid in list(self.pids()):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, how)
+            try:
+                self.main.wait(8 if how == signal.SIGTERM else None)
+            except subprocess.TimeoutExpired:
+                continue
+        while any(True for _ in self.pids()):
+            time.sleep(0.1)
+        self.log.close()
