@@ -111,7 +111,7 @@ def serve(
         )
     cores = settings.threads or available_cores()
     if cores >= _MANY_CORES and not check:
-        log.info("several processes would answer more", cores=cores, setting=f"{PREFIX}PROCESSES")
+        log.info("several processes may answer more", cores=cores, setting=f"{PREFIX}PROCESSES")
     app = create_app(settings)
     if check:
         facts = app.state.networks.current.facts

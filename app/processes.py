@@ -1,7 +1,7 @@
 """Several processes that answer on one port, and the one that watches them.
 
-Python runs one thread of a process at a time, so that from some eight cores on several processes
-answer more (docs/performance-gpu.md). The kernel deals connections out among those that listen
+Python runs one thread of a process at a time, so that on many cores several processes answer more
+(docs/performance-gpu.md). The kernel deals connections out among those that listen
 (SO_REUSEPORT). At the start they listen when all are warm: the first would keep every connection.
 """
 

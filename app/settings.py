@@ -68,9 +68,9 @@ class Settings(BaseSettings):
     """`auto` (a GPU where the runtime finds one), `cpu`, or `cuda:0`."""
 
     processes: int = Field(1, ge=1, le=64)
-    """Processes that share the port, and the cores, queue, bytes and connections set here. From
-    some eight cores on, one for every two cores or four answers more, in two hundred megabytes
-    each; on a GPU in a gigabyte, and two or three of its own. `/metrics` tells them apart."""
+    """Processes that share the port, and the cores, queue, bytes and connections set here. On many
+    cores several answer more (measured on sixteen with a GPU, docs/performance-gpu.md; on two cores
+    they gain nothing), each in memory of its own. `/metrics` tells them apart."""
 
     threads: int = Field(0, ge=0)
     """Threads of the runtime on the CPU, and of the decoder; 0 takes the container's CPU quota."""

@@ -1,10 +1,10 @@
 """CUDA graphs: a network's kernels, recorded once for each size of batch and started as one.
 
-To start some three hundred small kernels one by one takes longer than to run them, and ONNX Runtime
-plans its convolutions anew whenever a batch has another size than the last (half a second each time
-on an H100). A graph has one size, so there is one for every power of two, and a batch is filled up
-to the next. One thread runs all of a network's: ONNX Runtime keeps a graph for the thread that
-recorded it.
+To start so many small kernels one by one takes longer than to run them, and ONNX Runtime plans its
+convolutions anew, for a second, whenever a batch has another size than the last
+(docs/performance-gpu-steps.md). A graph has one size, so there is one for every power of two, and a
+batch is filled up to the next. One thread runs all of a network's: ONNX Runtime keeps a graph for
+the thread that recorded it.
 """
 
 import queue
