@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from app.engines import Engine
 from app.telemetry import Metrics
+from models.bundle import Outputs
 from models.images import NotItsTurn, is_anyones_turn, skip_turn
 
 Pixels = NDArray[np.uint8]
@@ -31,8 +32,9 @@ T = TypeVar("T")
 # Decoded images that a CPU runs together: more of them gain nothing there, and take memory
 # (benchmarks/serving/steps.py).
 _BATCH_ON_CPU = 4
-# Workers beyond the cores: they use what the others leave idle, waiting for the interpreter.
-_SPARE = 2
+# Workers beyond the cores: they use what the others leave idle, waiting for the interpreter. Each
+# takes memory, and a share of the cores' caches.
+_SPARE = 1
 # Bytes that take long enough to copy for others to use the interpreter meanwhile.
 _MUCH = 1_000_000
 # How often it is looked whether a large image's turn has come.
@@ -68,12 +70,12 @@ class InferenceFailed(Refused):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The engine's outputs for one image, and how long it took to get them.
+    """The outputs for one image, and how long it took to get them.
 
     Attributes:
-        outputs: By name, the row of this image.
+        outputs: By name, the row of this image; and what was measured of its pixels.
         queue_seconds: That it waited, for its decoding and for its batch.
-        inference_seconds: The run of its batch.
+        inference_seconds: The run of its batch, with those measures.
         ended: When that was over, on `time.monotonic`'s clock.
     """
 
@@ -127,6 +129,7 @@ class Batcher:
         max_batch: Most images in one run; on a CPU it is never more than a few.
         queue_size: Most images admitted at once.
         metrics: Told of every batch.
+        measure: What else there is to find in a batch's pixels; it joins the engine's outputs.
     """
 
     def __init__(
@@ -137,11 +140,13 @@ class Batcher:
         max_batch: int,
         queue_size: int,
         metrics: Metrics,
+        measure: Callable[[Pixels], Outputs],
     ):
         self._engine = engine
         self._input_size = input_size
         self._queue_size = queue_size
         self._metrics = metrics
+        self._measure = measure
         on_cpu = engine.device == "cpu"
         self._max_batch = min(_BATCH_ON_CPU, max_batch) if on_cpu else max_batch
         self._worth_running = self._max_batch if on_cpu else 1
@@ -422,9 +427,8 @@ class Batcher:
     def _infer(self, jobs: list[_Job], tries: int = 2) -> None:
         started = time.monotonic()
         try:
-            outputs = self._engine.run(
-                _stack([job.pixels for job in jobs if job.pixels is not None])
-            )
+            pixels = _stack([job.pixels for job in jobs if job.pixels is not None])
+            outputs = {**self._engine.run(pixels), **self._measure(pixels)}
             finite = [
                 np.isfinite(values).reshape(len(jobs), -1).all(1) for values in outputs.values()
             ]

@@ -39,9 +39,11 @@ from app.uploads import Upload
 from models.bundle import BundleError
 from models.calibration import CalibrationError
 from models.cores import available_cores
+from models.memory import share_heaps
 
 _DAY_SECONDS = 86_400.0
 _OBJECTS_PER_COLLECTION = 20_000
+_CORES_PER_HEAP = 2
 _MANY_CORES = 8
 # Beyond the deadline of what was accepted: for uploads that never end, and for closing.
 _PATIENCE_SECONDS = 15.0
@@ -112,6 +114,7 @@ def serve(
     cores = settings.threads or available_cores()
     if cores >= _MANY_CORES and not check:
         log.info("several processes may answer more", cores=cores, setting=f"{PREFIX}PROCESSES")
+    _tune(settings)
     app = create_app(settings)
     if check:
         facts = app.state.networks.current.facts
@@ -123,12 +126,17 @@ def serve(
 def _serve(server: Server, listener: socket | None = None) -> None:
     # Uvicorn's own lines of every request would repeat ours.
     logging.getLogger("uvicorn.access").disabled = True
-    # An answer makes hundreds of objects, none of them in cycles; all threads wait for each
-    # collection (benchmarks/serving/steps.py).
-    gc.set_threshold(_OBJECTS_PER_COLLECTION)
     server.run(None if listener is None else [listener])
     if not server.started or server.failed:
         raise SystemExit(1)  # the log says why: a port in use, most often
+
+
+def _tune(settings: Settings) -> None:
+    """What is of the whole process, before its threads begin (benchmarks/serving/steps.py)."""
+    # An answer makes hundreds of objects, none of them in cycles; all threads wait for each
+    # collection.
+    gc.set_threshold(_OBJECTS_PER_COLLECTION)
+    share_heaps(max((settings.threads or available_cores()) // _CORES_PER_HEAP, 1))
 
 
 def _serve_beside(place: Place) -> None:
@@ -137,6 +145,7 @@ def _serve_beside(place: Place) -> None:
     with _in_a_sentence():
         whole = load_settings()
         settings = whole.share()
+        _tune(settings)
         configure_logs(settings.log_level, place.number)
         said = False
 

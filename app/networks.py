@@ -10,6 +10,7 @@ import structlog
 
 from app.batcher import Batcher, Draining
 from app.engines import EngineError, open_engine
+from app.quality import measure
 from app.schemas import ModelFacts
 from app.settings import Settings
 from app.telemetry import Metrics
@@ -242,6 +243,7 @@ class Networks:
                 settings.max_batch,
                 settings.queue_size,
                 self._metrics,
+                measure,
             ),
         )
 

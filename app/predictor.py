@@ -3,9 +3,9 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -37,13 +37,14 @@ from app.settings import Settings
 from app.telemetry import Metrics
 from app.trace import Trace
 from app.uploads import Upload
-from models.bundle import melanoma_probability
+from models.bundle import Outputs, melanoma_probability
 from models.images import DecodedImage, ImageError, decode
 
 T = TypeVar("T")
 
 # Of what stands in an answer; decisions are made on the full numbers.
 DIGITS = 6
+_NOTHING = np.finfo(np.float64).tiny
 
 _REFUSALS: dict[type[batching.Refused], tuple[Kind, str]] = {
     batching.Saturated: (
@@ -78,7 +79,6 @@ class _Picture:
     Attributes:
         data: Encoded.
         image: Decoded.
-        warnings: On the picture itself.
         sha256: Of `data`, in hexadecimal.
         decode_began: On `time.monotonic`'s clock.
         decode_seconds: That it took.
@@ -86,7 +86,6 @@ class _Picture:
 
     data: bytes
     image: DecodedImage | None = None
-    warnings: list[QualityWarning] = field(default_factory=list)
     sha256: str = ""
     decode_began: float = 0.0
     decode_seconds: float = 0.0
@@ -200,7 +199,7 @@ class Predictor:
         ]
         image = picture.image
         assert image is not None
-        prediction, quality = self._interpret(network, picture, answer.outputs)
+        prediction, quality = self._interpret(network, image, answer.outputs)
         fields: dict[str, Explanation] = {}
         if explain:
             drawn: Future[str] = Future()
@@ -230,7 +229,6 @@ class Predictor:
         try:
             image = decode(picture.data, size.height, size.width, self._limits, wait=False)
             picture.image = image
-            picture.warnings = find_warnings(image)
             picture.sha256 = hashlib.sha256(picture.data).hexdigest()
         finally:
             picture.decode_seconds = time.monotonic() - began
@@ -241,7 +239,7 @@ class Predictor:
         self._metrics.stage(stage).observe(seconds)
 
     def _interpret(
-        self, network: Network, picture: "_Picture", outputs: Mapping[str, NDArray[np.float32]]
+        self, network: Network, image: DecodedImage, outputs: Outputs
     ) -> tuple[Prediction, Quality]:
         artifact, metrics = network.artifact, self._metrics
         probability = float(melanoma_probability(outputs["melanoma_logit"], artifact.calibration))
@@ -255,10 +253,10 @@ class Predictor:
         for task in network.bundle.manifest.tasks:
             if task.kind == "binary":
                 continue
-            probabilities = {
-                label: round(min(max(value, 0.0), 1.0), DIGITS)
-                for label, value in zip(task.labels, outputs[task.name].tolist(), strict=True)
-            }
+            # A runtime that computes in bfloat16 gives some that add up to 1.004.
+            values = outputs[task.name].astype(np.float64).clip(0.0, 1.0)
+            shares = (values / max(values.sum(), _NOTHING)).round(DIGITS).tolist()
+            probabilities = dict(zip(task.labels, shares, strict=True))
             label = max(probabilities, key=probabilities.__getitem__)
             metrics.predicted_as(task.name, label).inc()
             if task.name == "age":
@@ -268,7 +266,8 @@ class Predictor:
                 categories[task.name] = Category(label=label, probabilities=probabilities)
         score = float(outputs["ood_score"])
         inside = score <= artifact.ood_threshold
-        warnings = picture.warnings
+        size = network.bundle.manifest.input
+        warnings = find_warnings(outputs, image.width, image.height, min(size.width, size.height))
         if not inside:
             warnings.append(QualityWarning.OUT_OF_DISTRIBUTION)
             metrics.out_of_distribution.inc()

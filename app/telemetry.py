@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
 from math import ceil
+from typing import TextIO
 from uuid import uuid4
 
 import structlog
@@ -291,6 +292,39 @@ def _route(scope: Scope) -> tuple[str, str]:
     return method, getattr(scope.get("route"), "path", "unmatched")
 
 
+class _Lines:
+    """Writes lines to a file; those of one turn of the event loop together, at its end.
+
+    A write lets the interpreter go, and to get it back takes long on cores that are all busy.
+    """
+
+    def __init__(self, file: TextIO):
+        self._file = file
+        self._waiting: list[str] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def msg(self, line: str) -> None:
+        """Write a line."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # another thread's, or there is none
+            self._file.write(f"{line}\n")
+            self._file.flush()
+            return
+        if not self._waiting or loop is not self._loop:
+            self._loop = loop
+            loop.call_soon(self._write)
+        self._waiting.append(f"{line}\n")
+
+    debug = info = warning = error = critical = msg
+
+    def _write(self) -> None:
+        lines = "".join(self._waiting)
+        self._waiting.clear()
+        self._file.write(lines)
+        self._file.flush()
+
+
 def configure_logs(level: str, process: int | None = None) -> None:
     """Write every log line of the process, ours and the libraries', as JSON to standard error.
 
@@ -306,11 +340,12 @@ def configure_logs(level: str, process: int | None = None) -> None:
     if process is not None:
         shared.insert(0, lambda _, __, line: {"process": process, **line})
     to_json = structlog.processors.JSONRenderer()
+    lines = _Lines(sys.stderr)
     # Our own lines do without the standard library's records, which took a request longer than
     # anything else in this module.
     structlog.configure(
         processors=[*shared, to_json],
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: lines,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level)),
     )
     handler = logging.StreamHandler(sys.stderr)

@@ -7,7 +7,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from app.quality import find_warnings
+from app.quality import find_warnings, measure
 from app.schemas import QualityWarning
 from app.settings import DEFAULT_BUNDLE
 from models.bundle import load_bundle
@@ -47,7 +47,10 @@ def main() -> None:
         chosen = paths[:: -(-len(paths) // MOST)]
         found: Counter[QualityWarning] = Counter()
         for path in chosen:
-            found.update(find_warnings(decode(path.read_bytes(), size.height, size.width)))
+            image = decode(path.read_bytes(), size.height, size.width)
+            measures = {name: values[0] for name, values in measure(image.pixels[None]).items()}
+            smallest = min(size.height, size.width)
+            found.update(find_warnings(measures, image.width, image.height, smallest))
         shares = " | ".join(f"{found[kind] / len(chosen):.1%}" for kind in kinds)
         lines.append(f"| {name} | {len(chosen):,} | {shares} |")
     print("\n".join(lines))

@@ -62,7 +62,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def batcher(engine: Engine, tmp_path):
-    made = Batcher(engine, (SIDE, SIDE), 2, 4, 10, Metrics(4, ()))
+    made = Batcher(engine, (SIDE, SIDE), 2, 4, 10, Metrics(4, ()), lambda _: {})
     made.start()
     until(lambda: made.ready)
     yield made
@@ -114,6 +114,32 @@ async def test_what_waits_is_taken_together_up_to_the_largest_batch(
     assert sorted(value for batch in engine.batches for value in batch) == [1, *range(10, 16)]
 
 
+async def test_what_is_measured_of_a_batch_joins_its_outputs(engine: Engine) -> None:
+    batcher = Batcher(
+        engine,
+        (SIDE, SIDE),
+        1,
+        4,
+        10,
+        Metrics(4, ()),
+        lambda pixels: {"mean": pixels.mean((1, 2, 3))},
+    )
+    batcher.start()
+    until(lambda: batcher.ready)
+    first = await hold(engine, batcher)
+    futures: list[Future[Answer]] = [Future(), Future()]
+    for value, future in zip((3, 5), futures, strict=True):
+        batcher.put(partial(image, value), time.monotonic() + 5, future)
+    engine.gate.set()
+    answers = [await asyncio.wrap_future(future) for future in futures]
+    assert [(answer.outputs["first"], answer.outputs["mean"]) for answer in answers] == [
+        (3, 3),
+        (5, 5),
+    ]
+    await first
+    batcher.close(5)
+
+
 async def test_a_caller_who_has_gone_is_not_run(batcher: Batcher, engine: Engine) -> None:
     first = await hold(engine, batcher)
     gone, stays = (asyncio.create_task(ask(batcher, value)) for value in (20, 21))
@@ -140,7 +166,7 @@ async def test_an_image_whose_deadline_has_passed_is_not_run(
 
 async def test_why_an_image_is_dropped_is_counted(engine: Engine) -> None:
     metrics = Metrics(4, ())
-    batcher = Batcher(engine, (SIDE, SIDE), 1, 4, 10, metrics)
+    batcher = Batcher(engine, (SIDE, SIDE), 1, 4, 10, metrics, lambda _: {})
     batcher.start()
     until(lambda: batcher.ready)
     first = await hold(engine, batcher)
@@ -367,7 +393,7 @@ async def test_what_a_decoder_raises_reaches_its_caller_alone(batcher: Batcher) 
 
 async def test_a_gpu_is_not_left_idle_while_more_is_decoded(engine: Engine, tmp_path: Path) -> None:
     engine.device = "cuda:0"
-    batcher = Batcher(engine, (SIDE, SIDE), 2, 4, 10, Metrics(4, ()))
+    batcher = Batcher(engine, (SIDE, SIDE), 2, 4, 10, Metrics(4, ()), lambda _: {})
     batcher.start()
     until(lambda: batcher.ready)
     slow = threading.Event()
@@ -445,7 +471,7 @@ async def test_closing_answers_what_waits_and_refuses_the_rest(
 
 async def test_closing_ends_every_worker_though_the_callers_have_gone(engine: Engine) -> None:
     engine.device, engine.runs_at_once = "cuda:0", 2
-    batcher = Batcher(engine, (SIDE, SIDE), 8, 4, 99, Metrics(4, ()))
+    batcher = Batcher(engine, (SIDE, SIDE), 8, 4, 99, Metrics(4, ()), lambda _: {})
     batcher.start()
     until(lambda: batcher.ready)
     engine.gate.clear()

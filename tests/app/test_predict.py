@@ -311,3 +311,12 @@ def test_without_parameters_the_router_is_not_asked_and_the_answer_is_the_same(
     assert direct.headers.keys() == routed.headers.keys()
     same = [{k: v for k, v in x.json().items() if k != "request_id"} for x in (direct, routed)]
     assert same[0] == same[1]
+
+
+def test_the_probabilities_of_a_task_add_up_to_one() -> None:
+    with started(Settings()) as client:  # the shipped bundle, in what runs it here
+        for seed in range(3):
+            answer = client.post("/predict", files=form(lesion(seed))).json()
+            prediction = answer["results"][0]["prediction"]
+            for task in ("age", "site", "sex", "diagnosis"):
+                assert sum(prediction[task]["probabilities"].values()) == pytest.approx(1, abs=1e-5)

@@ -3,15 +3,15 @@ import pytest
 from PIL import Image, ImageFilter
 
 from app import quality
-from app.quality import find_warnings
+from app.quality import find_warnings, measure
 from app.schemas import QualityWarning
-from models.images import DecodedImage
 from tests.conftest import ROOT
 from tests.lesions import draw_lesion
 
 
 def found(pixels: np.ndarray, width: int = 640, height: int = 480) -> list[QualityWarning]:
-    return find_warnings(DecodedImage(pixels, width, height, "JPEG"))
+    measures = {name: values[0] for name, values in measure(pixels[None]).items()}
+    return find_warnings(measures, width, height, 160)
 
 
 @pytest.fixture
@@ -44,3 +44,12 @@ def test_each_rule_has_its_warning(good: np.ndarray) -> None:
     y, x = np.mgrid[-1:1:160j, -1:1:160j]
     rimmed = np.where((np.hypot(x, y) > 0.9)[:, :, None], 0, good).astype(np.uint8)
     assert found(rimmed) == ["dark_border"]
+
+
+def test_pictures_are_measured_together_as_alone(good: np.ndarray) -> None:
+    pictures = np.stack([good, good[::-1] // 2, np.full_like(good, 255)])
+    together = measure(pictures)
+    for row, picture in enumerate(pictures):
+        for name, values in measure(picture[None]).items():
+            assert together[name].shape == (3,)
+            np.testing.assert_allclose(together[name][row], values[0], rtol=1e-5, atol=1e-4)

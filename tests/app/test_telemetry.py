@@ -1,7 +1,13 @@
+import asyncio
 import json
+import sys
 import warnings
+from collections.abc import Callable, Coroutine
+from io import StringIO
 
 import pytest
+import structlog
+import uvloop
 from fastapi.testclient import TestClient
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -130,3 +136,48 @@ def test_logs_tell_what_happened_and_nothing_of_the_patient(
     assert {"decode_ms", "queue_ms", "inference_ms", "milliseconds"} <= line.keys()
     assert not any("Jane" in json.dumps(line) for line in lines)
     assert not any(key in line for key in ("probability", "filename", "sha256"))
+
+
+@pytest.mark.usefixtures("logs_as_before")
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_no_line_is_lost_where_an_event_loop_ends(
+    run: Callable[[Coroutine[None, None, None]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logs("INFO")
+    log = structlog.get_logger()
+
+    async def say(*names: str) -> None:
+        for name in names:
+            log.info(name)
+
+    run(say("a", "b"))
+    log.info("c")
+    run(say("d"))
+    assert [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()] == [*"abcd"]
+
+
+@pytest.mark.usefixtures("logs_as_before")
+def test_lines_of_one_turn_of_the_event_loop_are_written_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class File(StringIO):
+        def flush(self) -> None:
+            written.append(self.getvalue())
+            self.truncate(self.seek(0))
+
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stderr", File())
+    configure_logs("INFO")
+    log = structlog.get_logger()
+
+    async def say(name: str) -> None:
+        log.info(name)
+
+    async def main() -> None:
+        await asyncio.gather(say("a"), say("b"))
+        await asyncio.sleep(0)
+        log.info("c")
+
+    asyncio.run(main())
+    events = [[json.loads(line)["event"] for line in lines.splitlines()] for lines in written]
+    assert events == [["a", "b"], ["c"]]

@@ -1,7 +1,11 @@
 """Memory that is given back, and an interrupt that comes meanwhile."""
 
+import ctypes
 import gc
+import os
 import signal
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -9,6 +13,22 @@ import pytest
 
 from models import memory
 from models.memory import give_back
+
+# glibc describes its heaps to a C stream.
+HEAPS = """
+import ctypes, threading
+from models.memory import share_heaps
+share_heaps(1)
+c = ctypes.CDLL(None)
+c.malloc.restype = ctypes.c_void_p
+threads = [threading.Thread(target=c.malloc, args=[1000]) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+c.malloc_info(0, ctypes.c_void_p.in_dll(c, "stdout"))
+c.fflush(None)
+"""
 
 
 class Cycle:
@@ -34,6 +54,19 @@ def test_an_interrupt_in_a_callback_of_the_collection_is_not_lost() -> None:
         gc.enable()
     assert watched() is None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
+def test_threads_share_the_heaps_that_they_may_have() -> None:
+    for environment, shared in (({}, True), ({"MALLOC_ARENA_MAX": "8"}, False)):
+        done = subprocess.run(
+            [sys.executable, "-c", HEAPS],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert (done.stdout.count("<heap nr=") == 1) is shared
 
 
 def test_heaps_are_trimmed_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
