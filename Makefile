@@ -91,7 +91,7 @@ docker/secrets/grafana_password:
 
 ## Known vulnerabilities of what an image holds; says so where no advisories can be reached.
 audit: $(VENV)/.audit
-	@$(VENV)/bin/python docker/audit.py requirements/openvino.txt requirements/gpu.txt
+	@$(VENV)/bin/python docker/audit.py requirements/cpu.txt requirements/gpu.txt
 
 ## A software bill of materials (CycloneDX) of the service: sbom.json.
 sbom: $(VENV)/.audit
@@ -148,11 +148,9 @@ lock: | $(uv)
 	echo uv | $(lock) - -o requirements/bootstrap.txt
 	echo hatchling | $(lock) pyproject.toml - --extra cpu --extra oidc --extra signatures --extra tracing -o requirements/cpu.txt
 	echo hatchling | $(lock) pyproject.toml - --extra gpu --extra oidc --extra signatures --extra tracing -c requirements/cpu.txt -o requirements/gpu.txt
-	echo hatchling | $(lock) pyproject.toml - --extra cpu --extra openvino --extra oidc --extra signatures --extra tracing \
-		-c requirements/cpu.txt -o requirements/openvino.txt
 	$(lock) pyproject.toml --extra cpu --extra oidc --extra signatures --extra tracing --extra training -c requirements/cpu.txt \
 		-o requirements/training.txt
-	$(lock) pyproject.toml --extra cpu --extra oidc --extra signatures --extra tracing --extra training --extra openvino --extra dev -c requirements/training.txt \
+	$(lock) pyproject.toml --extra cpu --extra oidc --extra signatures --extra tracing --extra training --extra dev -c requirements/training.txt \
 		-o requirements/dev.txt
 	printf 'hatchling\natheris\nschemathesis\n' | $(lock) pyproject.toml - --extra cpu --extra oidc --extra signatures --extra tracing \
 		-c requirements/cpu.txt -o requirements/fuzz.txt

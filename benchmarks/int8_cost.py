@@ -87,12 +87,12 @@ def main(run: Path, folder: Path) -> int:
         "over lesions (seed 0). Calibration and thresholds are each artifact's own, fitted on "
         "validation with ONNX Runtime."
     )
-    print("\n## int8 in ONNX Runtime\n\nWhat a CPU takes by default.")
+    print("\n## int8 in ONNX Runtime\n\nWhat a CPU without AMX takes by default.")
     kept = compare("int8", fp32, predict(bundle, tested, "int8"), artifacts, clusters)
     print("\n## int8 in OpenVINO, what stays in floats in bfloat16\n")
     if has_amx():
-        print("What `MMTL_RUNTIME=openvino` is, on a CPU with AMX.")
-        engine = load_engine(bundle, artifacts[1], Settings(runtime="openvino"))
+        print("What a CPU with AMX takes by default.")
+        engine = load_engine(bundle, artifacts[1], Settings(), "openvino")
         mixed = predict(bundle, tested, "int8", engine.run)
         kept = compare("int8, bfloat16", fp32, mixed, artifacts, clusters) and kept
     else:

@@ -1,13 +1,14 @@
 """Runtimes that execute a bundle's artifact, behind one small protocol."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from app.settings import Settings
+from app.settings import Runtime, Settings
 from models.bundle import (
     Artifact,
     Bundle,
@@ -51,35 +52,48 @@ class Engine(Protocol):
 def open_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
     """The engine that the settings ask for, and the artifact that it runs.
 
-    Where no precision is asked for, a CPU runs the int8 artifact of a bundle that has one. One that
-    does not answer here as it did when it was made (not every processor multiplies integers without
-    overflow) is passed over.
+    Where no precision is asked for, a CPU runs the int8 artifact of a bundle that has one, and one
+    with AMX runs it in OpenVINO, unless a runtime is asked for. What does not answer here as it did
+    when it was made (not every processor multiplies integers without overflow) is passed over.
 
     Raises:
         BundleError: The bundle has no such artifact, or the artifact does not fit its manifest.
         EngineError: The runtime or the device is not there, or a torch artifact is not trusted.
     """
-    artifacts = _choices(bundle, settings)
-    for artifact in artifacts[:-1]:
+    *preferred, last = _choices(bundle, settings)
+    for artifact, runtime in preferred:
         try:
-            return artifact, load_engine(bundle, artifact, settings)
-        except BundleError as error:
-            log.warning("artifact passed over", file=artifact.file, reason=str(error))
-    return artifacts[-1], load_engine(bundle, artifacts[-1], settings)
+            return artifact, load_engine(bundle, artifact, settings, runtime)
+        except (BundleError, EngineError) as error:
+            log.warning("passed over", file=artifact.file, runtime=runtime, reason=str(error))
+    return last[0], load_engine(bundle, last[0], settings, last[1])
 
 
-def _choices(bundle: Bundle, settings: Settings) -> list[Artifact]:
-    """What may be run, the fastest first.
+def _choices(bundle: Bundle, settings: Settings) -> list[tuple[Artifact, Runtime]]:
+    """What may be run, and in what if it is an ONNX artifact: the fastest first.
 
     Raises:
         BundleError: The bundle has no such artifact.
     """
+    runtime = _runtime(settings)
     asked = None if settings.precision == "auto" else settings.precision
-    artifacts = [bundle.artifact(settings.artifact, asked)]
+    choices = [(bundle.artifact(settings.artifact, asked), runtime)]
     if settings.artifact == "onnx" and asked is None and _on_cpu(settings):
         fastest = bundle.artifact_for_cpu()
-        artifacts = [fastest] + [artifact for artifact in artifacts if artifact != fastest]
-    return artifacts
+        if fastest != choices[0][0]:
+            choices.insert(0, (fastest, runtime))
+        if fastest.precision == "int8" and settings.runtime == "auto" and _has_fast_openvino():
+            choices.insert(0, (fastest, "openvino"))
+    return choices
+
+
+def _runtime(settings: Settings) -> Runtime:
+    return "onnxruntime" if settings.runtime == "auto" else settings.runtime
+
+
+def _has_fast_openvino() -> bool:
+    """Whether OpenVINO is installed on a CPU where it is the faster (docs/performance.md)."""
+    return has_amx() and find_spec("openvino") is not None
 
 
 def _on_cpu(settings: Settings) -> bool:
@@ -93,14 +107,22 @@ def _on_cpu(settings: Settings) -> bool:
     return not has_gpu(0)
 
 
-def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
+def load_engine(
+    bundle: Bundle, artifact: Artifact, settings: Settings, runtime: Runtime | None = None
+) -> Engine:
     """Load an artifact, and check its outputs against the manifest.
+
+    Args:
+        bundle: Verified.
+        artifact: Of it.
+        settings: Device and threads; the runtime of an ONNX artifact where none is given.
+        runtime: Of an ONNX artifact.
 
     Raises:
         BundleError: The artifact does not fit its manifest.
         EngineError: The runtime or the device is not there, or a torch artifact is not trusted.
     """
-    engine = _load(bundle, artifact, settings)
+    engine = _load(bundle, artifact, settings, runtime or _runtime(settings))
     images = golden_batch(bundle.manifest)
     try:
         outputs = engine.run(images)
@@ -115,9 +137,9 @@ def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engin
     return engine
 
 
-def _load(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
+def _load(bundle: Bundle, artifact: Artifact, settings: Settings, runtime: Runtime) -> Engine:
     threads = settings.threads or available_cores()
-    if artifact.format == "onnx" and settings.runtime == "openvino":
+    if artifact.format == "onnx" and runtime == "openvino":
         if settings.device.startswith("cuda"):
             raise EngineError(
                 f"MMTL_DEVICE={settings.device}: OpenVINO runs on the CPU here. "
@@ -127,12 +149,13 @@ def _load(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
             from app.engines.openvino import OpenVinoEngine
         except ImportError as error:
             raise EngineError(
-                f"OpenVINO cannot be used ({error}): install requirements/openvino.txt, "
-                "or leave MMTL_RUNTIME out."
+                f"OpenVINO cannot be used ({error}): it is in requirements/cpu.txt for Linux on "
+                "x86-64. Leave MMTL_RUNTIME out to do without."
             ) from None
         # Who names a precision gets the same answers from every processor, up to rounding.
         bfloat16 = settings.precision == "auto" and has_amx()
-        return OpenVinoEngine(artifact.file, bundle.read(artifact), threads, bfloat16)
+        size = bundle.manifest.input.height, bundle.manifest.input.width
+        return OpenVinoEngine(artifact.file, bundle.read(artifact), size, threads, bfloat16)
     if artifact.format == "onnx" and _on_cpu(settings):
         from app.engines.onnx import OnnxEngine
 

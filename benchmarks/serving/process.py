@@ -47,7 +47,7 @@ def make_environment(name: str) -> Path:
         system, gpu, _ = name.partition(ON_GPU)
         locked = HERE / f"requirements-{system}.txt"
         if system == "mmtl":
-            locked = ROOT / f"requirements/{'gpu' if gpu else 'openvino'}.txt"
+            locked = ROOT / f"requirements/{'gpu' if gpu else 'cpu'}.txt"
         there = ["--quiet", "--python", folder / "bin/python"]
         install = [uv, "pip", "install", *there]
         subprocess.run([*install, "--require-hashes", "-r", locked], check=True)

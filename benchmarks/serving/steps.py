@@ -34,12 +34,16 @@ ROUNDS = 5
 SECONDS = 3.0
 MIXES = ("small", "full size")
 AS_IT_IS = "as it is"
-OPENVINO = "OpenVINO"
 UNDONE = {
-    "int8": "the fp32 network",
+    "int8": "the fp32 network, in ONNX Runtime",
+    "OpenVINO": "the int8 network in ONNX Runtime",
+    "bfloat16": "what stays in floats in float32",
     "a run a core": "one run at a time, on all cores",
     "batches of 4": "every image run on its own",
-    "spare workers": "no more workers than cores",
+    "spare worker": "no more workers than cores",
+    "measured together": "each picture's quality measured alone",
+    "lines together": "each log line written at once",
+    "heaps shared": "heaps of the C library for each thread",
     "fewer scans": "every scan of a progressive JPEG",
     "read at once": "JPEGs read in Pillow's blocks of 64 KB",
     "past the router": "FastAPI finds every route, and reads its parameters",
@@ -47,16 +51,13 @@ UNDONE = {
     "bodies as they come": "bodies copied twice on their way through uvicorn",
     "rare collections": "garbage collected after every 700 objects, not 20,000",
     "rare trims": "memory given back to the kernel after every large image",
-    "memory patterns": "no plan of memory for each size of batch",
 }
 TRIED = {
-    OPENVINO: "OpenVINO (`MMTL_RUNTIME=openvino`; it takes more memory)",
     "garbage frozen": "garbage collector frozen after start",
     "short switches": "threads switched every 0.5 ms, not every 5",
     "batches of 8": "batches of 8 on the CPU",
-    "one spare worker": "one worker more than cores, not two",
+    "two spare workers": "two workers more than cores, not one",
     "nice workers": "workers behind the event loop (`nice` 5)",
-    "one malloc arena": "one arena of malloc for all threads",
     "freed memory kept": "freed memory not given back to the kernel",
     "log later": "log lines written ten times a second, not at once",
     "no system call": "request ids drawn without one, which lets the interpreter go",
@@ -69,37 +70,51 @@ def serve(variant: str) -> None:
 
     import app.batcher
     import app.cli
-    import app.engines.onnx
+    import app.engines.openvino
+    import app.networks
     import app.routes.predict
     import app.server
+    import app.telemetry
     import models.images
     import models.memory
 
-    if variant == OPENVINO:
-        os.environ["MMTL_RUNTIME"] = "openvino"
-    elif variant == "int8":
+    if variant == "int8":
         os.environ["MMTL_PRECISION"] = "fp32"
+    elif variant == "OpenVINO":
+        os.environ["MMTL_RUNTIME"] = "onnxruntime"
+    elif variant == "bfloat16":
+        os.environ["MMTL_RUNTIME"] = "openvino"
+        app.engines.has_amx = lambda: False
     elif variant == "a run a core":
-        engine: Any = app.engines.onnx.OnnxEngine
-        start, session = engine.__init__, app.engines.onnx.onnxruntime.InferenceSession
+        compile_model: Any = app.engines.openvino.openvino.Core.compile_model
 
-        def wide(path: Path, options: Any, **more: Any) -> Any:
-            options.intra_op_num_threads = CORES
-            return session(path, options, **more)
+        def wide(core: Any, model: Any, device: str, options: dict[str, Any]) -> Any:
+            return compile_model(core, model, device, {**options, "NUM_STREAMS": 1})
 
-        def one(self: Any, *arguments: Any) -> None:
-            start(self, *arguments)
-            self.runs_at_once = 1
-
-        app.engines.onnx.onnxruntime.InferenceSession = wide
-        engine.__init__ = one
+        app.engines.openvino.openvino.Core.compile_model = wide
+        engine: Any = app.engines.openvino.OpenVinoEngine
+        engine.runs_at_once = property(lambda _: 1, lambda _, wanted: None)
     elif variant == "batches of 4":
-        app.batcher._BATCH_ON_CPU = 1
         os.environ["MMTL_MAX_BATCH"] = "1"
     elif variant == "batches of 8":
-        app.batcher._BATCH_ON_CPU = 8
-    elif variant == "spare workers":
+        app.batcher._BATCH_ON_CPU = app.engines.openvino._WHOLE = 8
+    elif variant == "spare worker":
         app.batcher._SPARE = 0
+    elif variant == "measured together":
+        measure = app.networks.measure
+
+        def alone(pixels: Any) -> dict[str, Any]:
+            each = [measure(one[None]) for one in pixels]
+            return {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+
+        app.networks.measure = alone
+    elif variant == "lines together":
+        import structlog
+
+        lines = structlog.WriteLogger(sys.stderr)
+        app.telemetry._Lines = lambda file: lines
+    elif variant == "heaps shared":
+        app.cli.share_heaps = lambda most: None
     elif variant == "fewer scans":
         models.images.for_an_eighth = lambda data: data
     elif variant == "read at once":
@@ -110,9 +125,6 @@ def serve(variant: str) -> None:
             await self.app(*request)
 
         app.routes.predict.Direct.__call__ = through
-    elif variant == "memory patterns":
-        options: Any = app.engines.onnx.onnxruntime.SessionOptions
-        options.enable_mem_pattern = property(lambda _: False, lambda _, wanted: None)
     elif variant == "joined":
         app.batcher._stack = np.stack
     elif variant == "bodies as they come":
@@ -124,8 +136,8 @@ def serve(variant: str) -> None:
     elif variant == "garbage frozen":
         gc.collect()
         gc.freeze()
-    elif variant == "one spare worker":
-        app.batcher._SPARE = 1
+    elif variant == "two spare workers":
+        app.batcher._SPARE = 2
     elif variant == "nice workers":
         work = app.batcher.Batcher._work
 
@@ -139,7 +151,6 @@ def serve(variant: str) -> None:
     elif variant == "log later":
         write_later()
     elif variant == "no system call":
-        import app.telemetry
 
         class Drawn:
             def __init__(self) -> None:
@@ -162,6 +173,8 @@ def write_later() -> None:
     """Have a thread write what is logged."""
     import structlog
 
+    import app.telemetry
+
     lines: deque[str] = deque()
 
     class Later(structlog.WriteLogger):
@@ -177,16 +190,14 @@ def write_later() -> None:
             sys.stderr.write("".join(lines.popleft() for _ in range(len(lines))))
             sys.stderr.flush()
 
-    structlog.WriteLoggerFactory = lambda file: lambda *_: Later(file)
+    app.telemetry._Lines = Later
     threading.Thread(target=write, daemon=True).start()
 
 
 def measure(variant: str, mixes: dict[str, list[Path]]) -> dict[str, float]:
     """Images a second, by mix."""
     environment = {**os.environ, "MMTL_PORT": str(PORT), "MMTL_LOG_LEVEL": "INFO"}
-    if variant == "one malloc arena":
-        environment["MALLOC_ARENA_MAX"] = "1"
-    elif variant == "freed memory kept":
+    if variant == "freed memory kept":
         environment |= {"MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "33554432"}
     command = [sys.executable, "-m", "benchmarks.serving.steps", "--serve", variant]
     with tempfile.TemporaryFile("w+") as logged:

@@ -35,7 +35,7 @@ def load(bundle: Bundle, **settings: object) -> Engine:
 def test_a_network_answers_by_name_at_any_batch_size(runtime: str, tmp_path: Path) -> None:
     engine = load(make_bundle(tmp_path / "bundle"), runtime=runtime, precision="fp32", device="cpu")
     assert (engine.name, engine.device) == (runtime, "cpu")
-    for count in (1, 3):
+    for count in (1, 2, 3, 4, 7):
         images = np.random.default_rng(0).integers(0, 255, (count, SIDE, SIDE, 3), np.uint8)
         outputs = engine.run(images)
         for name, values in expected_outputs(images).items():
@@ -57,7 +57,7 @@ def test_a_file_that_is_no_network_is_refused(runtime: str, content: bytes) -> N
         else:
             from app.engines.openvino import OpenVinoEngine
 
-            OpenVinoEngine("model.onnx", content, 1, bfloat16=False)
+            OpenVinoEngine("model.onnx", content, (SIDE, SIDE), 1, bfloat16=False)
 
 
 def test_a_file_that_was_changed_after_its_bundle_was_verified_is_not_run(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_integers_that_answer_otherwise_here_are_passed_over(
     artifact, _ = open_engine(bundle, Settings(device="cpu"))
     assert artifact.precision == "fp32"
     out, err = capsys.readouterr()
-    assert "artifact passed over" in out + err
+    assert "passed over" in out + err
     with pytest.raises(BundleError, match=r"model\.int8\.onnx on this machine differs"):
         open_engine(bundle, Settings(device="cpu", precision="int8"))
 
@@ -142,7 +142,7 @@ def test_an_openvino_that_does_not_load_is_a_clear_error(
 ) -> None:
     monkeypatch.delitem(sys.modules, "app.engines.openvino", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(EngineError, match=r"OpenVINO cannot be used.*requirements/openvino\.txt"):
+    with pytest.raises(EngineError, match=r"OpenVINO cannot be used.*requirements/cpu\.txt"):
         open_engine(make_bundle(tmp_path / "bundle"), Settings(runtime="openvino"))
 
 
@@ -173,6 +173,39 @@ def test_openvino_computes_in_bfloat16_where_it_may_and_the_processor_has_amx(
     settings = Settings(runtime="openvino", precision=precision)
     artifact, engine = open_engine(load_bundle(settings.bundle), settings)
     assert (artifact.precision, engine.name) == ("int8", name)
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("amx", "settings", "name"),
+    [
+        (True, {}, "openvino-bfloat16"),
+        (False, {}, "onnxruntime"),
+        (True, {"precision": "int8"}, "onnxruntime"),
+        (True, {"precision": "fp32"}, "onnxruntime"),
+        (True, {"runtime": "onnxruntime"}, "onnxruntime"),
+    ],
+)
+def test_the_fastest_runtime_is_taken_where_nothing_is_asked_for(
+    amx: bool, settings: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.engines.has_amx", lambda: amx)
+    asked = Settings(device="cpu", **settings)
+    _, engine = open_engine(load_bundle(asked.bundle), asked)
+    assert engine.name == name
+
+
+def test_a_runtime_that_cannot_be_used_is_passed_over_where_none_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("app.engines._has_fast_openvino", lambda: True)
+    monkeypatch.delitem(sys.modules, "app.engines.openvino", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    bundle = two_precisions(tmp_path / "bundle")
+    artifact, engine = open_engine(bundle, Settings(device="cpu"))
+    assert (artifact.precision, engine.name) == ("int8", "onnxruntime")
+    out, err = capsys.readouterr()
+    assert "OpenVINO cannot be used" in out + err
 
 
 @needs_openvino
