@@ -32,8 +32,7 @@ T = TypeVar("T")
 # Decoded images that a CPU runs together: more of them gain nothing there, and take memory
 # (benchmarks/serving/steps.py).
 _BATCH_ON_CPU = 4
-# Workers beyond the cores: they use what the others leave idle, waiting for the interpreter. Each
-# takes memory, and a share of the cores' caches.
+# Workers beyond the cores: they use what the others leave idle, waiting for the interpreter.
 _SPARE = 1
 # Bytes that take long enough to copy for others to use the interpreter meanwhile.
 _MUCH = 1_000_000

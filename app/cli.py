@@ -39,11 +39,12 @@ from app.uploads import Upload
 from models.bundle import BundleError
 from models.calibration import CalibrationError
 from models.cores import available_cores
-from models.memory import share_heaps
+from models.memory import limit_arenas
 
 _DAY_SECONDS = 86_400.0
 _OBJECTS_PER_COLLECTION = 20_000
-_CORES_PER_HEAP = 2
+# Fewer arenas of malloc take less memory, and threads wait for each other there.
+_CORES_PER_ARENA = 2
 _MANY_CORES = 8
 # Beyond the deadline of what was accepted: for uploads that never end, and for closing.
 _PATIENCE_SECONDS = 15.0
@@ -136,7 +137,7 @@ def _tune(settings: Settings) -> None:
     # An answer makes hundreds of objects, none of them in cycles; all threads wait for each
     # collection.
     gc.set_threshold(_OBJECTS_PER_COLLECTION)
-    share_heaps(max((settings.threads or available_cores()) // _CORES_PER_HEAP, 1))
+    limit_arenas(max((settings.threads or available_cores()) // _CORES_PER_ARENA, 1))
 
 
 def _serve_beside(place: Place) -> None:

@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 # Of what stands in an answer; decisions are made on the full numbers.
 DIGITS = 6
-_NOTHING = np.finfo(np.float64).tiny
+_TINY = np.finfo(np.float64).tiny
 
 _REFUSALS: dict[type[batching.Refused], tuple[Kind, str]] = {
     batching.Saturated: (
@@ -255,7 +255,7 @@ class Predictor:
                 continue
             # A runtime that computes in bfloat16 gives some that add up to 1.004.
             values = outputs[task.name].astype(np.float64).clip(0.0, 1.0)
-            shares = (values / max(values.sum(), _NOTHING)).round(DIGITS).tolist()
+            shares = (values / max(values.sum(), _TINY)).round(DIGITS).tolist()
             probabilities = dict(zip(task.labels, shares, strict=True))
             label = max(probabilities, key=probabilities.__getitem__)
             metrics.predicted_as(task.name, label).inc()

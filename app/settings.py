@@ -22,8 +22,6 @@ OF_COMPOSE = frozenset(
     {"MMTL_BUNDLE_NAME", "MMTL_BUNDLES_FOLDER", "MMTL_CPUS", "MMTL_DOMAIN", "MMTL_PUBLISH"}
 )
 
-Runtime = Literal["onnxruntime", "openvino"]
-
 
 class SettingsError(Exception):
     """Settings that do not fit; the message names the variable and says what would."""
@@ -59,9 +57,10 @@ class Settings(BaseSettings):
     """`fp32`, `fp16` or `int8`; `auto` takes int8 on a CPU where the bundle has it, else fp32, and
     lets OpenVINO compute in bfloat16 what stays in floats, where the CPU has AMX (docs/int8.md)."""
 
-    runtime: Literal["auto", Runtime] = "auto"
-    """Of ONNX artifacts. `auto` takes OpenVINO where it is the faster (docs/performance.md): for an
-    int8 artifact, where no precision is named, on a CPU with AMX; else ONNX Runtime."""
+    runtime: Literal["auto", "onnxruntime", "openvino"] = "auto"
+    """Of ONNX artifacts. `auto` takes OpenVINO for an int8 artifact, where no precision is named,
+    on a CPU with AMX and in at most eight threads: it is the faster there (docs/performance.md).
+    Else it takes ONNX Runtime."""
 
     trust_torch: bool = False
     """Allow torch artifacts. They are code: say yes only to a bundle that you made or trust."""

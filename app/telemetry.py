@@ -7,8 +7,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from math import ceil
+from select import PIPE_BUF
 from typing import TextIO
 from uuid import uuid4
 
@@ -293,36 +295,52 @@ def _route(scope: Scope) -> tuple[str, str]:
 
 
 class _Lines:
-    """Writes lines to a file; those of one turn of the event loop together, at its end.
+    """Writes lines to a file; those of one turn of the event loop together, in the next.
 
-    A write lets the interpreter go, and to get it back takes long on cores that are all busy.
+    A write lets the interpreter go, and to get it back takes long on cores that are all busy. What
+    is not as it should be is written at once.
     """
 
-    def __init__(self, file: TextIO):
-        self._file = file
+    def __init__(self, file: TextIO | None):
+        self._file = file or sys.stdout
         self._waiting: list[str] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def msg(self, line: str) -> None:
-        """Write a line."""
+    def info(self, line: str) -> None:
+        """Write a line, in a while where there is an event loop."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # another thread's, or there is none
-            self._file.write(f"{line}\n")
-            self._file.flush()
+            self.warning(line)
             return
         if not self._waiting or loop is not self._loop:
             self._loop = loop
-            loop.call_soon(self._write)
+            loop.call_soon(self._write_waiting)
         self._waiting.append(f"{line}\n")
 
-    debug = info = warning = error = critical = msg
+    debug = info
 
-    def _write(self) -> None:
-        lines = "".join(self._waiting)
-        self._waiting.clear()
-        self._file.write(lines)
-        self._file.flush()
+    def warning(self, line: str) -> None:
+        """Write a line."""
+        self._write(f"{line}\n")
+
+    error = critical = warning
+
+    def _write_waiting(self) -> None:
+        lines, self._waiting = self._waiting, []
+        together = ""
+        for line in lines:
+            # A pipe takes so much at once: lines of several processes do not mix.
+            if together and len(together) + len(line) > PIPE_BUF:
+                self._write(together)
+                together = ""
+            together += line
+        self._write(together)
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):  # nobody is left to be told
+            self._file.write(text)
+            self._file.flush()
 
 
 def configure_logs(level: str, process: int | None = None) -> None:

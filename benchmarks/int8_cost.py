@@ -92,7 +92,7 @@ def main(run: Path, folder: Path) -> int:
     print("\n## int8 in OpenVINO, what stays in floats in bfloat16\n")
     if has_amx():
         print("What a CPU with AMX takes by default.")
-        engine = load_engine(bundle, artifacts[1], Settings(), "openvino")
+        engine = load_engine(bundle, artifacts[1], Settings(runtime="openvino"))
         mixed = predict(bundle, tested, "int8", engine.run)
         kept = compare("int8, bfloat16", fp32, mixed, artifacts, clusters) and kept
     else:

@@ -10,21 +10,21 @@ from contextlib import contextmanager
 from types import FrameType
 
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
-_SET = getattr(ctypes.CDLL(None), "mallopt", None)
+_MALLOPT = getattr(ctypes.CDLL(None), "mallopt", None)
 # M_ARENA_MAX of glibc's malloc.h.
-_MOST_HEAPS = -8
+_ARENA_MAX = -8
 # Held while heaps are going to be trimmed.
 _due = threading.Lock()
 
 
-def share_heaps(most: int) -> None:
-    """Let threads that begin from now on share so many heaps of the C library (glibc), at most.
+def limit_arenas(most: int) -> None:
+    """Let threads that begin from now on share so many arenas of glibc's malloc, at most.
 
-    Each would get one of its own, which grows to the most that it has ever needed. Who sets
+    Each thread would get one of its own, which grows to the most that it has ever needed. Who sets
     `MALLOC_ARENA_MAX` has decided that.
     """
-    if _SET is not None and "MALLOC_ARENA_MAX" not in os.environ:
-        _SET(_MOST_HEAPS, most)
+    if _MALLOPT is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        _MALLOPT(_ARENA_MAX, most)
 
 
 def give_back() -> None:

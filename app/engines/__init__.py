@@ -8,7 +8,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from app.settings import Runtime, Settings
+from app.settings import Settings
 from models.bundle import (
     Artifact,
     Bundle,
@@ -19,6 +19,8 @@ from models.bundle import (
 )
 from models.cores import available_cores, has_amx
 
+# Each takes some 35 MB in OpenVINO; on more cores there should be several processes.
+_MOST_THREADS = 8
 log = structlog.get_logger()
 
 
@@ -61,39 +63,43 @@ def open_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
         EngineError: The runtime or the device is not there, or a torch artifact is not trusted.
     """
     *preferred, last = _choices(bundle, settings)
-    for artifact, runtime in preferred:
+    for artifact, chosen in preferred:
         try:
-            return artifact, load_engine(bundle, artifact, settings, runtime)
+            return artifact, load_engine(bundle, artifact, chosen)
         except (BundleError, EngineError) as error:
-            log.warning("passed over", file=artifact.file, runtime=runtime, reason=str(error))
-    return last[0], load_engine(bundle, last[0], settings, last[1])
+            if isinstance(error, EngineError) and chosen is settings:  # it was asked for
+                raise
+            log.warning(
+                "passed over", file=artifact.file, runtime=chosen.runtime, reason=str(error)
+            )
+    return last[0], load_engine(bundle, *last)
 
 
-def _choices(bundle: Bundle, settings: Settings) -> list[tuple[Artifact, Runtime]]:
-    """What may be run, and in what if it is an ONNX artifact: the fastest first.
+def _choices(bundle: Bundle, settings: Settings) -> list[tuple[Artifact, Settings]]:
+    """What may be run, and how: the fastest first.
 
     Raises:
         BundleError: The bundle has no such artifact.
     """
-    runtime = _runtime(settings)
     asked = None if settings.precision == "auto" else settings.precision
-    choices = [(bundle.artifact(settings.artifact, asked), runtime)]
+    artifacts = [bundle.artifact(settings.artifact, asked)]
+    choices: list[tuple[Artifact, Settings]] = []
     if settings.artifact == "onnx" and asked is None and _on_cpu(settings):
         fastest = bundle.artifact_for_cpu()
-        if fastest != choices[0][0]:
-            choices.insert(0, (fastest, runtime))
-        if fastest.precision == "int8" and settings.runtime == "auto" and _has_fast_openvino():
-            choices.insert(0, (fastest, "openvino"))
-    return choices
+        artifacts = [fastest] + [artifact for artifact in artifacts if artifact != fastest]
+        if (
+            fastest.precision == "int8"
+            and settings.runtime == "auto"
+            and _prefers_openvino(settings)
+        ):
+            choices = [(fastest, settings.model_copy(update={"runtime": "openvino"}))]
+    return choices + [(artifact, settings) for artifact in artifacts]
 
 
-def _runtime(settings: Settings) -> Runtime:
-    return "onnxruntime" if settings.runtime == "auto" else settings.runtime
-
-
-def _has_fast_openvino() -> bool:
-    """Whether OpenVINO is installed on a CPU where it is the faster (docs/performance.md)."""
-    return has_amx() and find_spec("openvino") is not None
+def _prefers_openvino(settings: Settings) -> bool:
+    """Whether OpenVINO is there, and the faster for integers, in memory that is not much."""
+    few = (settings.threads or available_cores()) <= _MOST_THREADS
+    return few and has_amx() and find_spec("openvino") is not None
 
 
 def _on_cpu(settings: Settings) -> bool:
@@ -107,22 +113,14 @@ def _on_cpu(settings: Settings) -> bool:
     return not has_gpu(0)
 
 
-def load_engine(
-    bundle: Bundle, artifact: Artifact, settings: Settings, runtime: Runtime | None = None
-) -> Engine:
+def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
     """Load an artifact, and check its outputs against the manifest.
-
-    Args:
-        bundle: Verified.
-        artifact: Of it.
-        settings: Device and threads; the runtime of an ONNX artifact where none is given.
-        runtime: Of an ONNX artifact.
 
     Raises:
         BundleError: The artifact does not fit its manifest.
         EngineError: The runtime or the device is not there, or a torch artifact is not trusted.
     """
-    engine = _load(bundle, artifact, settings, runtime or _runtime(settings))
+    engine = _load(bundle, artifact, settings)
     images = golden_batch(bundle.manifest)
     try:
         outputs = engine.run(images)
@@ -137,9 +135,9 @@ def load_engine(
     return engine
 
 
-def _load(bundle: Bundle, artifact: Artifact, settings: Settings, runtime: Runtime) -> Engine:
+def _load(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
     threads = settings.threads or available_cores()
-    if artifact.format == "onnx" and runtime == "openvino":
+    if artifact.format == "onnx" and settings.runtime == "openvino":
         if settings.device.startswith("cuda"):
             raise EngineError(
                 f"MMTL_DEVICE={settings.device}: OpenVINO runs on the CPU here. "
@@ -150,7 +148,7 @@ def _load(bundle: Bundle, artifact: Artifact, settings: Settings, runtime: Runti
         except ImportError as error:
             raise EngineError(
                 f"OpenVINO cannot be used ({error}): it is in requirements/cpu.txt for Linux on "
-                "x86-64. Leave MMTL_RUNTIME out to do without."
+                "x86-64; MMTL_RUNTIME=onnxruntime does without."
             ) from None
         # Who names a precision gets the same answers from every processor, up to rounding.
         bfloat16 = settings.precision == "auto" and has_amx()

@@ -15,8 +15,8 @@ class OnnxEngine:
     Args:
         file: Name of the artifact's file, for messages.
         content: Of that file, verified.
-        threads: Each runs batches of its own. One run on several cores waits at every node for the
-            slowest of them (benchmarks/serving/steps.py).
+        threads: Each runs batches of its own. One run on several cores would wait at every node for
+            the slowest of them.
 
     Raises:
         BundleError: The file is not a network with the input that the contract names.

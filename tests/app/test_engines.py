@@ -1,8 +1,10 @@
+import subprocess
 import sys
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -16,6 +18,7 @@ from app.engines.pytorch import PytorchEngine
 from app.settings import Settings
 from models.bundle import ArtifactFormat, Bundle, BundleError, Precision, load_bundle, save_bundle
 from tests.bundles import SIDE, expected_outputs, make_bundle
+from tests.lesions import draw_lesion
 
 needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO is not installed")
 needs_no_cuda = pytest.mark.skipif(
@@ -133,6 +136,7 @@ def test_integers_that_answer_otherwise_here_are_passed_over(
     assert artifact.precision == "fp32"
     out, err = capsys.readouterr()
     assert "passed over" in out + err
+    assert "model.int8.onnx" in out + err
     with pytest.raises(BundleError, match=r"model\.int8\.onnx on this machine differs"):
         open_engine(bundle, Settings(device="cpu", precision="int8"))
 
@@ -184,10 +188,11 @@ def test_openvino_computes_in_bfloat16_where_it_may_and_the_processor_has_amx(
         (True, {"precision": "int8"}, "onnxruntime"),
         (True, {"precision": "fp32"}, "onnxruntime"),
         (True, {"runtime": "onnxruntime"}, "onnxruntime"),
+        (True, {"threads": 9}, "onnxruntime"),
     ],
 )
 def test_the_fastest_runtime_is_taken_where_nothing_is_asked_for(
-    amx: bool, settings: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+    amx: bool, settings: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.engines.has_amx", lambda: amx)
     asked = Settings(device="cpu", **settings)
@@ -198,7 +203,7 @@ def test_the_fastest_runtime_is_taken_where_nothing_is_asked_for(
 def test_a_runtime_that_cannot_be_used_is_passed_over_where_none_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("app.engines._has_fast_openvino", lambda: True)
+    monkeypatch.setattr("app.engines._prefers_openvino", lambda _: True)
     monkeypatch.delitem(sys.modules, "app.engines.openvino", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
     bundle = two_precisions(tmp_path / "bundle")
@@ -209,18 +214,37 @@ def test_a_runtime_that_cannot_be_used_is_passed_over_where_none_is_asked_for(
 
 
 @needs_openvino
+def test_openvino_reports_home_nothing() -> None:
+    code = "import sys, app.engines.openvino; print('openvino_telemetry' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@needs_openvino
+def test_an_image_s_answer_does_not_depend_on_what_is_run_with_it() -> None:
+    settings = Settings()
+    bundle = load_bundle(settings.bundle)
+    engine = load_engine(bundle, bundle.artifact("onnx", "int8"), Settings(runtime="openvino"))
+    images = np.stack([draw_lesion(seed, 160, 160) for seed in range(7)])
+    together = engine.run(images)
+    for row in range(7):
+        for name, values in engine.run(images[row : row + 1]).items():
+            np.testing.assert_allclose(together[name][row], values[0], rtol=1e-3, atol=1e-3)
+
+
+@needs_openvino
 def test_threads_that_run_at_once_get_their_own_answers(tmp_path: Path) -> None:
     engine = load(make_bundle(tmp_path / "bundle"), runtime="openvino", threads=2)
     assert engine.runs_at_once == 2
     wrong = []
 
     def ask(value: int) -> None:
-        images = np.full((2, SIDE, SIDE, 3), value, np.uint8)
+        images = np.full((value // 10, SIDE, SIDE, 3), value, np.uint8)
         for _ in range(50):
             if abs(engine.run(images)["ood_score"] - value).max() > 1e-3:
                 wrong.append(value)
 
-    asking = [Thread(target=ask, args=[value]) for value in (10, 100, 200)]
+    asking = [Thread(target=ask, args=[value]) for value in (10, 20, 30, 70)]
     for thread in asking:
         thread.start()
     for thread in asking:

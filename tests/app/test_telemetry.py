@@ -13,7 +13,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.settings import Settings
-from app.telemetry import Metrics, configure_logs
+from app.telemetry import Metrics, _Lines, configure_logs
 from tests.conftest import started
 from tests.lesions import draw_lesion, encode, flat
 
@@ -181,3 +181,43 @@ def test_lines_of_one_turn_of_the_event_loop_are_written_together(
     asyncio.run(main())
     events = [[json.loads(line)["event"] for line in lines.splitlines()] for lines in written]
     assert events == [["a", "b"], ["c"]]
+
+
+def test_lines_together_are_no_more_than_a_pipe_takes_at_once_but_for_a_longer_one() -> None:
+    written: list[str] = []
+
+    class File(StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    async def say() -> None:
+        lines = _Lines(File())
+        for size in (10, 3000, 2000, 5000, 10):
+            lines.info("x" * size)
+
+    asyncio.run(say())
+    assert [len(text) for text in written] == [3012, 2001, 5001, 11]
+
+
+def test_a_line_that_cannot_be_written_is_dropped() -> None:
+    class Broken(StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    lines = _Lines(Broken())
+    lines.info("a")
+    lines.error("b")
+
+
+def test_what_is_not_as_it_should_be_is_written_at_once() -> None:
+    file = StringIO()
+
+    async def say() -> None:
+        lines = _Lines(file)
+        lines.info("later")
+        lines.error("now")
+        assert file.getvalue() == "now\n"
+
+    asyncio.run(say())
+    assert file.getvalue() == "now\nlater\n"

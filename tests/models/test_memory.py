@@ -14,11 +14,11 @@ import pytest
 from models import memory
 from models.memory import give_back
 
-# glibc describes its heaps to a C stream.
-HEAPS = """
+# glibc describes its arenas, as heaps, to a C stream.
+ARENAS = """
 import ctypes, threading
-from models.memory import share_heaps
-share_heaps(1)
+from models.memory import limit_arenas
+limit_arenas(1)
 c = ctypes.CDLL(None)
 c.malloc.restype = ctypes.c_void_p
 threads = [threading.Thread(target=c.malloc, args=[1000]) for _ in range(3)]
@@ -57,11 +57,12 @@ def test_an_interrupt_in_a_callback_of_the_collection_is_not_lost() -> None:
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
-def test_threads_share_the_heaps_that_they_may_have() -> None:
+def test_threads_share_the_arenas_that_they_may_have() -> None:
     for environment, shared in (({}, True), ({"MALLOC_ARENA_MAX": "8"}, False)):
         done = subprocess.run(
-            [sys.executable, "-c", HEAPS],
-            env={**os.environ, **environment},
+            [sys.executable, "-c", ARENAS],
+            env={name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+            | environment,
             capture_output=True,
             text=True,
             check=True,
