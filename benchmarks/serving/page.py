@@ -281,9 +281,10 @@ def row(cells: Sequence[str]) -> str:
 def _plot(results: Results, path: Path) -> None:
     names = [LIMIT[SHIPPED], SHIPPED, INT8, LIMIT[SAME], SAME, *PEERS]
     colours = ["0.8", "tab:red", "tab:pink", "0.65", "tab:orange", *["tab:blue"] * len(PEERS)]
-    figure, axes = plt.subplots(1, len(MIXES), figsize=(13, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(MIXES), figsize=(13, 4.4), layout="constrained")
     for axis, mix in zip(axes, MIXES, strict=True):
-        axis.bar(names, [_rate(results, name, mix) for name in names], color=colours)
+        labels = [name.replace(" in ", "\nin ") for name in names]
+        axis.bar(labels, [_rate(results, name, mix) for name in names], color=colours)
         axis.set_title(f"{mix} images")
         axis.tick_params(axis="x", labelrotation=90)
         axis.spines[["top", "right"]].set_visible(False)
