@@ -20,6 +20,8 @@ _ROUNDED_BFLOAT16, _ROUNDED = 2**-4, 2**-6
 # Images of a whole run. Each size that is run takes some ten megabytes a thread, for code made for
 # it: there are this one, and single images. Larger ones are hardly faster.
 _WHOLE = 4
+# One for the process: where each network had its own, a process crashed at its end after a reload.
+_CORE = openvino.Core()
 
 
 class OpenVinoEngine:
@@ -52,15 +54,14 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
         }
         try:
-            core = openvino.Core()
-            model = core.read_model(BytesIO(content))
-            compiled = core.compile_model(model, "CPU", options).export_model()
+            model = _CORE.read_model(BytesIO(content))
+            compiled = _CORE.compile_model(model, "CPU", options).export_model()
             # One for each thread, as those that share one wait for each other's streams; compiled
             # once, as that takes the longest.
             each = []
             for _ in range(threads):
                 compiled.seek(0)
-                each.append(core.import_model(compiled, "CPU", options))
+                each.append(_CORE.import_model(compiled, "CPU", options))
         except Exception as error:  # of whatever its front end makes of the file
             reason = re.sub(r"\s+", " ", str(error))[-200:]
             raise BundleError(f"OpenVINO cannot load {file}: {reason}") from None
