@@ -29,7 +29,7 @@ from models.images import NotItsTurn, is_anyones_turn, skip_turn
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")
-# Decoded images that a CPU runs together: more of them gain nothing there, and take memory
+# Decoded images that a CPU runs together: more of them gain little there, and take memory
 # (benchmarks/serving/steps.py).
 _BATCH_ON_CPU = 4
 # Workers beyond the cores: they use what the others leave idle, waiting for the interpreter.

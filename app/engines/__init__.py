@@ -19,7 +19,7 @@ from models.bundle import (
 )
 from models.cores import available_cores, has_amx
 
-# Each takes some 35 MB in OpenVINO; on more cores there should be several processes.
+# Each takes memory of its own in OpenVINO; on more cores there should be several processes.
 _MOST_THREADS = 8
 log = structlog.get_logger()
 
@@ -145,7 +145,7 @@ def _load(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
             )
         try:
             from app.engines.openvino import OpenVinoEngine
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # as it says that its own files are missing
             raise EngineError(
                 f"OpenVINO cannot be used ({error}): it is in requirements/cpu.txt for Linux on "
                 "x86-64; MMTL_RUNTIME=onnxruntime does without."

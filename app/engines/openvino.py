@@ -17,8 +17,8 @@ import openvino  # noqa: E402  # after that line, so that it holds
 
 # Eight bits of a bfloat16, through some fifty layers; and integers, which it adds up otherwise.
 _ROUNDED_BFLOAT16, _ROUNDED = 2**-4, 2**-6
-# Images of a whole run. Each size that is run takes some ten megabytes a thread, for code made for
-# it: there are this one, and single images. Larger ones are hardly faster.
+# Images of a whole run. Each size that is run takes memory in each thread, for code made for it:
+# there are this one, and single images. Larger ones are a little faster, and take more.
 _WHOLE = 4
 # One for the process: where each network had its own, a process crashed at its end after a reload.
 _CORE = openvino.Core()
@@ -63,8 +63,7 @@ class OpenVinoEngine:
                 compiled.seek(0)
                 each.append(_CORE.import_model(compiled, "CPU", options))
         except Exception as error:  # of whatever its front end makes of the file
-            reason = re.sub(r"\s+", " ", str(error))[-200:]
-            raise BundleError(f"OpenVINO cannot load {file}: {reason}") from None
+            raise BundleError(f"OpenVINO cannot load {file}: {_reason(error)}") from None
         inputs = [(i.any_name, i.element_type.get_type_name()) for i in each[0].inputs]
         if inputs != [("images", "u8")]:
             raise BundleError(f"{file} must take one input, `images` of uint8.")
@@ -78,8 +77,9 @@ class OpenVinoEngine:
                     images = np.zeros((size, *input_size, 3), np.uint8)
                     request.infer({"images": images}, share_inputs=True)
             except Exception as error:
-                reason = re.sub(r"\s+", " ", str(error))[-200:]
-                raise BundleError(f"{file} does not take the declared input: {reason}") from None
+                raise BundleError(
+                    f"{file} does not take the declared input: {_reason(error)}"
+                ) from None
             self._requests.put(request)
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
@@ -106,3 +106,8 @@ class OpenVinoEngine:
             return {name: values[row][:rows] for row, name in enumerate(self._outputs)}
         finally:
             self._requests.put(request)
+
+
+def _reason(error: Exception) -> str:
+    """The end of what it says, which names the cause, in one line."""
+    return re.sub(r"\s+", " ", str(error))[-200:]
