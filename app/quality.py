@@ -22,7 +22,7 @@ def measure(pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
     """What the rules need to know of each picture.
 
     Of a batch at once: numpy lets the interpreter go for each step, and to get it back, on cores
-    that are all busy, takes longer than the step.
+    that are all busy, can take longer than the step.
 
     Args:
         pixels: uint8 [N, height, width, 3], RGB, at the network's input size.
