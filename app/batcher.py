@@ -29,9 +29,6 @@ from models.images import NotItsTurn, is_anyones_turn, skip_turn
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")
-# Decoded images that a CPU runs together: more of them gain little there, and take memory
-# (benchmarks/serving/steps.py).
-_BATCH_ON_CPU = 4
 # Workers beyond the cores: they use what the others leave idle, waiting for the interpreter.
 _SPARE = 1
 # Bytes that take long enough to copy for others to use the interpreter meanwhile.
@@ -125,7 +122,6 @@ class Batcher:
         engine: Loaded.
         input_size: Height and width of its images.
         cores: That decode, and on a CPU run the network; other threads come on top.
-        max_batch: Most images in one run; on a CPU it is never more than a few.
         queue_size: Most images admitted at once.
         metrics: Told of every batch.
         measure: What else there is to find in a batch's pixels; it joins the engine's outputs.
@@ -136,7 +132,6 @@ class Batcher:
         engine: Engine,
         input_size: tuple[int, int],
         cores: int,
-        max_batch: int,
         queue_size: int,
         metrics: Metrics,
         measure: Callable[[Pixels], Outputs],
@@ -147,7 +142,7 @@ class Batcher:
         self._metrics = metrics
         self._measure = measure
         on_cpu = engine.device == "cpu"
-        self._max_batch = min(_BATCH_ON_CPU, max_batch) if on_cpu else max_batch
+        self._max_batch = engine.batch
         self._worth_running = self._max_batch if on_cpu else 1
         self._admitted = 0
         self._encoded: deque[_Job] = deque()
@@ -327,7 +322,9 @@ class Batcher:
 
     def _warm_up(self) -> None:
         started = time.monotonic()
-        for size in range(1, self._max_batch + 1):
+        # On a GPU, each size has a graph of its own.
+        on_cpu = self._engine.device == "cpu"
+        for size in {1, self._max_batch} if on_cpu else range(1, self._max_batch + 1):
             if self._closed:
                 return
             self._engine.run(np.zeros((size, *self._input_size, 3), np.uint8))

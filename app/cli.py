@@ -39,12 +39,9 @@ from app.uploads import Upload
 from models.bundle import BundleError
 from models.calibration import CalibrationError
 from models.cores import available_cores
-from models.memory import limit_arenas
 
 _DAY_SECONDS = 86_400.0
 _OBJECTS_PER_COLLECTION = 20_000
-# Fewer arenas of malloc take less memory, and threads wait for each other there.
-_CORES_PER_ARENA = 2
 _MANY_CORES = 8
 # Beyond the deadline of what was accepted: for uploads that never end, and for closing.
 _PATIENCE_SECONDS = 15.0
@@ -115,7 +112,7 @@ def serve(
     cores = settings.threads or available_cores()
     if cores >= _MANY_CORES and not check:
         log.info("several processes may answer more", cores=cores, setting=f"{PREFIX}PROCESSES")
-    _tune(settings)
+    _tune()
     app = create_app(settings)
     if check:
         facts = app.state.networks.current.facts
@@ -132,12 +129,11 @@ def _serve(server: Server, listener: socket | None = None) -> None:
         raise SystemExit(1)  # the log says why: a port in use, most often
 
 
-def _tune(settings: Settings) -> None:
-    """What is of the whole process, before its threads begin (benchmarks/serving/steps.py)."""
+def _tune() -> None:
+    """What is of the whole process (benchmarks/serving/steps.py)."""
     # An answer makes hundreds of objects, none of them in cycles; all threads wait for each
     # collection.
     gc.set_threshold(_OBJECTS_PER_COLLECTION)
-    limit_arenas(max((settings.threads or available_cores()) // _CORES_PER_ARENA, 1))
 
 
 def _serve_beside(place: Place) -> None:
@@ -146,7 +142,7 @@ def _serve_beside(place: Place) -> None:
     with _in_a_sentence():
         whole = load_settings()
         settings = whole.share()
-        _tune(settings)
+        _tune()
         configure_logs(settings.log_level, place.number)
         said = False
 

@@ -240,7 +240,6 @@ class Networks:
                 engine,
                 (manifest.input.height, manifest.input.width),
                 settings.threads or available_cores(),
-                settings.max_batch,
                 settings.queue_size,
                 self._metrics,
                 measure,

@@ -77,8 +77,8 @@ class Settings(BaseSettings):
     """Threads of the runtime on the CPU, and of the decoder; 0 takes the container's CPU quota."""
 
     max_batch: int = Field(8, ge=1, le=256)
-    """Most images in one run of the network; on a CPU it takes four at most, for their memory.
-    Larger ones pay on a GPU."""
+    """Most images in one run of the network; on a CPU it takes four or (OpenVINO) eight at
+    most, for their memory. Larger ones pay on a GPU."""
 
     queue_size: int = Field(256, ge=1)
     """Most images admitted at once, over all requests; more answer 503."""

@@ -62,6 +62,7 @@ class CudaEngine:
 
     def __init__(self, file: str, content: bytes, number: int, max_batch: int):
         self.device = f"cuda:{number}"
+        self.batch = max_batch
         if _CUDA not in onnxruntime.get_available_providers():
             raise EngineError(
                 f"MMTL_DEVICE={self.device}: this ONNX Runtime has no CUDA. "

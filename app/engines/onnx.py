@@ -6,6 +6,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from app.engines import BATCH_ON_CPU
 from models.bundle import BundleError, Outputs
 
 
@@ -17,6 +18,7 @@ class OnnxEngine:
         content: Of that file, verified.
         threads: Each runs batches of its own. One run on several cores would wait at every node for
             the slowest of them.
+        max_batch: Most images in one run.
 
     Raises:
         BundleError: The file is not a network with the input that the contract names.
@@ -26,9 +28,10 @@ class OnnxEngine:
     device = "cpu"
     rounding = 0.0
 
-    def __init__(self, file: str, content: bytes, threads: int):
+    def __init__(self, file: str, content: bytes, threads: int, max_batch: int):
         self._session = open_session(file, content)
         self.runs_at_once = threads
+        self.batch = min(BATCH_ON_CPU, max_batch)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import BundleError, Outputs
+from models.memory import limit_arenas
 
 # Its tools for conversion, which are imported with it where they are found, and report home.
 sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]  # not to be found
@@ -17,9 +18,12 @@ import openvino  # noqa: E402  # after that line, so that it holds
 
 # Eight bits of a bfloat16, through some fifty layers; and integers, which it adds up otherwise.
 _ROUNDED_BFLOAT16, _ROUNDED = 2**-4, 2**-6
-# Images of a whole run. Each size that is run takes memory in each thread, for code made for it:
-# there are this one, and single images. Larger ones are a little faster, and take more.
-_WHOLE = 4
+# Images of a whole run, and the share of them from which on one that is filled up takes less time
+# than single images. Each size takes memory, for code made for it: there are no others than these.
+_WHOLE = 8
+_WORTH_FILLING = 3 / 4
+# Fewer arenas of malloc take less memory, and threads wait for each other there.
+_THREADS_PER_ARENA = 2
 # One for the process: where each network had its own, a process crashed at its end after a reload.
 _CORE = openvino.Core()
 
@@ -33,6 +37,7 @@ class OpenVinoEngine:
         input_size: Height and width of its images.
         threads: Each runs batches of its own.
         bfloat16: Compute in it what the network has in floats.
+        max_batch: Most images in one run.
 
     Raises:
         BundleError: The file is not a network with the input that the contract names.
@@ -41,11 +46,19 @@ class OpenVinoEngine:
     device = "cpu"
 
     def __init__(
-        self, file: str, content: bytes, input_size: tuple[int, int], threads: int, bfloat16: bool
+        self,
+        file: str,
+        content: bytes,
+        input_size: tuple[int, int],
+        threads: int,
+        bfloat16: bool,
+        max_batch: int,
     ):
         self.name = "openvino-bfloat16" if bfloat16 else "openvino"
         self.rounding = _ROUNDED_BFLOAT16 if bfloat16 else _ROUNDED
         self.runs_at_once = threads
+        self.batch = min(_WHOLE, max_batch)
+        limit_arenas(max(threads // _THREADS_PER_ARENA, 1))
         options = {
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": 1,
@@ -55,13 +68,11 @@ class OpenVinoEngine:
         }
         try:
             model = _CORE.read_model(BytesIO(content))
-            compiled = _CORE.compile_model(model, "CPU", options).export_model()
+            exported = _CORE.compile_model(model, "CPU", options).export_model().getbuffer()
             # One for each thread, as those that share one wait for each other's streams; compiled
-            # once, as that takes the longest.
-            each = []
-            for _ in range(threads):
-                compiled.seek(0)
-                each.append(_CORE.import_model(compiled, "CPU", options))
+            # once, as that takes the longest. A tensor is not copied, as a stream is.
+            compiled = openvino.Tensor(np.frombuffer(exported, np.uint8))
+            each = [_CORE.import_model(compiled, "CPU", options) for _ in range(threads)]
         except Exception as error:  # of whatever its front end makes of the file
             raise BundleError(f"OpenVINO cannot load {file}: {_reason(error)}") from None
         inputs = [(i.any_name, i.element_type.get_type_name()) for i in each[0].inputs]
@@ -73,7 +84,7 @@ class OpenVinoEngine:
         for network in each:
             request = network.create_infer_request()
             try:
-                for size in (_WHOLE, 1):
+                for size in (self.batch, 1):
                     images = np.zeros((size, *input_size, 3), np.uint8)
                     request.infer({"images": images}, share_inputs=True)
             except Exception as error:
@@ -86,8 +97,7 @@ class OpenVinoEngine:
         """uint8 [N, H, W, 3] -> each output by name."""
         parts: list[Outputs] = []
         while len(images):
-            # Three take less time as four than one by one.
-            size = _WHOLE if len(images) >= _WHOLE - 1 else 1
+            size = self.batch if len(images) >= self.batch * _WORTH_FILLING else 1
             parts.append(self._run_at_once(images[:size], size))
             images = images[size:]
         if len(parts) == 1:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.export.passes import move_to_device_pass
 
-from app.engines import EngineError
+from app.engines import BATCH_ON_CPU, EngineError
 from app.engines.graphs import Graphs, Run, alone
 from models.bundle import ArtifactFormat, BundleError, Outputs
 
@@ -27,7 +27,7 @@ class PytorchEngine:
         artifact_format: Which of the two.
         device: `auto`, `cpu` or `cuda:N`.
         threads: Within one run, on the CPU.
-        max_batch: Most images in one run, on a GPU.
+        max_batch: Most images in one run.
 
     Raises:
         BundleError: The file is not such a program.
@@ -52,6 +52,7 @@ class PytorchEngine:
         self.device = device if device != "auto" else ("cuda:0" if available else "cpu")
         on_gpu = self.device != "cpu"
         self.runs_at_once = 2 if on_gpu else 1
+        self.batch = max_batch if on_gpu else min(BATCH_ON_CPU, max_batch)
         torch.set_num_threads(threads)
         # Their TensorFloat-32 moves an age by days.
         torch.backends.cudnn.allow_tf32 = False

@@ -35,7 +35,7 @@ OPEN_CLIENTS = 128
 OPEN_LOADS = (0.5, 0.8, 1.2)
 # Images that may wait where refusals are looked at: fewer than there are connections.
 SHORT_QUEUE = 32
-LIMIT_BATCH = 4
+LIMIT_BATCH = 8
 
 
 def systems(network: Path, side: int) -> dict[str, System]:

@@ -4,6 +4,8 @@ Run by compare.py in mmtl's environment, with the settings (MMTL_*) of the servi
 limit of: images in turn from files, mmtl's decoder, the engine that the service runs.
 
     limit.py SECONDS THREADS BATCH IMAGE... -> one line of JSON
+
+Batches are no larger than the engine's own.
 """
 
 import json
@@ -27,6 +29,7 @@ def main(seconds: float, threads: int, batch: int, paths: list[str]):
     settings = load_settings()
     bundle = load_bundle(settings.bundle)
     _, engine = open_engine(bundle, settings)
+    batch = min(batch, engine.batch)
     size = bundle.manifest.input.height, bundle.manifest.input.width
     images = cycle([Path(path).read_bytes() for path in paths])
     turn = threading.Lock()

@@ -95,7 +95,7 @@ def _lines(
         f"{'OpenVINO, which computes in bfloat16 what stays in floats' if has_amx() else ort} "
         "here; *int8 in ONNX Runtime* is what it takes on a CPU without AMX. "
         "*The limit* is a bare loop without HTTP: mmtl's decoder and the same network in the same "
-        "runtime, in batches of 4, a thread a core. On a GPU: "
+        "runtime, in batches as large as its own, a thread a core. On a GPU: "
         "[performance-gpu.md](performance-gpu.md)."
     )
     yield (

@@ -39,7 +39,7 @@ UNDONE = {
     "OpenVINO": "the int8 network in ONNX Runtime",
     "bfloat16": "what stays in floats in float32",
     "a run a core": "one run at a time, on all cores",
-    "batches of 4": "every image run on its own",
+    "batches of 8": "every image run on its own",
     "spare worker": "no more workers than cores",
     "measured together": "each picture's quality measured alone",
     "lines together": "each log line written by itself",
@@ -55,7 +55,7 @@ UNDONE = {
 TRIED = {
     "garbage frozen": "garbage collector frozen after start",
     "short switches": "threads switched every 0.5 ms, not every 5",
-    "batches of 8": "batches of 8 on the CPU",
+    "batches of 4": "batches of 4",
     "two spare workers": "two workers more than cores, not one",
     "nice workers": "workers behind the event loop (`nice` 5)",
     "freed memory kept": "freed memory not given back to the kernel",
@@ -96,14 +96,14 @@ def serve(variant: str) -> None:
             setattr(app.engines.openvino.openvino.Core, name, wide)
         start: Any = app.engines.openvino.OpenVinoEngine.__init__
         app.engines.openvino.OpenVinoEngine.__init__ = (
-            lambda self, file, content, size, _, bfloat16: start(
-                self, file, content, size, 1, bfloat16
+            lambda self, file, content, size, _, *others: start(
+                self, file, content, size, 1, *others
             )
         )
-    elif variant == "batches of 4":
-        os.environ["MMTL_MAX_BATCH"] = "1"
     elif variant == "batches of 8":
-        app.batcher._BATCH_ON_CPU = app.engines.openvino._WHOLE = 8
+        os.environ["MMTL_MAX_BATCH"] = "1"
+    elif variant == "batches of 4":
+        os.environ["MMTL_MAX_BATCH"] = "4"
     elif variant == "spare worker":
         app.batcher._SPARE = 0
     elif variant == "measured together":
@@ -120,7 +120,7 @@ def serve(variant: str) -> None:
         lines = structlog.WriteLogger(sys.stderr)
         app.telemetry._Lines = lambda file: lines
     elif variant == "arenas shared":
-        app.cli.limit_arenas = lambda most: None
+        app.engines.openvino.limit_arenas = lambda most: None
     elif variant == "fewer scans":
         models.images.for_an_eighth = lambda data: data
     elif variant == "read at once":

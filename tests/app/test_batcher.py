@@ -34,7 +34,7 @@ pytestmark = pytest.mark.anyio
 class Engine:
     """Answers each image's first pixel; holds every run while `gate` is shut."""
 
-    name, device, runs_at_once = "test", "cpu", 1
+    name, device, runs_at_once, batch = "test", "cpu", 1, 4
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -62,7 +62,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def batcher(engine: Engine, tmp_path):
-    made = Batcher(engine, (SIDE, SIDE), 2, 4, 10, Metrics(4, ()), lambda _: {})
+    made = Batcher(engine, (SIDE, SIDE), 2, 10, Metrics(4, ()), lambda _: {})
     made.start()
     until(lambda: made.ready)
     yield made
@@ -119,7 +119,6 @@ async def test_what_is_measured_of_a_batch_joins_its_outputs(engine: Engine) -> 
         engine,
         (SIDE, SIDE),
         1,
-        4,
         10,
         Metrics(4, ()),
         lambda pixels: {"mean": pixels.mean((1, 2, 3))},
@@ -166,7 +165,7 @@ async def test_an_image_whose_deadline_has_passed_is_not_run(
 
 async def test_why_an_image_is_dropped_is_counted(engine: Engine) -> None:
     metrics = Metrics(4, ())
-    batcher = Batcher(engine, (SIDE, SIDE), 1, 4, 10, metrics, lambda _: {})
+    batcher = Batcher(engine, (SIDE, SIDE), 1, 10, metrics, lambda _: {})
     batcher.start()
     until(lambda: batcher.ready)
     first = await hold(engine, batcher)
@@ -393,7 +392,7 @@ async def test_what_a_decoder_raises_reaches_its_caller_alone(batcher: Batcher) 
 
 async def test_a_gpu_is_not_left_idle_while_more_is_decoded(engine: Engine, tmp_path: Path) -> None:
     engine.device = "cuda:0"
-    batcher = Batcher(engine, (SIDE, SIDE), 2, 4, 10, Metrics(4, ()), lambda _: {})
+    batcher = Batcher(engine, (SIDE, SIDE), 2, 10, Metrics(4, ()), lambda _: {})
     batcher.start()
     until(lambda: batcher.ready)
     slow = threading.Event()
@@ -471,7 +470,7 @@ async def test_closing_answers_what_waits_and_refuses_the_rest(
 
 async def test_closing_ends_every_worker_though_the_callers_have_gone(engine: Engine) -> None:
     engine.device, engine.runs_at_once = "cuda:0", 2
-    batcher = Batcher(engine, (SIDE, SIDE), 8, 4, 99, Metrics(4, ()), lambda _: {})
+    batcher = Batcher(engine, (SIDE, SIDE), 8, 99, Metrics(4, ()), lambda _: {})
     batcher.start()
     until(lambda: batcher.ready)
     engine.gate.clear()

@@ -38,11 +38,18 @@ def load(bundle: Bundle, **settings: object) -> Engine:
 def test_a_network_answers_by_name_at_any_batch_size(runtime: str, tmp_path: Path) -> None:
     engine = load(make_bundle(tmp_path / "bundle"), runtime=runtime, precision="fp32", device="cpu")
     assert (engine.name, engine.device) == (runtime, "cpu")
-    for count in (1, 2, 3, 4, 7):
+    for count in (1, 2, 3, 4, 7, 8, 13):
         images = np.random.default_rng(0).integers(0, 255, (count, SIDE, SIDE, 3), np.uint8)
         outputs = engine.run(images)
         for name, values in expected_outputs(images).items():
             np.testing.assert_allclose(outputs[name], values, rtol=1e-4, atol=1e-4)
+
+
+@runtimes
+def test_no_batch_is_larger_than_asked_for(runtime: str, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    batches = [load(bundle, runtime=runtime, max_batch=most, device="cpu").batch for most in (1, 2)]
+    assert batches == [1, 2]
 
 
 @needs_no_cuda
@@ -56,11 +63,11 @@ def test_a_gpu_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
 def test_a_file_that_is_no_network_is_refused(runtime: str, content: bytes) -> None:
     with pytest.raises(BundleError, match=r"cannot load model\.onnx: .+"):
         if runtime == "onnxruntime":
-            OnnxEngine("model.onnx", content, 1)
+            OnnxEngine("model.onnx", content, 1, 4)
         else:
             from app.engines.openvino import OpenVinoEngine
 
-            OpenVinoEngine("model.onnx", content, (SIDE, SIDE), 1, bfloat16=False)
+            OpenVinoEngine("model.onnx", content, (SIDE, SIDE), 1, bfloat16=False, max_batch=4)
 
 
 def test_a_file_that_was_changed_after_its_bundle_was_verified_is_not_run(tmp_path: Path) -> None:
@@ -177,6 +184,22 @@ def test_openvino_computes_in_bfloat16_where_it_may_and_the_processor_has_amx(
     settings = Settings(runtime="openvino", precision=precision)
     artifact, engine = open_engine(load_bundle(settings.bundle), settings)
     assert (artifact.precision, engine.name) == ("int8", name)
+
+
+@needs_openvino
+@needs_no_cuda
+def test_a_runtime_that_is_not_needed_is_not_loaded() -> None:
+    code = """
+import sys, app.engines
+from app.settings import Settings
+from models.bundle import load_bundle
+app.engines.has_amx = lambda: True
+settings = Settings(threads=1)
+_, engine = app.engines.open_engine(load_bundle(settings.bundle), settings)
+print(engine.name, "onnxruntime" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["openvino-bfloat16", "False"]
 
 
 @needs_openvino
@@ -309,7 +332,7 @@ def test_a_gpu_is_taken_where_there_is_one_and_runs_floats() -> None:
     artifact, engine = open_engine(bundle, Settings())
     assert (artifact.precision, engine.device) == ("fp32", "cuda:0")
     images = np.random.default_rng(0).integers(0, 255, (5, 160, 160, 3), np.uint8)
-    expected = OnnxEngine("model.onnx", bundle.read(artifact), 1).run(images)
+    expected = OnnxEngine("model.onnx", bundle.read(artifact), 1, 4).run(images)
     for name, values in engine.run(images).items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-3, atol=1e-3)
 
