@@ -49,7 +49,8 @@ def make_environment(name: str) -> Path:
         if system == "mmtl":
             locked = ROOT / f"requirements/{'gpu' if gpu else 'cpu'}.txt"
         there = ["--quiet", "--python", folder / "bin/python"]
-        install = [uv, "pip", "install", *there]
+        # Compiled as pip leaves it: most of a start would go into that.
+        install = [uv, "pip", "install", "--compile-bytecode", *there]
         subprocess.run([*install, "--require-hashes", "-r", locked], check=True)
         if system == "mmtl":
             # A copy: what is edited meanwhile is not measured.
