@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -67,6 +68,12 @@ class Process:
     """A system's processes, found by a mark in their environment: some start daemons."""
 
     def __init__(self, system: System, log: Path):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", PORT)) == 0:
+                raise SystemExit(
+                    f"Something answers on port {PORT} already, and would be measured in place of "
+                    f"{system.command[0]}: a server that an interrupted run left, maybe. Stop it."
+                )
         self.token = f"{time.time_ns()}"
         programs = make_environment(system.environment)
         self.log = log.open("wb")
