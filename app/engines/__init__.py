@@ -20,7 +20,7 @@ from models.bundle import (
 )
 from models.cores import available_cores, has_amx
 
-# Images in one run on a CPU; in ONNX Runtime eight take 40 MB more, and gain a hundredth.
+# Images in one run on a CPU; more of them take more memory than they gain, but in OpenVINO.
 BATCH_ON_CPU = 4
 # Each takes memory of its own in OpenVINO; on more cores there should be several processes.
 _MOST_THREADS = 8

@@ -64,7 +64,7 @@ def make_environment(name: str) -> Path:
     return folder / "bin"
 
 
-def _wait_for_port(harm: str) -> None:
+def _wait_for_port(program: str) -> None:
     """Until the port is free: the last system's processes may just be ending."""
     for _ in range(100):
         with socket.socket() as probe:
@@ -72,8 +72,8 @@ def _wait_for_port(harm: str) -> None:
                 return
         time.sleep(0.1)
     raise SystemExit(
-        f"Something answers on port {PORT} already, and {harm}: a server that an interrupted run "
-        "left, maybe. Stop it."
+        f"Something answers on port {PORT} already, and would be measured in place of {program}: a "
+        "server that an interrupted run left, maybe. Stop it."
     )
 
 
@@ -81,7 +81,7 @@ class Process:
     """A system's processes, found by a mark in their environment: some start daemons."""
 
     def __init__(self, system: System, log: Path):
-        _wait_for_port(f"would be measured in place of {system.command[0]}")
+        _wait_for_port(system.command[0])
         self.token = f"{time.time_ns()}"
         programs = make_environment(system.environment)
         self.log = log.open("wb")
