@@ -150,7 +150,10 @@ class Batcher:
         self._large: deque[_Job] = deque()
         self._decoded: deque[_Job] = deque()
         self._running = 0
-        self._changed = threading.Condition()
+        # Who waits for the last answer does not wait where the workers do: `notify` wakes one
+        # thread, whichever it is, and the wake-up would be lost on them.
+        lock = threading.RLock()
+        self._changed, self._emptied = threading.Condition(lock), threading.Condition(lock)
         self._draining = False
         self._closed = False
         self._failed = False
@@ -222,8 +225,8 @@ class Batcher:
     def retire(self, timeout: float) -> None:
         """Close when the requests that are admitted have been answered, or the time is up."""
         deadline = time.monotonic() + timeout
-        with self._changed:
-            self._changed.wait_for(lambda: self._admitted == 0, timeout)
+        with self._emptied:
+            self._emptied.wait_for(lambda: self._admitted == 0, timeout)
         self.close(max(deadline - time.monotonic(), 0))
 
     def abandon(self) -> None:
@@ -264,7 +267,7 @@ class Batcher:
             with self._changed:
                 self._admitted -= count
                 if not self._admitted:
-                    self._changed.notify_all()
+                    self._emptied.notify_all()
 
     def put(self, decode: Callable[[], Pixels], deadline: float, future: "Future[Answer]") -> None:
         """Queue one image, within a reservation, from any thread.

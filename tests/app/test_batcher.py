@@ -368,6 +368,20 @@ async def test_an_old_batcher_ends_with_its_last_request(batcher: Batcher, engin
     assert not any(worker.is_alive() for worker in batcher._workers)
 
 
+async def test_a_batcher_that_ends_with_its_last_request_loses_none_of_its_work(
+    batcher: Batcher,
+) -> None:
+    with batcher.reserve(1):
+        retiring = asyncio.create_task(asyncio.to_thread(batcher.retire, 5))
+        await asyncio.sleep(0.02)
+        for number in range(12):
+            done: Future[int] = Future()
+            batcher.finish(lambda number=number: number, time.monotonic() + 5, done)
+            assert await asyncio.wait_for(asyncio.wrap_future(done), 2) == number
+            await asyncio.sleep(0.005)  # the workers wait again
+    await asyncio.wait_for(retiring, 5)
+
+
 async def test_an_answer_that_is_not_finite_fails_alone(batcher: Batcher, engine: Engine) -> None:
     first = await hold(engine, batcher)
     others = [asyncio.create_task(ask(batcher, value)) for value in (43, INFINITE)]
