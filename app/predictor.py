@@ -153,7 +153,7 @@ class Predictor:
                 async with asyncio.timeout(self._deadline_seconds):
                     results = await _all(work)
                 for result in results:
-                    self._metrics.images.labels(result.status).inc()
+                    self._count(result)
                 return network.facts, results
         except* batching.Refused as refused:
             refusal = type(_first(refused))
@@ -199,7 +199,7 @@ class Predictor:
         ]
         image = picture.image
         assert image is not None
-        prediction, quality = self._interpret(network, image, answer.outputs)
+        prediction, quality = _interpret(network, image, answer.outputs)
         fields: dict[str, Explanation] = {}
         if explain:
             drawn: Future[str] = Future()
@@ -238,45 +238,56 @@ class Predictor:
         trace.spent(stage, seconds)
         self._metrics.stage(stage).observe(seconds)
 
-    def _interpret(
-        self, network: Network, image: DecodedImage, outputs: Outputs
-    ) -> tuple[Prediction, Quality]:
-        artifact, metrics = network.artifact, self._metrics
-        probability = float(melanoma_probability(outputs["melanoma_logit"], artifact.calibration))
-        above = probability >= artifact.melanoma_threshold
-        melanoma = Melanoma(
-            probability=round(probability, DIGITS),
-            threshold=round(artifact.melanoma_threshold, DIGITS),
-            decision="at_or_above_threshold" if above else "below_threshold",
-        )
-        categories: dict[str, Age | Category] = {}
-        for task in network.bundle.manifest.tasks:
-            if task.kind == "binary":
-                continue
-            # A runtime that computes in bfloat16 gives some that add up to 1.004.
-            values = outputs[task.name].astype(np.float64).clip(0.0, 1.0)
-            shares = (values / max(values.sum(), _TINY)).round(DIGITS).tolist()
-            probabilities = dict(zip(task.labels, shares, strict=True))
-            label = max(probabilities, key=probabilities.__getitem__)
-            metrics.predicted_as(task.name, label).inc()
-            if task.name == "age":
-                years = round(float(outputs["age_years"]), 1)
-                categories["age"] = Age(label=label, years=years, probabilities=probabilities)
-            else:
-                categories[task.name] = Category(label=label, probabilities=probabilities)
-        score = float(outputs["ood_score"])
-        inside = score <= artifact.ood_threshold
-        size = network.bundle.manifest.input
-        warnings = find_warnings(outputs, image.width, image.height, min(size.width, size.height))
-        if not inside:
-            warnings.append(QualityWarning.OUT_OF_DISTRIBUTION)
+    def _count(self, result: Result) -> None:
+        metrics = self._metrics
+        metrics.images.labels(result.status).inc()
+        if isinstance(result, Failure):
+            return
+        prediction = result.prediction
+        metrics.observe_probability(prediction.melanoma.probability)
+        metrics.predicted_as("melanoma", prediction.melanoma.decision).inc()
+        for task, found in prediction:
+            if isinstance(found, Age | Category):
+                metrics.predicted_as(task, found.label).inc()
+        if not result.quality.in_distribution:
             metrics.out_of_distribution.inc()
-        metrics.predicted_as("melanoma", melanoma.decision).inc()
-        metrics.observe_probability(probability)
-        return (
-            Prediction.model_validate({"melanoma": melanoma, **categories}),
-            Quality(ood_score=round(score, DIGITS), in_distribution=inside, warnings=warnings),
-        )
+
+
+def _interpret(
+    network: Network, image: DecodedImage, outputs: Outputs
+) -> tuple[Prediction, Quality]:
+    artifact = network.artifact
+    probability = float(melanoma_probability(outputs["melanoma_logit"], artifact.calibration))
+    above = probability >= artifact.melanoma_threshold
+    melanoma = Melanoma(
+        probability=round(probability, DIGITS),
+        threshold=round(artifact.melanoma_threshold, DIGITS),
+        decision="at_or_above_threshold" if above else "below_threshold",
+    )
+    categories: dict[str, Age | Category] = {}
+    for task in network.bundle.manifest.tasks:
+        if task.kind == "binary":
+            continue
+        # A runtime that computes in bfloat16 gives some that add up to 1.004.
+        values = outputs[task.name].astype(np.float64).clip(0.0, 1.0)
+        shares = (values / max(values.sum(), _TINY)).round(DIGITS).tolist()
+        probabilities = dict(zip(task.labels, shares, strict=True))
+        label = max(probabilities, key=probabilities.__getitem__)
+        if task.name == "age":
+            years = round(float(outputs["age_years"]), 1)
+            categories["age"] = Age(label=label, years=years, probabilities=probabilities)
+        else:
+            categories[task.name] = Category(label=label, probabilities=probabilities)
+    score = float(outputs["ood_score"])
+    inside = score <= artifact.ood_threshold
+    size = network.bundle.manifest.input
+    warnings = find_warnings(outputs, image.width, image.height, min(size.width, size.height))
+    if not inside:
+        warnings.append(QualityWarning.OUT_OF_DISTRIBUTION)
+    return (
+        Prediction.model_validate({"melanoma": melanoma, **categories}),
+        Quality(ood_score=round(score, DIGITS), in_distribution=inside, warnings=warnings),
+    )
 
 
 async def _all(work: list[Coroutine[Any, Any, T]]) -> list[T]:
