@@ -201,16 +201,20 @@ def bench(
         [(name.strip(), value.strip()) for name, _, value in pairs],
     )
     measured = {
-        count: load.run(target, count, seconds, rate).summary()
+        count: load.run(target, count, seconds, rate=rate).summary()
         for count in clients or ([load.OPEN_CLIENTS] if rate else [1, 8, 32])
     }
     if as_json:
         print(json.dumps(measured, indent=2))
     else:
         _print_loads(f"{url}, {f'{rate:g} images/s arriving' if rate else 'closed loop'}", measured)
+    statuses = {status for found in measured.values() for status in found["statuses"]}
+    if not statuses:
+        fail("No request was sent in the measured time: give more --seconds.")
+    if "200" not in statuses:
+        fail(f"No request was answered with 200, but with {', '.join(sorted(statuses))}.")
     if not any(found["images_per_second"] for found in measured.values()):
-        statuses = sorted({status for found in measured.values() for status in found["statuses"]})
-        fail(f"No request was answered with 200, but with {', '.join(statuses) or 'nothing'}.")
+        fail("No answer came in the measured time: give more --seconds.")
 
 
 def _print_loads(title: str, measured: Mapping[int, Mapping[str, Any]]) -> None:

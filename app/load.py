@@ -355,7 +355,13 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def run(target: Target, clients: int, seconds: float, rate: float | None = None) -> Measured:
+def run(
+    target: Target,
+    clients: int,
+    seconds: float,
+    warm_up_seconds: float = 1.0,
+    rate: float | None = None,
+) -> Measured:
     """`run_load` on a loop of its own, uvloop's where it is installed."""
     new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     with suppress(ModuleNotFoundError):
@@ -363,4 +369,4 @@ def run(target: Target, clients: int, seconds: float, rate: float | None = None)
 
         new_event_loop = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(run_load(target, clients, seconds, rate=rate))
+        return runner.run(run_load(target, clients, seconds, warm_up_seconds, rate))

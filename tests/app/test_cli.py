@@ -1,10 +1,12 @@
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from app import cli
+from app.load import Measured
 from tests.conftest import ROOT
 from tests.lesions import flat
 
@@ -112,6 +114,24 @@ def test_a_name_that_is_no_text_is_shown_all_the_same(run, picture: Path) -> Non
 def test_a_header_without_a_name_or_a_value_is_refused(run, header: str) -> None:
     status, _, told = run("bench", "http://127.0.0.1:9", "--header", header)
     assert (status, told.strip()) == (2, "mmtl: A --header is `Name: value`.")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "images", "said"),
+    [
+        ({"200": 3}, 3, None),
+        ({"200": 1}, 0, "No answer came in the measured time: give more --seconds."),
+        ({}, 0, "No request was sent in the measured time: give more --seconds."),
+        ({"503": 2, "401": 1}, 0, "No request was answered with 200, but with 401, 503."),
+    ],
+)
+def test_a_load_without_an_answer_says_why(
+    run, monkeypatch: pytest.MonkeyPatch, statuses: dict[str, int], images: int, said: str | None
+) -> None:
+    measured = Measured(1.0, images, statuses=Counter(statuses))
+    monkeypatch.setattr("app.load.run", lambda *_, **__: measured)
+    status, _, told = run("bench", "http://127.0.0.1:9")
+    assert (status, told) == ((2, f"mmtl: {said}\n") if said else (0, ""))
 
 
 def test_check_validates_and_exits(run, monkeypatch: pytest.MonkeyPatch) -> None:
