@@ -157,15 +157,8 @@ class Protocol(HttpToolsProtocol):
         """A part of a request's body; that of a refused one is dropped."""
         self._bodies += 1
         self._header_bytes = 0  # a client may send each chunk's size by itself
-        cycle = self.cycle
-        if self.transport.is_closing() or cycle.response_complete:
-            return
-        # What comes while nothing waits is handed on as it is: uvicorn would copy it twice.
-        if not cycle.body:
-            cycle.body, body = body, b""  # type: ignore[assignment]  # it only adds to it
-        elif isinstance(cycle.body, bytes):
-            cycle.body = bytearray(cycle.body)
-        super().on_body(body)
+        if not self.transport.is_closing():
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The whole request is here; what comes next begins with headers."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from math import ceil
-from select import PIPE_BUF
 from typing import TextIO
 from uuid import uuid4
 
@@ -120,7 +119,7 @@ class Metrics:
         )
         self.failed_runs = Counter(
             "mmtl_failed_runs",
-            "Runs of the network that failed and were repeated.",
+            "Runs of the network that failed.",
             registry=registry,
         )
         self.ready = Gauge("mmtl_ready", "1 while images are taken, else 0.", registry=registry)
@@ -295,52 +294,18 @@ def _route(scope: Scope) -> tuple[str, str]:
 
 
 class _Lines:
-    """Writes lines to a file; those of one turn of the event loop together, in the next.
+    """Writes lines to a file, where that can be."""
 
-    A write lets the interpreter go, and to get it back takes long on cores that are all busy. What
-    is not as it should be is written at once.
-    """
-
-    def __init__(self, file: TextIO | None):
-        self._file = file or sys.stdout
-        self._waiting: list[str] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
+    def __init__(self, file: TextIO):
+        self._file = file
 
     def info(self, line: str) -> None:
-        """Write a line, in a while where there is an event loop."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # another thread's, or there is none
-            self.warning(line)
-            return
-        if not self._waiting or loop is not self._loop:
-            self._loop = loop
-            loop.call_soon(self._write_waiting)
-        self._waiting.append(f"{line}\n")
-
-    debug = info
-
-    def warning(self, line: str) -> None:
         """Write a line."""
-        self._write(f"{line}\n")
-
-    error = critical = warning
-
-    def _write_waiting(self) -> None:
-        lines, self._waiting = self._waiting, []
-        together = ""
-        for line in lines:
-            # A pipe takes so much at once: lines of several processes do not mix.
-            if together and len(together) + len(line) > PIPE_BUF:
-                self._write(together)
-                together = ""
-            together += line
-        self._write(together)
-
-    def _write(self, text: str) -> None:
         with suppress(OSError):  # nobody is left to be told
-            self._file.write(text)
+            self._file.write(f"{line}\n")
             self._file.flush()
+
+    debug = warning = error = critical = info
 
 
 def configure_logs(level: str, process: int | None = None) -> None:

@@ -1,13 +1,8 @@
-import asyncio
 import json
-import sys
 import warnings
-from collections.abc import Callable, Coroutine
 from io import StringIO
 
 import pytest
-import structlog
-import uvloop
 from fastapi.testclient import TestClient
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -138,68 +133,6 @@ def test_logs_tell_what_happened_and_nothing_of_the_patient(
     assert not any(key in line for key in ("probability", "filename", "sha256"))
 
 
-@pytest.mark.usefixtures("logs_as_before")
-@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
-def test_no_line_is_lost_where_an_event_loop_ends(
-    run: Callable[[Coroutine[None, None, None]], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    configure_logs("INFO")
-    log = structlog.get_logger()
-
-    async def say(*names: str) -> None:
-        for name in names:
-            log.info(name)
-
-    run(say("a", "b"))
-    log.info("c")
-    run(say("d"))
-    assert [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()] == [*"abcd"]
-
-
-@pytest.mark.usefixtures("logs_as_before")
-def test_lines_of_one_turn_of_the_event_loop_are_written_together(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class File(StringIO):
-        def flush(self) -> None:
-            written.append(self.getvalue())
-            self.truncate(self.seek(0))
-
-    written: list[str] = []
-    monkeypatch.setattr(sys, "stderr", File())
-    configure_logs("INFO")
-    log = structlog.get_logger()
-
-    async def say(name: str) -> None:
-        log.info(name)
-
-    async def main() -> None:
-        await asyncio.gather(say("a"), say("b"))
-        await asyncio.sleep(0)
-        log.info("c")
-
-    asyncio.run(main())
-    events = [[json.loads(line)["event"] for line in lines.splitlines()] for lines in written]
-    assert events == [["a", "b"], ["c"]]
-
-
-def test_lines_together_are_no_more_than_a_pipe_takes_at_once_but_for_a_longer_one() -> None:
-    written: list[str] = []
-
-    class File(StringIO):
-        def write(self, text: str) -> int:
-            written.append(text)
-            return len(text)
-
-    async def say() -> None:
-        lines = _Lines(File())
-        for size in (10, 3000, 2000, 5000, 10):
-            lines.info("x" * size)
-
-    asyncio.run(say())
-    assert [len(text) for text in written] == [3012, 2001, 5001, 11]
-
-
 def test_a_line_that_cannot_be_written_is_dropped() -> None:
     class Broken(StringIO):
         def write(self, text: str) -> int:
@@ -208,16 +141,3 @@ def test_a_line_that_cannot_be_written_is_dropped() -> None:
     lines = _Lines(Broken())
     lines.info("a")
     lines.error("b")
-
-
-def test_what_is_not_as_it_should_be_is_written_at_once() -> None:
-    file = StringIO()
-
-    async def say() -> None:
-        lines = _Lines(file)
-        lines.info("later")
-        lines.error("now")
-        assert file.getvalue() == "now\n"
-
-    asyncio.run(say())
-    assert file.getvalue() == "now\nlater\n"

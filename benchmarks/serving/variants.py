@@ -1,0 +1,319 @@
+"""The service but for one thing: a function each, which says in its docstring what is other.
+
+.venv/bin/python -m benchmarks.serving.variants NAME
+
+starts it (benchmarks/serving/steps.py measures them all).
+"""
+
+import asyncio
+import ctypes
+import gc
+import os
+import random
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+import app.batcher
+import app.cli
+import app.engines.openvino
+import app.networks
+import app.predictor
+import app.routes.predict
+import app.server
+import app.telemetry
+import models.images
+import models.memory
+from models.cores import available_cores
+
+# Of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
+
+def as_it_is() -> None:
+    """As it is."""
+
+
+def fp32() -> None:
+    """The fp32 network, in ONNX Runtime."""
+    os.environ["MMTL_PRECISION"] = "fp32"
+
+
+def without_openvino() -> None:
+    """The int8 network in ONNX Runtime."""
+    os.environ["MMTL_RUNTIME"] = "onnxruntime"
+
+
+def without_bfloat16() -> None:
+    """What stays in floats in float32."""
+    os.environ["MMTL_RUNTIME"] = "openvino"
+    app.engines.has_amx = lambda: False
+
+
+def one_run_at_a_time() -> None:
+    """One run at a time, on all cores."""
+    cores = available_cores()
+    for name in ("compile_model", "import_model"):
+        load: Any = getattr(app.engines.openvino.openvino.Core, name)
+
+        def wide(*arguments: Any, load: Any = load) -> Any:
+            *others, options = arguments
+            return load(*others, {**options, "INFERENCE_NUM_THREADS": cores})
+
+        setattr(app.engines.openvino.openvino.Core, name, wide)
+    start: Any = app.engines.openvino.OpenVinoEngine.__init__
+    app.engines.openvino.OpenVinoEngine.__init__ = lambda self, file, content, size, _, *others: (
+        start(self, file, content, size, 1, *others)
+    )
+
+
+def without_batches() -> None:
+    """Every image run on its own."""
+    os.environ["MMTL_MAX_BATCH"] = "1"
+
+
+def batches_of_four() -> None:
+    """Batches of 4, not 8."""
+    os.environ["MMTL_MAX_BATCH"] = "4"
+
+
+def no_spare_worker() -> None:
+    """No more workers than cores."""
+    app.batcher._SPARE = 0
+
+
+def two_spare_workers() -> None:
+    """Two workers more than cores, not one."""
+    app.batcher._SPARE = 2
+
+
+def arenas_not_shared() -> None:
+    """An arena of malloc for each thread."""
+    app.engines.openvino.limit_arenas = lambda most: None
+
+
+def every_scan() -> None:
+    """Every scan of a progressive JPEG."""
+    models.images.for_an_eighth = lambda data: data
+
+
+def small_blocks() -> None:
+    """JPEGs read in Pillow's blocks of 64 KB."""
+    models.images._READ_AT_ONCE = 65536
+
+
+def through_the_router() -> None:
+    """FastAPI finds every route, and reads its parameters."""
+
+    async def through(self: Any, *request: Any) -> None:
+        await self.app(*request)
+
+    app.routes.predict.Direct.__call__ = through
+
+
+def stacked_by_numpy() -> None:
+    """Batches put together by numpy, which lets the interpreter go."""
+    app.batcher._stack = np.stack
+
+
+def frequent_collections() -> None:
+    """Garbage collected after every 700 objects, not 20,000."""
+    app.cli._OBJECTS_PER_COLLECTION = 700
+
+
+def frequent_trims() -> None:
+    """Memory given back to the kernel after every large image."""
+    models.images.trim_heaps_soon = models.memory.trim_heaps
+
+
+def garbage_frozen() -> None:
+    """Garbage collector frozen after start."""
+    start = app.server.Server.startup
+
+    async def startup(self: Any, *arguments: Any, **named: Any) -> None:
+        await start(self, *arguments, **named)
+        gc.collect()
+        gc.freeze()
+
+    app.server.Server.startup = startup
+
+
+def short_switches() -> None:
+    """Threads switched every 0.5 ms, not every 5."""
+    sys.setswitchinterval(0.0005)
+
+
+def nice_workers() -> None:
+    """Workers behind the event loop (`nice` 5)."""
+    work = app.batcher.Batcher._work
+
+    def nice(self: Any, warms_up: bool) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+        work(self, warms_up)
+
+    app.batcher.Batcher._work = nice
+
+
+def freed_memory_kept() -> None:
+    """Freed memory not given back to the kernel."""
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_TRIM_THRESHOLD, 268_435_456)
+    mallopt(_MMAP_THRESHOLD, 33_554_432)
+
+
+def quality_alone() -> None:
+    """Each picture's quality measured by itself, not a batch's."""
+    measure = app.networks.measure
+
+    def alone(pixels: Any) -> dict[str, Any]:
+        each = [measure(one[None]) for one in pixels]
+        return {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+
+    app.networks.measure = alone
+
+
+def bodies_as_they_come() -> None:
+    """Bodies handed on as they come, which uvicorn copies twice."""
+
+    def on_body(self: Any, body: bytes) -> None:
+        self._bodies += 1
+        self._header_bytes = 0
+        if self.transport.is_closing() or self.cycle.response_complete:
+            return
+        if not self.cycle.body:
+            self.cycle.body, body = body, b""
+        elif isinstance(self.cycle.body, bytes):
+            self.cycle.body = bytearray(self.cycle.body)
+        HttpToolsProtocol.on_body(self, body)
+
+    app.server.Protocol.on_body = on_body
+
+
+def lines_together() -> None:
+    """Log lines of one turn of the event loop written together."""
+    write: Any = app.telemetry._Lines.info
+    waiting: list[str] = []
+
+    def write_all(lines: Any) -> None:
+        write(lines, "\n".join(waiting))
+        waiting.clear()
+
+    def info(lines: Any, line: str) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # another thread's
+            write(lines, line)
+            return
+        if not waiting:
+            loop.call_soon(write_all, lines)
+        waiting.append(line)
+
+    app.telemetry._Lines.info = info
+
+
+def lines_later() -> None:
+    """Log lines written ten times a second."""
+    waiting: deque[str] = deque()
+
+    def write_all() -> None:
+        while True:
+            time.sleep(0.1)
+            sys.stderr.write("".join(waiting.popleft() for _ in range(len(waiting))))
+            sys.stderr.flush()
+
+    def info(_: Any, line: str) -> None:
+        waiting.append(f"{line}\n")
+
+    app.telemetry._Lines.info = info
+    threading.Thread(target=write_all, daemon=True).start()
+
+
+def drawn_ids() -> None:
+    """Request ids drawn without a system call, which lets the interpreter go."""
+
+    class Drawn:
+        def __init__(self) -> None:
+            self.hex = f"{random.getrandbits(128):032x}"
+
+    app.telemetry.uuid4 = Drawn
+
+
+def without_hash() -> None:
+    """No SHA-256 of an image."""
+
+    class Hashed:
+        def __init__(self, _: bytes) -> None:
+            pass
+
+        def hexdigest(self) -> str:
+            return "0" * 64
+
+    class Hashes:
+        sha256 = Hashed
+
+    app.predictor.hashlib = Hashes
+
+
+def without_warnings() -> None:
+    """No warnings about a picture's quality."""
+    app.networks.measure = lambda pixels: {}
+    app.predictor.find_warnings = lambda *_: []
+
+
+def without_log() -> None:
+    """Requests not logged."""
+    os.environ["MMTL_LOG_LEVEL"] = "ERROR"
+
+
+def without_watch() -> None:
+    """Nobody looks whether a caller has gone."""
+
+    async def alone(_: Any, work: Any) -> Any:
+        return await work
+
+    app.routes.predict._while_connected = alone
+
+
+Variant = Callable[[], None]
+UNDONE: tuple[Variant, ...] = (
+    fp32,
+    without_openvino,
+    without_bfloat16,
+    one_run_at_a_time,
+    without_batches,
+    batches_of_four,
+    no_spare_worker,
+    arenas_not_shared,
+    every_scan,
+    small_blocks,
+    through_the_router,
+    stacked_by_numpy,
+    frequent_collections,
+    frequent_trims,
+)
+TRIED: tuple[Variant, ...] = (
+    two_spare_workers,
+    garbage_frozen,
+    short_switches,
+    nice_workers,
+    freed_memory_kept,
+    quality_alone,
+    bodies_as_they_come,
+    lines_together,
+    lines_later,
+    drawn_ids,
+)
+LEFT_OUT: tuple[Variant, ...] = (without_hash, without_warnings, without_log, without_watch)
+ALL = {variant.__name__: variant for variant in (as_it_is, *UNDONE, *TRIED, *LEFT_OUT)}
+
+
+if __name__ == "__main__":
+    ALL[sys.argv[1]]()
+    sys.argv = ["mmtl", "serve"]
+    app.cli.main()
