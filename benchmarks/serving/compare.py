@@ -12,6 +12,7 @@ it.
 import argparse
 import json
 import os
+import platform
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +22,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.serving import page
-from benchmarks.serving.process import HERE, PORT, ROOT, Process, System, make_environment
-from models.bundle import load_bundle
+from benchmarks.serving.process import (
+    HERE,
+    PORT,
+    ROOT,
+    Process,
+    System,
+    fingerprint,
+    make_environment,
+)
+from models.bundle import Bundle, load_bundle
+from models.cores import processor
 
 CORES = len(os.sched_getaffinity(0))
 SECONDS = 4.0
@@ -33,6 +43,16 @@ CLIENTS = (1, 8, 32, 128)
 CROWD = 32
 OPEN_CLIENTS = 128
 OPEN_LOADS = (0.5, 0.8, 1.2)
+# What decides what is measured, and how.
+MEASURED = (
+    ROOT / "app",
+    ROOT / "models",
+    ROOT / "requirements/cpu.txt",
+    ROOT / "requirements/gpu.txt",
+    *sorted(HERE.glob("requirements-*.txt")),
+    HERE / "peers",
+    *(HERE / f"{name}.py" for name in ("compare", "limit", "null_server", "process")),
+)
 # Images that may wait where refusals are looked at: fewer than there are connections.
 SHORT_QUEUE = 32
 LIMIT_BATCH = 8
@@ -193,8 +213,22 @@ def measure_limit(
     return {"loads": loads}
 
 
+def conditions(bundle: Bundle) -> dict[str, Any]:
+    """Of a figure: figures that differ in one do not belong on one page."""
+    return {
+        "code": fingerprint(*MEASURED),
+        "network": {one.file: one.sha256[:16] for one in bundle.manifest.artifacts},
+        "machine": f"{CORES} cores ({processor()}), Python {platform.python_version()}",
+        "seconds": SECONDS,
+    }
+
+
 def collect(
-    run: Path, repeats: int, names: Sequence[str], measure_one: Callable[[str, Path], Any]
+    run: Path,
+    repeats: int,
+    names: Sequence[str],
+    facts: dict[str, Any],
+    measure_one: Callable[[str, Path], Any],
 ) -> list[dict[str, Any]]:
     """What is measured of every system in every repeat; what a run has already is not again.
 
@@ -202,17 +236,27 @@ def collect(
         run: Folder of logs and results.
         repeats: Each begins with another system.
         names: Of the systems.
+        facts: The conditions, which stand in every row.
         measure_one: Of a system's name, and a file for its log.
+
+    Raises:
+        SystemExit: The run holds figures of other conditions.
     """
     results = run / "results.jsonl"
     rows = [json.loads(line) for line in results.open()] if results.exists() else []
+    for row in rows:
+        if differ := [name for name in facts if row.get(name) != facts[name]]:
+            raise SystemExit(
+                f"{results} holds figures of another {', '.join(differ)}, which do not belong "
+                "beside new ones: delete it, or give another --run."
+            )
     done = {(row["repeat"], row["system"]) for row in rows}
     bar = tqdm(total=repeats * len(names), desc="systems")
     for repeat in range(repeats):
         for name in [*names[repeat % len(names) :], *names[: repeat % len(names)]]:
             if (repeat, name) not in done:
                 log = run / f"{name.replace(', ', '-').replace(' ', '-')}.log"
-                row = {"repeat": repeat, "system": name, **measure_one(name, log)}
+                row = {"repeat": repeat, "system": name, **facts, **measure_one(name, log)}
                 with results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 rows.append(row)
@@ -249,9 +293,9 @@ def main() -> None:
             return measure_refusals(known[name], mixes, log)
         return measure(known[name], mixes, log)
 
-    rows = collect(arguments.run, arguments.repeats, names, measure_one)
+    rows = collect(arguments.run, arguments.repeats, names, conditions(bundle), measure_one)
     if not arguments.only:
-        page.write(arguments.out, rows, bundle, mixes, SECONDS)
+        page.write(arguments.out, rows, bundle, mixes)
 
 
 if __name__ == "__main__":

@@ -18,20 +18,20 @@ from typing import Any
 
 from benchmarks.serving import compare
 from benchmarks.serving.compare import MIXES
-from benchmarks.serving.page import PEERS, Results, latency, row
+from benchmarks.serving.page import PEERS, Results, counts, latency, row
 from benchmarks.serving.process import ON_GPU, ROOT, System, make_environment
 from models.bundle import Bundle, load_bundle
 from models.cores import processor
 
 CROWD = 128
-LIMIT_BATCH = 4
+BATCH = 32
 OURS, ALONE, LIMIT, NOTHING = "mmtl", "mmtl, one process", "limit", "nothing"
 
 
 def systems(network: Path, side: int, processes: int) -> dict[str, System]:
     """Everything that is measured over HTTP, each in an environment with CUDA."""
     named = compare.systems(network, side)
-    ours = {"MMTL_DEVICE": "cuda:0", "MMTL_MAX_BATCH": "32"}
+    ours = {"MMTL_DEVICE": "cuda:0", "MMTL_MAX_BATCH": str(BATCH)}
     known = {
         OURS: (named["mmtl, same network"], {**ours, "MMTL_PROCESSES": str(processes)}),
         ALONE: (named["mmtl, same network"], ours),
@@ -86,10 +86,8 @@ def main() -> None:
     if arguments.page:
         rows = [json.loads(line) for line in (arguments.run / "results.jsonl").open()]
     else:
-        rows = _measure(known, names, arguments)
+        rows = _measure(known, names, bundle, arguments)
     results = Results([found for found in rows if found["system"] in names])
-    if len({(row["machine"], row["seconds"], row["processes"]) for row in results.rows}) > 1:
-        raise SystemExit(f"{arguments.run} holds figures of other conditions: give another --run.")
     (arguments.out / "performance-gpu.json").write_text(json.dumps(results.rows, indent=1) + "\n")
     text = "\n".join(_lines(results, names, bundle)) + "\n"
     (arguments.out / "performance-gpu.md").write_text(text)
@@ -97,26 +95,23 @@ def main() -> None:
 
 
 def _measure(
-    known: dict[str, System], names: list[str], arguments: argparse.Namespace
+    known: dict[str, System], names: list[str], bundle: Bundle, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     compare.SECONDS = arguments.seconds
-    facts = {
-        "machine": machine(),
-        "seconds": arguments.seconds,
-        "processes": arguments.processes,
-    }
+    facts = compare.conditions(bundle)
+    facts |= {"machine": machine(), "processes": arguments.processes}
     mixes = compare.make_images(arguments.data.resolve(), arguments.run / "images")
     for name in {known[name].environment for name in names if name != LIMIT}:
         make_environment(name)
 
     def measure_one(name: str, log: Path) -> dict[str, Any]:
         if name == LIMIT:
-            return facts | compare.measure_limit(known[ALONE], mixes, LIMIT_BATCH, CROWD)
+            return compare.measure_limit(known[ALONE], mixes, BATCH, CROWD)
         if name == NOTHING:
-            return facts | compare.measure_generator(known[name], mixes, log, CROWD)
-        return facts | compare.measure(known[name], mixes, log, CROWD)
+            return compare.measure_generator(known[name], mixes, log, CROWD)
+        return compare.measure(known[name], mixes, log, CROWD)
 
-    return compare.collect(arguments.run, arguments.repeats, names, measure_one)
+    return compare.collect(arguments.run, arguments.repeats, names, facts, measure_one)
 
 
 def _lines(results: Results, names: list[str], bundle: Bundle) -> Iterator[str]:
@@ -132,12 +127,13 @@ def _lines(results: Results, names: list[str], bundle: Bundle) -> Iterator[str]:
         f"{manifest.name} {manifest.version}, {manifest.input.width} pixels, the fp32 ONNX file in "
         f"every system; {facts['machine']}; repeats of {facts['seconds']:g} seconds a load after "
         f"one of warm-up: {len(results.repeats)}. The load generator, one process, runs on the "
-        f"same cores. *mmtl* is {facts['processes']} processes (`MMTL_PROCESSES`); peers decode "
+        f"same cores. *mmtl* is {facts['processes']} processes (`MMTL_PROCESSES`), in batches of "
+        f"at most {BATCH} (`MMTL_MAX_BATCH`); peers decode "
         "with Pillow, in a process a core or (FastAPI) a thread a core, and fill batches up to one "
         "size, without which they took a second for each change of it. They run ONNX Runtime as it "
         "comes, in TensorFloat-32, in which the network is faster, and in batches of eight at "
         "most, as on a CPU. *The limit* is a bare loop without HTTP, in one process: mmtl's "
-        f"decoder and engine, a thread a core, in batches of {LIMIT_BATCH}. "
+        f"decoder and engine, a thread a core, in batches of {BATCH}. "
         + (f"Not measured here: {', '.join(missing)}. " if missing else "")
         + "What each part of the engine gives: "
         "[performance-gpu-steps.md](performance-gpu-steps.md).\n"
@@ -166,9 +162,8 @@ def _lines(results: Results, names: list[str], bundle: Bundle) -> Iterator[str]:
     for name in served:
         for share in compare.OPEN_LOADS:
             load = f"mixed, open loop, {share:.0%}"
-            counts = [sum(results.each(name, load, w)) for w in ("refused", "failed", "unsent")]
             rate = results.median(name, load, "images_per_second")
-            cells = [f"{rate:.0f}", latency(results, name, load), *(f"{n:.0f}" for n in counts)]
+            cells = [f"{rate:.0f}", latency(results, name, load), *counts(results, name, load)]
             yield row([name, f"{share:.0%}", *cells])
     yield f"\n## What it costs, {CROWD} clients\n"
     yield row(["", *(f"CPU ms an image, {m}" for m in MIXES), "peak MB, full size", "ready, s"])

@@ -1,5 +1,6 @@
 """A system that is measured: its environment, its processes, and what they cost."""
 
+import hashlib
 import os
 import signal
 import socket
@@ -37,18 +38,33 @@ class System:
     variables: dict[str, str] = field(default_factory=dict)
 
 
+def fingerprint(*paths: Path) -> str:
+    """Of the code and the requirements in files, and in folders of them."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(f"{file.relative_to(ROOT)} {file.stat().st_size}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def make_environment(name: str) -> Path:
-    """The folder of an environment's programs, installed from hash-locked requirements."""
+    """The folder of an environment's programs, installed from hash-locked requirements.
+
+    It is made anew where what it was made of has changed.
+    """
     folder = ROOT / ".venv-bench" / name
     done = folder / ".done"
-    if not done.exists():
+    system, gpu, _ = name.partition(ON_GPU)
+    locked = HERE / f"requirements-{system}.txt"
+    made_of = [locked]
+    if system == "mmtl":
+        locked = ROOT / f"requirements/{'gpu' if gpu else 'cpu'}.txt"
+        made_of = [locked, ROOT / "pyproject.toml", ROOT / "app", ROOT / "models"]
+    if not done.exists() or done.read_text() != fingerprint(*made_of):
         uv = ROOT / ".venv/bin/uv"
         print(f"installing {folder}", file=sys.stderr)
         subprocess.run([uv, "venv", "--quiet", "--clear", "-p", sys.executable, folder], check=True)
-        system, gpu, _ = name.partition(ON_GPU)
-        locked = HERE / f"requirements-{system}.txt"
-        if system == "mmtl":
-            locked = ROOT / f"requirements/{'gpu' if gpu else 'cpu'}.txt"
         there = ["--quiet", "--python", folder / "bin/python"]
         # Compiled as pip leaves it: most of a start would go into that.
         install = [uv, "pip", "install", "--compile-bytecode", *there]
@@ -60,7 +76,7 @@ def make_environment(name: str) -> Path:
             subprocess.run([uv, "pip", "uninstall", *there, "onnxruntime"], check=True)
             locked = HERE / "requirements-onnxruntime-gpu.txt"
             subprocess.run([*install, "--no-deps", "--require-hashes", "-r", locked], check=True)
-        done.touch()
+        done.write_text(fingerprint(*made_of))
     return folder / "bin"
 
 
