@@ -1,11 +1,11 @@
 """Work-conserving micro-batching: one pool of workers does all that an image needs done.
 
 A free worker waits for nothing that has not come. Where the network runs on the CPU, on the very
-cores that decode, a worker decodes what waits before it runs a small batch; a GPU is never left
-idle for that. Requests reserve their place before anything is decoded, so that what is in memory is
-bounded; a job whose caller has gone, or whose deadline has passed, is dropped when it is taken up.
-A batch that fails is tried again in halves, so that one bad image, or a GPU short of memory, costs
-the others nothing.
+cores that decode, a worker decodes what waits before it runs a small batch, or one beside enough
+others; a GPU is never left idle for that. Requests reserve their place before anything is decoded,
+so that what is in memory is bounded; a job whose caller has gone, or whose deadline has passed, is
+dropped when it is taken up. A batch that fails is tried again in halves, so that one bad image, or
+a GPU short of memory, costs the others nothing.
 """
 
 import re
@@ -29,8 +29,6 @@ from models.images import NotItsTurn, is_anyones_turn, skip_turn
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")
-# Workers beyond the cores: they use what the others leave idle, waiting for the interpreter.
-_SPARE = 1
 # Bytes that take long enough to copy for others to use the interpreter meanwhile.
 _MUCH = 1_000_000
 # How often it is looked whether a large image's turn has come.
@@ -121,7 +119,7 @@ class Batcher:
     Args:
         engine: Loaded.
         input_size: Height and width of its images.
-        cores: That decode, and on a CPU run the network; other threads come on top.
+        cores: That decode, and on a CPU run the network.
         queue_size: Most images admitted at once.
         metrics: Told of every batch.
         measure: What else there is to find in a batch's pixels; it joins the engine's outputs.
@@ -143,7 +141,11 @@ class Batcher:
         self._measure = measure
         on_cpu = engine.device == "cpu"
         self._max_batch = engine.batch
+        # What is worth a run while images wait to be decoded. Decoding asks for the interpreter
+        # again and again, a run does without it: some of each at a time wait for it less than all
+        # cores with one and then the other.
         self._worth_running = self._max_batch if on_cpu else 1
+        self._runs_beside_decoding = max(cores // 2, 1) if on_cpu else engine.runs_at_once
         self._admitted = 0
         self._encoded: deque[_Job] = deque()
         # Large images that are decoded one at a time, and wait here so that no worker waits.
@@ -161,7 +163,7 @@ class Batcher:
         # The first one warms the engine up for all.
         self._workers = [
             threading.Thread(target=self._work, args=[i == 0], name=f"mmtl-work-{i}", daemon=True)
-            for i in range(cores + (_SPARE if on_cpu else engine.runs_at_once))
+            for i in range(cores if on_cpu else cores + engine.runs_at_once)
         ]
         # What each worker, by name, has worked on since when.
         self._busy: dict[str, tuple[float, list[_Job]]] = {}
@@ -339,7 +341,10 @@ class Batcher:
         with self._changed:
             while not self._failed:
                 free = self._running < self._engine.runs_at_once
-                enough = len(self._decoded) >= self._worth_running
+                enough = (
+                    len(self._decoded) >= self._worth_running
+                    and self._running < self._runs_beside_decoding
+                )
                 to_decode = self._large if self._large and is_anyones_turn() else self._encoded
                 if self._decoded and free and (enough or not to_decode):
                     jobs = self._batch()

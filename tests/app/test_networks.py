@@ -259,23 +259,24 @@ def test_a_network_that_cannot_be_loaded_again_ends_the_process(
 
 
 def test_a_network_that_cannot_be_started_leaves_no_worker_behind(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = threading.active_count()
-    start, started = threading.Thread.start, []
+    start, workers = threading.Thread.start, []
 
     def refused(thread: threading.Thread) -> None:
-        if thread.name.startswith("mmtl-work") and started:
+        if thread.name.startswith("mmtl-work") and workers:
             raise RuntimeError("can't start new thread")
-        started.append(thread)
+        workers.append(thread)
         start(thread)
 
-    monkeypatch.setattr(threading.Thread, "start", refused)
-    with pytest.raises(ReloadError, match="can't start new thread"):
-        client.app.state.networks.reload()
-    started[0].join(5)
-    assert threading.active_count() == before
-    assert predict(client).status_code == 200
+    with started(settings.model_copy(update={"threads": 2})) as client:
+        before = threading.active_count()
+        monkeypatch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(ReloadError, match="can't start new thread"):
+            client.app.state.networks.reload()
+        workers[0].join(5)
+        assert threading.active_count() == before
+        assert predict(client).status_code == 200
 
 
 def test_whatever_a_reload_meets_the_old_network_stays(
