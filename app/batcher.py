@@ -119,7 +119,7 @@ class Batcher:
     Args:
         engine: Loaded.
         input_size: Height and width of its images.
-        cores: That decode, and on a CPU run the network.
+        cores: That decode, and on a CPU run the network; a thread each, and the engine's helpers.
         queue_size: Most images admitted at once.
         metrics: Told of every batch.
         measure: What else there is to find in a batch's pixels; it joins the engine's outputs.
@@ -163,7 +163,7 @@ class Batcher:
         # The first one warms the engine up for all.
         self._workers = [
             threading.Thread(target=self._work, args=[i == 0], name=f"mmtl-work-{i}", daemon=True)
-            for i in range(cores if on_cpu else cores + engine.runs_at_once)
+            for i in range(cores + engine.helpers)
         ]
         # What each worker, by name, has worked on since when.
         self._busy: dict[str, tuple[float, list[_Job]]] = {}

@@ -40,6 +40,9 @@ class Engine(Protocol):
         runs_at_once: Threads that call `run` at the same time: on the CPU one a core where the
             runtime's own threads would wait for each other; on a GPU two, so that one batch is
             prepared while another runs.
+        helpers: Workers that serve it beyond one a core: those that run a GPU; on the CPU one,
+            which uses what the others leave idle, waiting for the interpreter. With OpenVINO, whose
+            runs are short, it would only make them wait longer.
         batch: Most images in one run.
         rounding: What it rounds otherwise than the runtime that the artifact was made with, as a
             share of a golden output's largest value, or of 1 where that is smaller.
@@ -48,6 +51,7 @@ class Engine(Protocol):
     name: str
     device: str
     runs_at_once: int
+    helpers: int
     batch: int
     rounding: float
 

@@ -58,7 +58,7 @@ class CudaEngine:
     name = "onnxruntime"
     rounding = 0.0
     # One batch is put together while another runs.
-    runs_at_once = 2
+    runs_at_once = helpers = 2
 
     def __init__(self, file: str, content: bytes, number: int, max_batch: int):
         self.device = f"cuda:{number}"

@@ -26,6 +26,7 @@ class OnnxEngine:
 
     name = "onnxruntime"
     device = "cpu"
+    helpers = 1
     rounding = 0.0
 
     def __init__(self, file: str, content: bytes, threads: int, max_batch: int):

@@ -44,6 +44,7 @@ class OpenVinoEngine:
     """
 
     device = "cpu"
+    helpers = 0
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ class PytorchEngine:
         self.name: str = artifact_format
         self.device = device if device != "auto" else ("cuda:0" if available else "cpu")
         on_gpu = self.device != "cpu"
-        self.runs_at_once = 2 if on_gpu else 1
+        self.runs_at_once = self.helpers = 2 if on_gpu else 1
         self.batch = max_batch if on_gpu else min(BATCH_ON_CPU, max_batch)
         torch.set_num_threads(threads)
         # Their TensorFloat-32 moves an age by days.

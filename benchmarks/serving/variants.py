@@ -96,13 +96,7 @@ def runs_as_they_come() -> None:
 
 def spare_worker() -> None:
     """A worker more than cores."""
-    start = app.batcher.Batcher.__init__
-
-    def started(self: Any, *arguments: Any) -> None:
-        start(self, *arguments)
-        self._workers.append(threading.Thread(target=self._work, args=[False], daemon=True))
-
-    app.batcher.Batcher.__init__ = started
+    app.engines.openvino.OpenVinoEngine.helpers = 1
 
 
 def arenas_not_shared() -> None:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.anyio
 class Engine:
     """Answers each image's first pixel; holds every run while `gate` is shut."""
 
-    name, device, runs_at_once, batch = "test", "cpu", 1, 4
+    name, device, runs_at_once, helpers, batch = "test", "cpu", 1, 1, 4
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -370,7 +370,7 @@ async def test_an_old_batcher_ends_with_its_last_request(batcher: Batcher, engin
 
 async def test_beside_a_run_what_waits_is_decoded_before_another_run() -> None:
     engine = Engine()
-    engine.runs_at_once, engine.batch = 2, 2
+    engine.runs_at_once, engine.helpers, engine.batch = 2, 0, 2
     batcher = Batcher(engine, (SIDE, SIDE), 2, 10, Metrics(4, ()), lambda _: {})
     batcher.start()
     until(lambda: batcher.ready)
@@ -517,7 +517,7 @@ async def test_closing_answers_what_waits_and_refuses_the_rest(
 
 
 async def test_closing_ends_every_worker_though_the_callers_have_gone(engine: Engine) -> None:
-    engine.device, engine.runs_at_once = "cuda:0", 2
+    engine.device, engine.runs_at_once, engine.helpers = "cuda:0", 2, 2
     batcher = Batcher(engine, (SIDE, SIDE), 8, 99, Metrics(4, ()), lambda _: {})
     batcher.start()
     until(lambda: batcher.ready)
