@@ -61,6 +61,8 @@ def make_environment(name: str) -> Path:
     if system == "mmtl":
         locked = ROOT / f"requirements/{'gpu' if gpu else 'cpu'}.txt"
         made_of = [locked, ROOT / "pyproject.toml", ROOT / "app", ROOT / "models"]
+    elif gpu:
+        made_of.append(HERE / "requirements-onnxruntime-gpu.txt")
     if not done.exists() or done.read_text() != fingerprint(*made_of):
         uv = ROOT / ".venv/bin/uv"
         print(f"installing {folder}", file=sys.stderr)
