@@ -142,10 +142,11 @@ class Batcher:
         on_cpu = engine.device == "cpu"
         self._max_batch = engine.batch
         # What is worth a run while images wait to be decoded. Decoding asks for the interpreter
-        # again and again, a run does without it: some of each at a time wait for it less than all
-        # cores with one and then the other.
+        # again and again, a run does without it: where no helper uses what waiting leaves idle,
+        # some of each at a time wait less than all cores with one and then the other.
         self._worth_running = self._max_batch if on_cpu else 1
-        self._runs_beside_decoding = max(cores // 2, 1) if on_cpu else engine.runs_at_once
+        most = engine.runs_at_once
+        self._runs_beside_decoding = most if engine.helpers else max(cores // 2, 1)
         self._admitted = 0
         self._encoded: deque[_Job] = deque()
         # Large images that are decoded one at a time, and wait here so that no worker waits.
