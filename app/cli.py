@@ -210,7 +210,10 @@ def bench(
         _print_loads(f"{url}, {f'{rate:g} images/s arriving' if rate else 'closed loop'}", measured)
     statuses = {status for found in measured.values() for status in found["statuses"]}
     if not statuses:
-        fail("No request was sent in the measured time: give more --seconds.")
+        fail(
+            "No request was sent in the measured time: none arrived, or all clients waited for "
+            "earlier answers. Give more --seconds."
+        )
     if "200" not in statuses:
         fail(f"No request was answered with 200, but with {', '.join(sorted(statuses))}.")
     if not any(found["images_per_second"] for found in measured.values()):

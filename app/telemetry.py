@@ -294,7 +294,7 @@ def _route(scope: Scope) -> tuple[str, str]:
 
 
 class _Lines:
-    """Writes lines to a file, where that can be."""
+    """Writes lines to a file, as structlog's own would; one that cannot be written is dropped."""
 
     def __init__(self, file: TextIO):
         self._file = file

@@ -121,7 +121,12 @@ def test_a_header_without_a_name_or_a_value_is_refused(run, header: str) -> None
     [
         ({"200": 3}, 3, None),
         ({"200": 1}, 0, "No answer came in the measured time: give more --seconds."),
-        ({}, 0, "No request was sent in the measured time: give more --seconds."),
+        (
+            {},
+            0,
+            "No request was sent in the measured time: none arrived, or all clients waited for "
+            "earlier answers. Give more --seconds.",
+        ),
         ({"503": 2, "401": 1}, 0, "No request was answered with 200, but with 401, 503."),
     ],
 )

@@ -147,7 +147,6 @@ def test_an_image_that_cannot_be_explained_fails_alone(
     assert answer.status_code == 200
     good, bad = answer.json()["results"]
     assert good["explanation"]["overlay"]
-    assert good["explanation"]["overlay"]
     assert bad["error"]["type"] == "urn:mmtl:problem:corrupt-image"
     # What nobody was told is in no metric of what was predicted.
     assert "mmtl_melanoma_probability_count 1.0" in client.get("/metrics").text

@@ -1,8 +1,12 @@
+import asyncio
 import json
 import warnings
+from collections.abc import Callable, Coroutine
 from io import StringIO
 
 import pytest
+import structlog
+import uvloop
 from fastapi.testclient import TestClient
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -131,6 +135,36 @@ def test_logs_tell_what_happened_and_nothing_of_the_patient(
     assert {"decode_ms", "queue_ms", "inference_ms", "milliseconds"} <= line.keys()
     assert not any("Jane" in json.dumps(line) for line in lines)
     assert not any(key in line for key in ("probability", "filename", "sha256"))
+
+
+@pytest.mark.usefixtures("logs_as_before")
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_no_line_is_lost_where_an_event_loop_ends(
+    run: Callable[[Coroutine[None, None, None]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logs("INFO")
+    log = structlog.get_logger()
+
+    async def say(*names: str) -> None:
+        for name in names:
+            log.info(name)
+
+    run(say("a", "b"))
+    log.info("c")
+    run(say("d"))
+    assert [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()] == [*"abcd"]
+
+
+def test_every_line_is_written_at_once() -> None:
+    file = StringIO()
+
+    async def say() -> None:
+        lines = _Lines(file)
+        lines.info("first")
+        lines.error("then")
+        assert file.getvalue() == "first\nthen\n"
+
+    asyncio.run(say())
 
 
 def test_a_line_that_cannot_be_written_is_dropped() -> None:
