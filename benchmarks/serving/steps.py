@@ -7,98 +7,44 @@ rounds, so that a slow minute of the machine falls on all of them.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from collections import defaultdict
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from urllib.request import urlopen
+from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.serving.compare import CORES, make_images
+from benchmarks.serving.compare import CORES, CROWD, SECONDS, load, make_images
 from benchmarks.serving.page import row
-from benchmarks.serving.process import PORT, ROOT
+from benchmarks.serving.process import HERE, PORT, ROOT, Process, System
 from benchmarks.serving.variants import LEFT_OUT, TRIED, UNDONE, Variant, as_it_is
 from models.cores import processor
 
 ROUNDS = 5
-SECONDS = 3.0
 MIXES = ("small", "full size")
+RUN = ROOT / "runs/bench-serve"
 _HEAD = [f"{mix}, {of}" for mix in MIXES for of in ("images/s", "of as it is", "CPU ms an image")]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was measured of a variant in one round.
-
-    Attributes:
-        rates: Images a second, by mix.
-        costs: CPU milliseconds of the service an image, by mix.
-        megabytes: The most memory that was resident.
-    """
-
-    rates: dict[str, float]
-    costs: dict[str, float]
-    megabytes: float
+# What one load gave, by mix.
+Found = dict[str, dict[str, Any]]
 
 
 def measure(variant: Variant, mixes: dict[str, list[Path]]) -> Found:
-    """Start a variant, and measure it."""
-    environment = {**os.environ, "MMTL_PORT": str(PORT), "MMTL_LOG_LEVEL": "INFO"}
-    command = [sys.executable, "-m", "benchmarks.serving.variants", variant.__name__]
-    rates, costs = {}, {}
-    with tempfile.TemporaryFile("w+") as logged:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=logged)
-        try:
-            _wait(process)
-            for mix in MIXES:
-                before = _cpu_seconds(process.pid)
-                rates[mix], answers = bench(mixes[mix])
-                costs[mix] = 1000 * (_cpu_seconds(process.pid) - before) / answers
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-            return Found(rates, costs, int(peak.split()[1]) / 1000)
-        except TimeoutError:
-            logged.seek(0)
-            raise SystemExit(
-                f"{variant.__name__}: the service did not start.\n{logged.read()[-1000:]}"
-            ) from None
-        finally:
-            process.terminate()
-            process.wait()
+    """Start a variant, and put every mix on it.
 
-
-def _wait(process: "subprocess.Popen[bytes]") -> None:
-    for _ in range(300):
-        time.sleep(0.1)
-        if process.poll() is not None:
-            break
-        with suppress(OSError), urlopen(f"http://127.0.0.1:{PORT}/health/ready", None, 5):
-            return
-    raise TimeoutError
-
-
-def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def bench(files: list[Path]) -> tuple[float, int]:
-    """Images a second, and how many there were in all, those of the warm-up too."""
-    command = [Path(sys.executable).with_name("mmtl"), "bench", f"http://127.0.0.1:{PORT}"]
-    options = ["--clients", "32", "--seconds", str(SECONDS), "--json"]
-    done = subprocess.run([*command, *files, *options], stdout=subprocess.PIPE, check=True)
-    found = json.loads(done.stdout)["32"]
-    if found["failed"] or found["refused"]:
-        raise SystemExit(f"Not every request was answered: {found['statuses']}.")
-    return float(found["images_per_second"]), int(found["answers_in_all"])
+    Raises:
+        SystemExit: It does not start, or does not answer every request.
+    """
+    command = ("python", f"{HERE}/variants.py", variant.__name__)
+    process = Process(System("mmtl", command, {"MMTL_PORT": str(PORT)}), RUN / "steps.log")
+    try:
+        process.wait(mixes["small"][0].read_bytes())
+        found = {mix: load(process, mixes[mix], CROWD) for mix in MIXES}
+    finally:
+        process.stop()
+    for one in found.values():
+        if one["failed"] or one["refused"]:
+            raise SystemExit(f"{variant.__name__}: not every answer is a 200: {one['statuses']}.")
+    return found
 
 
 def main() -> None:
@@ -107,7 +53,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
-    mixes = make_images(arguments.data.resolve(), ROOT / "runs/bench-serve/images")
+    mixes = make_images(arguments.data.resolve(), RUN / "images")
     variants = [as_it_is, *UNDONE, *TRIED, *LEFT_OUT]
     found: dict[Variant, list[Found]] = defaultdict(list)
     bar = tqdm(total=arguments.rounds * len(variants))
@@ -118,26 +64,30 @@ def main() -> None:
             bar.update()
     bar.close()
 
+    def each(variant: Variant, mix: str, name: str) -> list[float]:
+        return [one[mix][name] for one in found[variant]]
+
     def cells(variant: Variant) -> list[str]:
-        own, whole = found[variant], found[as_it_is]
         written = [str(variant.__doc__).rstrip(".")]
         for mix in MIXES:
-            ratios = [a.rates[mix] / b.rates[mix] for a, b in zip(own, whole, strict=True)]
+            rates = each(variant, mix, "images_per_second")
+            whole = each(as_it_is, mix, "images_per_second")
+            ratios = [a / b for a, b in zip(rates, whole, strict=True)]
             written += [
-                f"{median(one.rates[mix] for one in own):.1f}",
+                f"{median(rates):.1f}",
                 f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-                f"{median(one.costs[mix] for one in own):.2f}",
+                f"{median(each(variant, mix, 'server_cpu_ms_per_image')):.2f}",
             ]
-        return [*written, f"{median(one.megabytes for one in own):.0f}"]
+        return [*written, f"{max(each(variant, MIXES[-1], 'peak_megabytes')):.0f}"]
 
     print("# What each optimisation gives\n")
     print("<!-- Generated by `benchmarks/serving/steps.py`; do not edit. -->\n")
     print(
-        f"32 clients, {CORES} cores ({processor()}), the int8 network in OpenVINO (but where it "
-        f"says otherwise), {arguments.rounds} rounds of {SECONDS:g} "
-        "seconds: medians, and the ratio to the service as it is in the same round: its median, "
-        "lowest and highest. What spans 1 was not told apart from it; a slow round of the service "
-        "as it is lifts all. The last column is the most memory that was resident, in MB."
+        f"{CROWD} clients, {CORES} cores ({processor()}), the int8 network in OpenVINO (but where "
+        f"it says otherwise), {arguments.rounds} rounds of {SECONDS:g} seconds: medians, and the "
+        "ratio to the service as it is in the same round: its median, lowest and highest. What "
+        "spans 1 was not told apart from it; a slow round of the service as it is lifts all. The "
+        "last column is the most memory, full size, in MB."
     )
     for title, those in (
         ("Kept: the service with one of them undone", (as_it_is, *UNDONE)),

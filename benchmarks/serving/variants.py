@@ -1,8 +1,8 @@
 """The service but for one thing: a function each, which says in its docstring what is other.
 
-.venv/bin/python -m benchmarks.serving.variants NAME
+    variants.py NAME
 
-starts it (benchmarks/serving/steps.py measures them all).
+starts it. Run by steps.py, which measures them all, in mmtl's environment.
 """
 
 import asyncio
