@@ -235,7 +235,7 @@ class Bundle:
         raise BundleError(f"{self.folder} has no {asked} artifact; it has {have}.")
 
     def artifact_for_cpu(self) -> Artifact:
-        """The ONNX artifact that a CPU runs: int8 where there is one, as it is twice as fast.
+        """The ONNX artifact that a CPU runs: int8 where there is one, as it is the faster.
 
         Raises:
             BundleError: The bundle has no ONNX artifact.

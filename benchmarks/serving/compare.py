@@ -6,7 +6,7 @@ Each system has an environment of its own (.venv-bench), is configured as its do
 advises (peers/), and is measured alone, one after the other, in an order that rotates from repeat
 to repeat. The load generator is `mmtl bench`, in a process of its own. What was measured is kept in
 runs/bench-serve, and a run that was interrupted goes on there; docs/performance.md is written from
-it.
+it, or with `--name` a page beside it, for a machine of another kind.
 """
 
 import argparse
@@ -271,12 +271,18 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=ROOT / "models/default")
     parser.add_argument("--run", type=Path, default=ROOT / "runs/bench-serve")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--name", default="performance", help="Of the page and its files.")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--only", nargs="*", help="Systems to measure; the page is not written.")
+    parser.add_argument("--page", action="store_true", help="Write anew what is measured already.")
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle.resolve())
     network = bundle.path(bundle.artifact("onnx", "fp32"))
     mixes = make_images(arguments.data.resolve(), arguments.run / "images")
+    if arguments.page:
+        rows = json.loads((arguments.out / f"{arguments.name}.json").read_text())
+        page.write(arguments.out, arguments.name, rows, bundle, mixes)
+        return
     known = systems(network, bundle.manifest.input.width)
     names = [*known, "limit, same network", "limit, as shipped"]
     if arguments.only:
@@ -295,7 +301,7 @@ def main() -> None:
 
     rows = collect(arguments.run, arguments.repeats, names, conditions(bundle), measure_one)
     if not arguments.only:
-        page.write(arguments.out, rows, bundle, mixes)
+        page.write(arguments.out, arguments.name, rows, bundle, mixes)
 
 
 if __name__ == "__main__":

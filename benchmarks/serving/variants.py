@@ -2,7 +2,8 @@
 
     variants.py NAME
 
-starts it. Run by steps.py, which measures them all, in mmtl's environment.
+starts it. Run by steps.py, which measures those that differ on its machine, in mmtl's environment:
+a CPU with AMX runs the int8 network in OpenVINO by default, any other in ONNX Runtime.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import app.batcher
 import app.cli
+import app.engines.onnx
 import app.engines.openvino
 import app.networks
 import app.predictor
@@ -30,7 +32,7 @@ import app.server
 import app.telemetry
 import models.images
 import models.memory
-from models.cores import available_cores
+from models.cores import available_cores, has_amx
 
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -56,7 +58,12 @@ def without_bfloat16() -> None:
     app.engines.has_amx = lambda: False
 
 
-def one_run_at_a_time() -> None:
+def in_openvino() -> None:
+    """The int8 network in OpenVINO."""
+    os.environ["MMTL_RUNTIME"] = "openvino"
+
+
+def one_run_at_a_time_in_openvino() -> None:
     """One run at a time, on all cores."""
     cores = available_cores()
     for name in ("compile_model", "import_model"):
@@ -73,6 +80,22 @@ def one_run_at_a_time() -> None:
     )
 
 
+def one_run_at_a_time_in_onnx_runtime() -> None:
+    """One run at a time, on all cores."""
+    cores = available_cores()
+    load: Any = app.engines.onnx.onnxruntime.InferenceSession
+
+    def wide(content: bytes, options: Any, **named: Any) -> Any:
+        options.intra_op_num_threads = cores
+        return load(content, options, **named)
+
+    app.engines.onnx.onnxruntime.InferenceSession = wide
+    start: Any = app.engines.onnx.OnnxEngine.__init__
+    app.engines.onnx.OnnxEngine.__init__ = lambda self, file, content, _, most: start(
+        self, file, content, 1, most
+    )
+
+
 def without_batches() -> None:
     """Every image run on its own."""
     os.environ["MMTL_MAX_BATCH"] = "1"
@@ -83,13 +106,27 @@ def batches_of_four() -> None:
     os.environ["MMTL_MAX_BATCH"] = "4"
 
 
+def batches_of_eight() -> None:
+    """Batches of 8, not 4."""
+    app.engines.onnx.BATCH_ON_CPU = 8
+
+
 def runs_as_they_come() -> None:
     """As many runs at once as there are cores, whatever waits to be decoded."""
+    _runs_beside_decoding(lambda engine: engine.runs_at_once)
+
+
+def half_of_the_runs() -> None:
+    """Runs on at most half of the cores while images wait to be decoded."""
+    _runs_beside_decoding(lambda _: max(available_cores() // 2, 1))
+
+
+def _runs_beside_decoding(count: Callable[[Any], int]) -> None:
     start = app.batcher.Batcher.__init__
 
     def started(self: Any, *arguments: Any) -> None:
         start(self, *arguments)
-        self._runs_beside_decoding = self._engine.runs_at_once
+        self._runs_beside_decoding = count(self._engine)
 
     app.batcher.Batcher.__init__ = started
 
@@ -97,6 +134,17 @@ def runs_as_they_come() -> None:
 def spare_worker() -> None:
     """A worker more than cores."""
     app.engines.openvino.OpenVinoEngine.helpers = 1
+
+
+def without_spare_worker() -> None:
+    """No more workers than cores, and all of them run as images come."""
+    app.engines.onnx.OnnxEngine.helpers = 0
+    runs_as_they_come()
+
+
+def two_spare_workers() -> None:
+    """Two workers more than cores, not one."""
+    app.engines.onnx.OnnxEngine.helpers = 2
 
 
 def arenas_not_shared() -> None:
@@ -287,15 +335,22 @@ def without_watch() -> None:
 
 
 Variant = Callable[[], None]
-UNDONE: tuple[Variant, ...] = (
-    fp32,
+_OF_OPENVINO: tuple[Variant, ...] = (
     without_openvino,
     without_bfloat16,
-    one_run_at_a_time,
-    without_batches,
+    one_run_at_a_time_in_openvino,
     batches_of_four,
     runs_as_they_come,
     arenas_not_shared,
+)
+_OF_ONNX_RUNTIME: tuple[Variant, ...] = (
+    one_run_at_a_time_in_onnx_runtime,
+    without_spare_worker,
+)
+UNDONE: tuple[Variant, ...] = (
+    fp32,
+    *(_OF_OPENVINO if has_amx() else _OF_ONNX_RUNTIME),
+    without_batches,
     every_scan,
     small_blocks,
     through_the_router,
@@ -303,8 +358,15 @@ UNDONE: tuple[Variant, ...] = (
     frequent_collections,
     frequent_trims,
 )
+_TRIED_IN_OPENVINO: tuple[Variant, ...] = (spare_worker,)
+_TRIED_IN_ONNX_RUNTIME: tuple[Variant, ...] = (
+    in_openvino,
+    batches_of_eight,
+    half_of_the_runs,
+    two_spare_workers,
+)
 TRIED: tuple[Variant, ...] = (
-    spare_worker,
+    *(_TRIED_IN_OPENVINO if has_amx() else _TRIED_IN_ONNX_RUNTIME),
     garbage_frozen,
     short_switches,
     nice_workers,

@@ -40,5 +40,19 @@ def test_a_processor_is_called_what_the_kernel_calls_it(tmp_path: Path) -> None:
     assert processor(tmp_path / "nowhere") == platform.machine()
 
 
+@pytest.mark.parametrize(
+    ("flags", "instructions"),
+    [
+        ("fpu avx2 avx512f avx512_vnni amx_bf16", "AMX"),
+        ("fpu avx2 avx512f avx512_vnni", "AVX-512 VNNI"),
+        ("fpu avx avx2 fma", "AVX2"),
+    ],
+)
+def test_its_widest_instructions_are_named(tmp_path: Path, flags: str, instructions: str) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"model name\t: A New One\nflags\t\t: {flags}\n")
+    assert processor(file) == f"A New One with {instructions}"
+
+
 def test_where_nothing_is_known_of_the_processor_it_does_not(tmp_path: Path) -> None:
     assert not has_amx(tmp_path / "nowhere")
