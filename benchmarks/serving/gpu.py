@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.serving import compare
 from benchmarks.serving.compare import MIXES
-from benchmarks.serving.page import PEERS, Results, counts, latency, row
+from benchmarks.serving.page import PEERS, Results, counts, latency, row, span
 from benchmarks.serving.process import ON_GPU, ROOT, System, make_environment
 from models.bundle import Bundle, load_bundle
 from models.cores import processor
@@ -145,8 +145,8 @@ def _lines(results: Results, names: list[str], bundle: Bundle) -> Iterator[str]:
         rates = [results.median(name, load, "images_per_second") for load in loads]
         yield row([name, *(f"{rate:.0f}" for rate in rates)])
     for peer in served[1:]:
-        ratios = [results.ratio(OURS, peer, load) for load in loads]
-        yield row([f"{OURS} over {peer}", *(f"{ratio:.2f}x" for ratio in ratios)])
+        ratios = [results.ratios(OURS, peer, load) for load in loads]
+        yield row([f"{OURS} over {peer}", *(span(each, "{:.2f}x") for each in ratios)])
     yield "\n## Latency, mixed images: p50 / p95 / p99 in milliseconds\n"
     yield row(["clients", *map(str, compare.CLIENTS)])
     yield row(["---"] * 5)

@@ -43,16 +43,25 @@ class Results:
         values = self.each(system, load, name)
         return median(values) if values else float("nan")
 
-    def ratio(self, first: str, second: str, load: str) -> float:
-        """How many times as many images a second, in the median repeat."""
+    def ratios(self, first: str, second: str, load: str) -> list[float]:
+        """How many times as many images a second, in every repeat."""
         pairs = zip(
             self.each(first, load, "images_per_second"),
             self.each(second, load, "images_per_second"),
             strict=True,
         )
-        return median(a / b if b else float("inf") for a, b in pairs)
+        return [a / b if b else float("inf") for a, b in pairs]
 
-    def of_the_limit(self, system: str, limit: str, load: str, given_back: bool) -> float:
+    def over_fastest(self, ours: str, loads: Sequence[str]) -> list[float]:
+        """The ratios to the peer, on the load, where they are least in the median repeat."""
+        return min((self.ratios(ours, peer, load) for peer in PEERS for load in loads), key=median)
+
+    def beyond(self, ours: str, load: str, name: str, bare_name: str) -> list[float]:
+        """A figure less the bare loop's, in every repeat."""
+        bare = self.each(LIMIT[ours], load, bare_name)
+        return [a - b for a, b in zip(self.each(ours, load, name), bare, strict=True)]
+
+    def of_the_limit(self, system: str, limit: str, load: str, given_back: bool) -> list[float]:
         """Share of what the bare loop does; with the generator's CPU time taken off the latter."""
         cores = len(os.sched_getaffinity(0))
         shares = []
@@ -62,7 +71,7 @@ class Results:
             busy = found["generator_cpu_ms_per_answer"] * found["images_per_second"] / 1000
             left = (cores - busy) / cores if given_back else 1.0
             shares.append(found["images_per_second"] / (most * left))
-        return median(shares)
+        return shares
 
 
 def write(folder: Path, name: str, rows: Rows, bundle: Bundle, mixes: dict[str, list[Path]]):
@@ -86,7 +95,8 @@ def _lines(
     yield (
         f"{manifest.name} {manifest.version}, {manifest.input.width} pixels; {facts['machine']}; "
         f"{len(results.repeats)} repeats of {facts['seconds']:g} seconds a load after one of "
-        "warm-up: medians, and of refusals and failures the sum. Everything runs on the same "
+        "warm-up: medians, and in brackets the lowest and highest repeat; of refusals and failures "
+        "the sum. Systems are compared within each repeat. Everything runs on the same "
         "cores, the load generator included. Peers decode with Pillow and run the fp32 ONNX file, "
         "configured as their documentation has it (benchmarks/serving/peers). *Same network*: "
         "mmtl runs that file in ONNX Runtime, too. *As shipped*: mmtl runs what it takes by "
@@ -117,7 +127,7 @@ def _lines(
         yield row(["---"] * 5)
         others = (INT8, *PEERS) if ours == SHIPPED else PEERS
         for name in (LIMIT[ours], ours, *others):
-            yield row([name, *(f"{_rate(results, name, mix):.1f}" for mix in MIXES)])
+            yield row([name, *(span(_rates(results, name, mix), "{:.0f}") for mix in MIXES)])
         for given_back, what in (
             (False, "of the limit"),
             (True, "of what the generator leaves of it"),
@@ -126,13 +136,13 @@ def _lines(
                 results.of_the_limit(ours, LIMIT[ours], f"{m}, 32 clients", given_back)
                 for m in MIXES
             ]
-            yield row([f"{ours}, {what}", *(f"{share:.2f}" for share in shares)])
+            yield row([f"{ours}, {what}", *map(span, shares)])
         for peer in PEERS:
-            ratios = [results.ratio(ours, peer, f"{m}, 32 clients") for m in MIXES]
-            yield row([f"{ours} over {peer}", *(f"{ratio:.2f}x" for ratio in ratios)])
+            ratios = [results.ratios(ours, peer, f"{m}, 32 clients") for m in MIXES]
+            yield row([f"{ours} over {peer}", *(span(each, "{:.2f}x") for each in ratios)])
         if ours == SHIPPED:
-            ratios = [results.ratio(INT8, SHIPPED, f"{m}, 32 clients") for m in MIXES]
-            yield row([f"{INT8} over {ours}", *(f"{ratio:.2f}x" for ratio in ratios)])
+            ratios = [results.ratios(INT8, SHIPPED, f"{m}, 32 clients") for m in MIXES]
+            yield row([f"{INT8} over {ours}", *(span(each, "{:.2f}x") for each in ratios)])
         yield ""
     yield "## Latency, mixed images: p50 / p95 / p99 in milliseconds\n"
     crowds = (1, 8, 32, 128)
@@ -211,34 +221,28 @@ def _lines(
 def _targets(results: Results) -> Iterator[tuple[str, str, str, bool]]:
     for mix in ("mixed", "full size"):
         limit, load = LIMIT[SAME], f"{mix}, 32 clients"
-        share = results.of_the_limit(SAME, limit, load, given_back=True)
-        raw = results.of_the_limit(SAME, limit, load, given_back=False)
+        shares = results.of_the_limit(SAME, limit, load, given_back=True)
+        raw = median(results.of_the_limit(SAME, limit, load, given_back=False))
         what = f"same network, {mix}: share of the limit, generator accounted for (not: {raw:.2f})"
-        yield what, f"{share:.2f}", "0.90", share >= 0.9
-        used = results.median(SAME, f"{mix}, 32 clients", "server_cpu_ms_per_image")
-        bare = results.median(LIMIT[SAME], f"{mix}, 32 clients", "cpu_ms_per_image")
-        yield (
-            f"same network, {mix}: CPU an image over the bare loop's",
-            f"{used - bare:+.1f} ms",
-            "+2 ms",
-            used - bare <= 2,
-        )
+        yield what, span(shares), "0.90", median(shares) >= 0.9
+        more = results.beyond(SAME, load, "server_cpu_ms_per_image", "cpu_ms_per_image")
+        what = f"same network, {mix}: CPU an image over the bare loop's"
+        yield what, span(more, "{:+.1f} ms"), "+2 ms", median(more) <= 2
     for ours in (SAME, SHIPPED):
         for mix, targets in (("full size", TARGETS_FULL), ("small", TARGETS_SMALL)):
-            worst = min(results.ratio(ours, peer, f"{mix}, 32 clients") for peer in PEERS)
-            yield (
-                f"{ours}, {mix}: over the fastest peer",
-                f"{worst:.2f}x",
-                f"{targets[ours]:g}x",
-                worst >= targets[ours],
-            )
-    slowest = min(results.ratio(SAME, p, f"{m}, 32 clients") for p in PEERS for m in MIXES)
-    yield "same network, any mix: over the fastest peer", f"{slowest:.2f}x", "1x", slowest >= 1
+            ratios, least = results.over_fastest(ours, [f"{mix}, 32 clients"]), targets[ours]
+            what = f"{ours}, {mix}: over the fastest peer"
+            yield what, span(ratios, "{:.2f}x"), f"{least:g}x", median(ratios) >= least
+    ratios = results.over_fastest(SAME, [f"{mix}, 32 clients" for mix in MIXES])
+    what = "same network, any mix: over the fastest peer"
+    yield what, span(ratios, "{:.2f}x"), "1x", median(ratios) >= 1
     over = f"mixed, open loop, {1.2:.0%}"
     for ours in (SAME, SHIPPED, SHORT):
-        peak = results.median(ours, "mixed, 32 clients", "images_per_second")
-        kept = results.median(ours, over, "images_per_second") / peak
-        yield f"{ours}, 120 % load: throughput of its peak", f"{kept:.2f}", "0.90", kept >= 0.9
+        peaks = results.each(ours, "mixed, 32 clients", "images_per_second")
+        rates = results.each(ours, over, "images_per_second")
+        kept = [rate / peak for rate, peak in zip(rates, peaks, strict=True)]
+        what = f"{ours}, 120 % load: throughput of its peak"
+        yield what, span(kept), "0.90", median(kept) >= 0.9
         failed = sum(
             sum(results.each(ours, over, what))
             for what in ("failed", "unsent", "without_retry_after")
@@ -253,18 +257,17 @@ def _targets(results: Results) -> Iterator[tuple[str, str, str, bool]]:
     what = f"{SHORT}, 120 % load: p99 of what is refused, below the median of what is accepted"
     yield what, f"{refused_ms:.0f} ms", f"{accepted_ms:.0f} ms", refused_ms < accepted_ms
     for ours in (SAME, SHIPPED):
-        alone = results.median(ours, "mixed, 1 clients", "p50_ms")
-        bare = results.median(LIMIT[ours], "mixed, 1 clients", "p50_ms")
+        later = results.beyond(ours, "mixed, 1 clients", "p50_ms", "p50_ms")
         what = f"{ours}, one client: p50 over bare decode and infer"
-        yield what, f"{alone - bare:+.1f} ms", "+3 ms", alone - bare <= 3
+        yield what, span(later, "{:+.1f} ms"), "+3 ms", median(later) <= 3
         peak_mb = max(results.each(ours, "full size, 32 clients", "peak_megabytes"))
         yield f"{ours}: memory, full size", f"{peak_mb:.0f} MB", "350 MB", peak_mb < 350
-        ready = median(results.of(ours, repeat)["ready_seconds"] for repeat in results.repeats)
-        yield f"{ours}: first answer after start", f"{ready:.2f} s", "2 s", ready < 2
+        ready = [results.of(ours, repeat)["ready_seconds"] for repeat in results.repeats]
+        yield f"{ours}: first answer after start", span(ready, "{:.2f} s"), "2 s", median(ready) < 2
 
 
-def _rate(results: Results, system: str, mix: str) -> float:
-    return results.median(system, f"{mix}, 32 clients", "images_per_second")
+def _rates(results: Results, system: str, mix: str) -> list[float]:
+    return results.each(system, f"{mix}, 32 clients", "images_per_second")
 
 
 def latency(results: Results, system: str, load: str) -> str:
@@ -279,6 +282,12 @@ def counts(results: Results, system: str, load: str) -> list[str]:
     return [f"{sum(results.each(system, load, name)):.0f}" for name in names]
 
 
+def span(values: Sequence[float], form: str = "{:.2f}") -> str:
+    """The median and, of several, the lowest and the highest."""
+    low, middle, high = (form.format(of(values)) for of in (min, median, max))
+    return f"{middle} ({low} to {high})" if len(values) > 1 else middle
+
+
 def row(cells: Sequence[str]) -> str:
     """Of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
@@ -290,7 +299,12 @@ def _plot(results: Results, path: Path) -> None:
     figure, axes = plt.subplots(1, len(MIXES), figsize=(13, 4.4), layout="constrained")
     for axis, mix in zip(axes, MIXES, strict=True):
         labels = [name.replace(" in ", "\nin ") for name in names]
-        axis.bar(labels, [_rate(results, name, mix) for name in names], color=colours)
+        rates = [_rates(results, name, mix) for name in names]
+        middle = [median(each) for each in rates]
+        # From the lowest repeat to the highest.
+        below = [median(each) - min(each) for each in rates]
+        above = [max(each) - median(each) for each in rates]
+        axis.bar(labels, middle, color=colours, yerr=(below, above), ecolor="0.3")
         axis.set_title(f"{mix} images")
         axis.tick_params(axis="x", labelrotation=90)
         axis.spines[["top", "right"]].set_visible(False)

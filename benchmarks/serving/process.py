@@ -31,11 +31,13 @@ class System:
         environment: Of .venv-bench.
         command: Whose first word is a program there.
         variables: Of its environment.
+        port: That it listens on.
     """
 
     environment: str
     command: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)
+    port: int = PORT
 
 
 def fingerprint(*paths: Path) -> str:
@@ -82,16 +84,16 @@ def make_environment(name: str) -> Path:
     return folder / "bin"
 
 
-def _wait_for_port(program: str) -> None:
+def _wait_for_port(system: System) -> None:
     """Until the port is free: the last system's processes may just be ending."""
     for _ in range(100):
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", PORT)) != 0:
+            if probe.connect_ex(("127.0.0.1", system.port)) != 0:
                 return
         time.sleep(0.1)
     raise SystemExit(
-        f"Something answers on port {PORT} already, and would be measured in place of {program}: a "
-        "server that an interrupted run left, maybe. Stop it."
+        f"Something answers on port {system.port} already, and would be measured in place of "
+        f"{system.command[0]}: a server that an interrupted run left, maybe. Stop it."
     )
 
 
@@ -99,7 +101,8 @@ class Process:
     """A system's processes, found by a mark in their environment: some start daemons."""
 
     def __init__(self, system: System, log: Path):
-        _wait_for_port(system.command[0])
+        _wait_for_port(system)
+        self.port = system.port
         self.token = f"{time.time_ns()}"
         programs = make_environment(system.environment)
         self.log = log.open("wb")
@@ -154,7 +157,7 @@ class Process:
             b"Content-Type: image/jpeg\r\n\r\n" + image + b"\r\n--b--\r\n"
         )
         request = urllib.request.Request(
-            f"http://127.0.0.1:{PORT}/predict",
+            f"http://127.0.0.1:{self.port}/predict",
             body,
             {"Content-Type": "multipart/form-data; boundary=b"},
         )

@@ -4,49 +4,100 @@
 
 (of a CPU without AMX: docs/performance-avx2-steps.md.)
 
-Every variant is the service in a process of its own, 32 clients, small and full-size images, in
-rounds, so that a slow minute of the machine falls on all of them.
+Every variant is the service in a process of its own, next to the service as it is in another. They
+are loaded in turn for a second or two, over and over, and compared turn by turn: a machine whose
+speed changes from one second to the next, as that of a shared host does, changes for both.
 """
 
 import argparse
-from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.serving.compare import CORES, CROWD, SECONDS, load, make_images
-from benchmarks.serving.page import row
+from app import load
+from benchmarks.serving.compare import CORES, CROWD, make_images
+from benchmarks.serving.page import row, span
 from benchmarks.serving.process import HERE, PORT, ROOT, Process, System
 from benchmarks.serving.variants import LEFT_OUT, TRIED, UNDONE, Variant, as_it_is
 from models.cores import has_amx, processor
 
-ROUNDS = 5
+ROUNDS = 6
+# Of each turn. As many clients as there are fill the queue in the first.
+WARM_UP_SECONDS, SECONDS = 0.5, 1.5
 MIXES = ("small", "full size")
 RUN = ROOT / "runs/bench-serve"
-_HEAD = [f"{mix}, {of}" for mix in MIXES for of in ("images/s", "of as it is", "CPU ms an image")]
-# What one load gave, by mix.
-Found = dict[str, dict[str, Any]]
+_HEAD = [f"{mix}, {of}" for mix in MIXES for of in ("images/s", "of as it is", "CPU of as it is")]
 
 
-def measure(variant: Variant, mixes: dict[str, list[Path]]) -> Found:
-    """Start a variant, and put every mix on it.
+@dataclass
+class Turns:
+    """What a service gave, turn by turn.
+
+    Attributes:
+        rates: Images a second.
+        cpu: Milliseconds an image.
+        megabytes: The most that it took so far.
+    """
+
+    rates: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    megabytes: float = 0.0
+
+
+def start(variant: Variant, port: int, image: bytes) -> Process:
+    """A variant, when it answers.
 
     Raises:
-        SystemExit: It does not start, or does not answer every request.
+        SystemExit: It does not start.
     """
     command = ("python", f"{HERE}/variants.py", variant.__name__)
-    process = Process(System("mmtl", command, {"MMTL_PORT": str(PORT)}), RUN / "steps.log")
+    log = RUN / f"steps-{port}.log"
+    process = Process(System("mmtl", command, {"MMTL_PORT": str(port)}, port), log)
     try:
-        process.wait(mixes["small"][0].read_bytes())
-        found = {mix: load(process, mixes[mix], CROWD) for mix in MIXES}
-    finally:
+        process.wait(image)
+    except BaseException:
         process.stop()
-    for one in found.values():
-        if one["failed"] or one["refused"]:
-            raise SystemExit(f"{variant.__name__}: not every answer is a 200: {one['statuses']}.")
-    return found
+        raise
+    return process
+
+
+def take_turn(process: Process, images: list[bytes], turns: Turns) -> None:
+    """Load a service for a moment.
+
+    Raises:
+        SystemExit: It does not answer every request.
+    """
+    target = load.Target(f"http://127.0.0.1:{process.port}", images)
+    with process.watched() as watched:
+        found = load.run(target, CROWD, SECONDS, WARM_UP_SECONDS)
+    if set(found.statuses) != {"200"}:
+        raise SystemExit(f"Not every answer is a 200: {found.statuses}. See {process.log.name}.")
+    turns.rates.append(found.images / SECONDS)
+    turns.cpu.append(1000 * watched["cpu_seconds"] / found.answers_in_all)
+    turns.megabytes = max(turns.megabytes, watched["peak_megabytes"])
+
+
+def compare(
+    variant: Variant, whole: Process, mixes: dict[str, list[bytes]], rounds: int
+) -> list[str]:
+    """A variant's row: it and the service as it is in turn, now the one first and now the other."""
+    other = start(variant, PORT + 1, mixes[MIXES[0]][0])
+    cells = [str(variant.__doc__).rstrip(".")]
+    try:
+        for mix in MIXES:
+            ours, theirs = Turns(), Turns()
+            for number in range(rounds):
+                pair = [(whole, ours), (other, theirs)]
+                for process, turns in pair if number % 2 else pair[::-1]:
+                    take_turn(process, mixes[mix], turns)
+            rates = [a / b for a, b in zip(theirs.rates, ours.rates, strict=True)]
+            cpu = [a / b for a, b in zip(theirs.cpu, ours.cpu, strict=True)]
+            cells += [f"{median(theirs.rates):.0f}", span(rates), span(cpu)]
+        return [*cells, f"{theirs.megabytes:.0f}"]
+    finally:
+        other.stop()
 
 
 def main() -> None:
@@ -55,53 +106,36 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
-    mixes = make_images(arguments.data.resolve(), RUN / "images")
-    variants = [as_it_is, *UNDONE, *TRIED, *LEFT_OUT]
-    found: dict[Variant, list[Found]] = defaultdict(list)
-    bar = tqdm(total=arguments.rounds * len(variants))
-    for number in range(arguments.rounds):
-        turn = number * len(variants) // arguments.rounds
-        for variant in [*variants[turn:], *variants[:turn]]:
-            found[variant].append(measure(variant, mixes))
-            bar.update()
-    bar.close()
-
-    def each(variant: Variant, mix: str, name: str) -> list[float]:
-        return [one[mix][name] for one in found[variant]]
-
-    def cells(variant: Variant) -> list[str]:
-        written = [str(variant.__doc__).rstrip(".")]
-        for mix in MIXES:
-            rates = each(variant, mix, "images_per_second")
-            whole = each(as_it_is, mix, "images_per_second")
-            ratios = [a / b for a, b in zip(rates, whole, strict=True)]
-            written += [
-                f"{median(rates):.1f}",
-                f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-                f"{median(each(variant, mix, 'server_cpu_ms_per_image')):.2f}",
-            ]
-        return [*written, f"{max(each(variant, MIXES[-1], 'peak_megabytes')):.0f}"]
-
+    files = make_images(arguments.data.resolve(), RUN / "images")
+    mixes = {mix: [path.read_bytes() for path in files[mix]] for mix in MIXES}
     print("# What each optimisation gives\n")
     print("<!-- Generated by `benchmarks/serving/steps.py`; do not edit. -->\n")
     print(
         f"{CROWD} clients, {CORES} cores ({processor()}), the int8 network in "
-        f"{'OpenVINO' if has_amx() else 'ONNX Runtime'} (but where it says otherwise), "
-        f"{arguments.rounds} rounds of {SECONDS:g} seconds: medians, and the "
-        "ratio to the service as it is in the same round: its median, lowest and highest. What "
-        "spans 1 was not told apart from it; a slow round of the service as it is lifts all. The "
-        "last column is the most memory, full size, in MB."
+        f"{'OpenVINO' if has_amx() else 'ONNX Runtime'} (but where it says otherwise). Each "
+        f"variant and the service as it is are loaded in turn, {arguments.rounds} times each for "
+        f"{SECONDS:g} seconds: the median, and the ratio to the service as it is in the turn next "
+        "to it, of images a second and of CPU time an image: its median, lowest and highest. What "
+        "spans 1 was not told apart from it; the first row, the service beside itself, says what "
+        "this machine tells apart. The last column is the most memory, full size, in MB."
     )
-    for title, those in (
-        ("Kept: the service with one of them undone", (as_it_is, *UNDONE)),
-        ("Tried, and not the default: the service with one of them added", TRIED),
-        ("What the contract costs: the service without one of its parts", LEFT_OUT),
-    ):
-        print(f"\n## {title}\n")
-        print(row(["", *_HEAD, "MB"]))
-        print(row(["---"] * (len(_HEAD) + 2)))
-        for variant in those:
-            print(row(cells(variant)))
+    bar = tqdm(total=1 + len(UNDONE) + len(TRIED) + len(LEFT_OUT))
+    whole = start(as_it_is, PORT, mixes[MIXES[0]][0])
+    try:
+        for title, those in (
+            ("Kept: the service with one of them undone", (as_it_is, *UNDONE)),
+            ("Tried, and not the default: the service with one of them added", TRIED),
+            ("What the contract costs: the service without one of its parts", LEFT_OUT),
+        ):
+            print(f"\n## {title}\n")
+            print(row(["", *_HEAD, "MB"]))
+            print(row(["---"] * (len(_HEAD) + 2)))
+            for variant in those:
+                print(row(compare(variant, whole, mixes, arguments.rounds)), flush=True)
+                bar.update()
+    finally:
+        whole.stop()
+        bar.close()
 
 
 if __name__ == "__main__":
