@@ -3,7 +3,8 @@
     variants.py NAME
 
 starts it. Run by steps.py, which measures those that differ on its machine, in mmtl's environment:
-a CPU with AMX runs the int8 network in OpenVINO by default, any other in ONNX Runtime.
+a CPU with AMX runs the int8 network in OpenVINO by default, any other in ONNX Runtime. An engine is
+imported by what changes it: the service loads the one that it runs, and the other takes memory.
 """
 
 import asyncio
@@ -23,8 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import app.batcher
 import app.cli
-import app.engines.onnx
-import app.engines.openvino
+import app.engines
 import app.networks
 import app.predictor
 import app.routes.predict
@@ -65,33 +65,37 @@ def in_openvino() -> None:
 
 def one_run_at_a_time_in_openvino() -> None:
     """One run at a time, on all cores."""
+    from app.engines import openvino
+
     cores = available_cores()
     for name in ("compile_model", "import_model"):
-        load: Any = getattr(app.engines.openvino.openvino.Core, name)
+        load: Any = getattr(openvino.openvino.Core, name)
 
         def wide(*arguments: Any, load: Any = load) -> Any:
             *others, options = arguments
             return load(*others, {**options, "INFERENCE_NUM_THREADS": cores})
 
-        setattr(app.engines.openvino.openvino.Core, name, wide)
-    start: Any = app.engines.openvino.OpenVinoEngine.__init__
-    app.engines.openvino.OpenVinoEngine.__init__ = lambda self, file, content, size, _, *others: (
-        start(self, file, content, size, 1, *others)
+        setattr(openvino.openvino.Core, name, wide)
+    start: Any = openvino.OpenVinoEngine.__init__
+    openvino.OpenVinoEngine.__init__ = lambda self, file, content, size, _, *others: start(
+        self, file, content, size, 1, *others
     )
 
 
 def one_run_at_a_time_in_onnx_runtime() -> None:
     """One run at a time, on all cores."""
+    from app.engines import onnx
+
     cores = available_cores()
-    load: Any = app.engines.onnx.onnxruntime.InferenceSession
+    load: Any = onnx.onnxruntime.InferenceSession
 
     def wide(content: bytes, options: Any, **named: Any) -> Any:
         options.intra_op_num_threads = cores
         return load(content, options, **named)
 
-    app.engines.onnx.onnxruntime.InferenceSession = wide
-    start: Any = app.engines.onnx.OnnxEngine.__init__
-    app.engines.onnx.OnnxEngine.__init__ = lambda self, file, content, _, most: start(
+    onnx.onnxruntime.InferenceSession = wide
+    start: Any = onnx.OnnxEngine.__init__
+    onnx.OnnxEngine.__init__ = lambda self, file, content, _, most: start(
         self, file, content, 1, most
     )
 
@@ -108,7 +112,9 @@ def batches_of_four() -> None:
 
 def batches_of_eight() -> None:
     """Batches of 8, not 4."""
-    app.engines.onnx.BATCH_ON_CPU = 8
+    from app.engines import onnx
+
+    onnx.BATCH_ON_CPU = 8
 
 
 def runs_as_they_come() -> None:
@@ -133,23 +139,31 @@ def _runs_beside_decoding(count: Callable[[Any], int]) -> None:
 
 def spare_worker() -> None:
     """A worker more than cores."""
-    app.engines.openvino.OpenVinoEngine.helpers = 1
+    from app.engines import openvino
+
+    openvino.OpenVinoEngine.helpers = 1
 
 
 def without_spare_worker() -> None:
     """No more workers than cores, and all of them run as images come."""
-    app.engines.onnx.OnnxEngine.helpers = 0
+    from app.engines import onnx
+
+    onnx.OnnxEngine.helpers = 0
     runs_as_they_come()
 
 
 def two_spare_workers() -> None:
     """Two workers more than cores, not one."""
-    app.engines.onnx.OnnxEngine.helpers = 2
+    from app.engines import onnx
+
+    onnx.OnnxEngine.helpers = 2
 
 
 def arenas_not_shared() -> None:
     """An arena of malloc for each thread."""
-    app.engines.openvino.limit_arenas = lambda most: None
+    from app.engines import openvino
+
+    openvino.limit_arenas = lambda most: None
 
 
 def every_scan() -> None:
