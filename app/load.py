@@ -1,6 +1,8 @@
 """Load on a running service: closed or open loop, how fast it answered, and with what.
 
-In a closed loop each client sends its next image when it has an answer. In an open loop images
+In a closed loop each client sends its next image when it has an answer, and the measured time does
+not begin before all have had one: the first answers of a slow service come all together, or none
+does. In an open loop images
 arrive by chance (Poisson), whether or not earlier ones are answered; a time then counts from the
 arrival, so that waiting for a free connection is not left out ("coordinated omission"). What
 arrives in the measured time is waited for, so that slow answers are not left out either.
@@ -243,7 +245,8 @@ async def run_load(
         target: Where to, and what; its images are sent in turn.
         clients: Connections; in an open loop, the most of them.
         seconds: For how long, after the warm-up.
-        warm_up_seconds: Sent, but not measured.
+        warm_up_seconds: Sent, but not measured; a closed loop's lasts until every client has had an
+            answer, at least.
         rate: Images a second of an open loop; None closes it.
         seed: Of the arrivals.
 
@@ -253,9 +256,17 @@ async def run_load(
     loop = asyncio.get_running_loop()
     requests = cycle(target.requests)
     measured = Measured()
-    start = time.monotonic() + warm_up_seconds
-    end = start + seconds
+    began = time.monotonic()
+    start = end = float("inf")
+    measuring = asyncio.Event()
+    unanswered = set(range(clients))
     cpu = 0.0
+
+    def measure() -> None:
+        nonlocal start, end
+        start = max(began + warm_up_seconds, time.monotonic())
+        end = start + seconds
+        measuring.set()
 
     async def connect() -> _Connection:
         try:
@@ -285,11 +296,14 @@ async def run_load(
             measured.note(status, retry_after, answered - asked)
         return connection, status
 
-    async def client() -> None:
+    async def client(number: int) -> None:
         connection = await connect()
         try:
             while (asked := time.monotonic()) < end:
                 connection, status = await ask(connection, asked)
+                unanswered.discard(number)
+                if not (unanswered or measuring.is_set()):
+                    measure()
                 if status in (0, 503):
                     await asyncio.sleep(0.01)  # a client that is refused does not spin
         finally:
@@ -321,18 +335,20 @@ async def run_load(
 
     async def meter() -> None:
         nonlocal cpu
+        await measuring.wait()
         await asyncio.sleep(max(start - time.monotonic(), 0))
-        began = _cpu_seconds()
+        before = _cpu_seconds()
         await asyncio.sleep(max(end - time.monotonic(), 0))
-        cpu = _cpu_seconds() - began
+        cpu = _cpu_seconds() - before
 
     try:
         async with asyncio.TaskGroup() as group:
             if rate:
-                group.create_task(arrive(_poisson(start - warm_up_seconds, rate, seed)))
+                measure()
+                group.create_task(arrive(_poisson(began, rate, seed)))
             else:
-                for _ in range(clients):
-                    group.create_task(client())
+                for number in range(clients):
+                    group.create_task(client(number))
             group.create_task(meter())
     except* LoadError as errors:
         raise errors.exceptions[0] from None
