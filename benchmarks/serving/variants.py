@@ -30,6 +30,7 @@ import app.predictor
 import app.routes.predict
 import app.server
 import app.telemetry
+import models.bundle
 import models.images
 import models.memory
 from models.cores import available_cores, has_amx
@@ -183,6 +184,20 @@ def through_the_router() -> None:
         await self.app(*request)
 
     app.routes.predict.Direct.__call__ = through
+
+
+def answers_by_numpy() -> None:
+    """Probabilities of one image calibrated, summed and rounded by NumPy."""
+
+    def shares(probabilities: Any) -> list[float]:
+        values = probabilities.astype(np.float64).clip(0.0, 1.0)
+        found: list[float] = (values / values.sum()).round(app.predictor.DIGITS).tolist()
+        return found
+
+    app.predictor._shares = shares
+    app.predictor.one_melanoma_probability = lambda logit, calibration: float(
+        models.bundle.melanoma_probability(np.float64(logit), calibration)
+    )
 
 
 def stacked_by_numpy() -> None:
@@ -369,6 +384,7 @@ UNDONE: tuple[Variant, ...] = (
     small_blocks,
     through_the_router,
     stacked_by_numpy,
+    answers_by_numpy,
     frequent_collections,
     frequent_trims,
 )

@@ -18,6 +18,7 @@ from models.bundle import (
     golden_image,
     load_bundle,
     melanoma_probability,
+    one_melanoma_probability,
     save_bundle,
 )
 from tests.bundles import expected_outputs, make_bundle
@@ -124,6 +125,15 @@ def test_calibration_keeps_the_order_and_stays_a_probability(
     found = melanoma_probability(ordered, Calibration(slope=slope, intercept=intercept))
     assert np.all((found >= 0) & (found <= 1))
     assert np.all(np.diff(found) >= 0)
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0.01, 10), st.floats(-10, 10))
+def test_one_image_has_the_probability_that_it_has_among_others(
+    logit: float, slope: float, intercept: float
+) -> None:
+    calibration = Calibration(slope=slope, intercept=intercept)
+    (expected,) = melanoma_probability(np.array([logit]), calibration)
+    assert one_melanoma_probability(logit, calibration) == pytest.approx(expected, rel=1e-14)
 
 
 def test_calibration_is_platt_scaling() -> None:
