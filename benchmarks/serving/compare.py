@@ -2,11 +2,13 @@
 
     make bench-serve                (.venv/bin/python -m benchmarks.serving.compare ../shared/data)
 
-Each system has an environment of its own (.venv-bench), is configured as its documentation
-advises (peers/), and is measured alone, one after the other, in an order that rotates from repeat
-to repeat. The load generator is `mmtl bench`, in a process of its own. What was measured is kept in
-runs/bench-serve, and a run that was interrupted goes on there; docs/performance.md is written from
-it, or with `--name` a page beside it, for a machine of another kind.
+Each system has an environment of its own (.venv-bench) and is configured as its documentation
+advises (peers/). In every repeat all of them are started, and each load is given to one after the
+other, in an order that rotates, while the others are stopped (SIGSTOP): on a machine whose speed
+changes, as that of a shared host does, it is nearly the same for all. The load generator is `mmtl
+bench`, in a process of its own. What was measured is kept in runs/bench-serve, and a run that was
+interrupted goes on there; docs/performance.md is written from it, or with `--name` a page beside
+it, for a machine of another kind.
 """
 
 import argparse
@@ -14,9 +16,12 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 from tqdm import tqdm
@@ -35,8 +40,8 @@ from models.bundle import Bundle, load_bundle
 from models.cores import processor
 
 CORES = len(os.sched_getaffinity(0))
-SECONDS = 4.0
-REPEATS = 3
+SECONDS = 3.0
+REPEATS = 4
 MIXES = ("small", "medium", "full size", "mixed")
 CLIENTS = (1, 8, 32, 128)
 # Clients that every mix is measured with.
@@ -56,32 +61,72 @@ MEASURED = (
 # Images that may wait where refusals are looked at: fewer than there are connections.
 SHORT_QUEUE = 32
 LIMIT_BATCH = 8
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a system is given to do.
+
+    Attributes:
+        mix: Of images.
+        clients: At once; each waits for its answer.
+        share: Instead, images by chance (Poisson) at this share of what the system answers to the
+            crowd, over as many connections as there are clients.
+    """
+
+    mix: str
+    clients: int
+    share: float | None = None
+
+    @property
+    def name(self) -> str:
+        """In the results."""
+        if self.share:
+            return f"{self.mix}, open loop, {self.share:.0%}"
+        return f"{self.mix}, {self.clients} clients"
 
 
 def systems(network: Path, side: int) -> dict[str, System]:
     """Everything that is measured over HTTP."""
     peers = HERE / "peers"
     shared = {"NETWORK": str(network), "SIDE": str(side), "CORES": str(CORES)}
-    ours = {"MMTL_PORT": str(PORT), "MMTL_BUNDLE": str(network.parent)}
-    port = str(PORT)
-    quiet = ("--port", port, "--log-level", "warning")
+    ports = count(PORT)
+
+    def mmtl(**variables: str) -> System:
+        port = next(ports)
+        ours = {"MMTL_PORT": str(port), "MMTL_BUNDLE": str(network.parent), **variables}
+        return System("mmtl", ("mmtl", "serve"), ours, port)
+
+    def other(environment: str, *command: str) -> System:
+        port = next(ports)
+        return System(environment, (*command, str(port)), shared, port)
+
+    uvicorn = ("uvicorn", "fastapi_app:app", "--log-level", "warning")
     return {
-        "mmtl, same network": System("mmtl", ("mmtl", "serve"), {**ours, "MMTL_PRECISION": "fp32"}),
-        "mmtl, as shipped": System("mmtl", ("mmtl", "serve"), ours),
-        "mmtl, int8 in ONNX Runtime": System(
-            "mmtl", ("mmtl", "serve"), {**ours, "MMTL_PRECISION": "int8"}
-        ),
-        "mmtl, short queue": System(
-            "mmtl", ("mmtl", "serve"), {**ours, "MMTL_QUEUE_SIZE": str(SHORT_QUEUE)}
-        ),
-        "FastAPI": System("fastapi", ("uvicorn", "fastapi_app:app", *quiet), shared),
-        "LitServe": System("litserve", ("python", f"{peers}/litserve_app.py", port), shared),
-        "BentoML": System(
-            "bentoml", ("bentoml", "serve", "bentoml_app:Service", "--port", port), shared
-        ),
-        "Ray Serve": System("ray", ("python", f"{peers}/ray_app.py", port), shared),
-        "nothing": System("mmtl", ("python", f"{HERE}/null_server.py", port)),
+        "mmtl, same network": mmtl(MMTL_PRECISION="fp32"),
+        "mmtl, as shipped": mmtl(),
+        "mmtl, int8 in ONNX Runtime": mmtl(MMTL_PRECISION="int8"),
+        "mmtl, short queue": mmtl(MMTL_QUEUE_SIZE=str(SHORT_QUEUE)),
+        "FastAPI": other("fastapi", *uvicorn, "--port"),
+        "LitServe": other("litserve", "python", f"{peers}/litserve_app.py"),
+        "BentoML": other("bentoml", "bentoml", "serve", "bentoml_app:Service", "--port"),
+        "Ray Serve": other("ray", "python", f"{peers}/ray_app.py"),
+        "nothing": other("mmtl", "python", f"{HERE}/null_server.py"),
     }
+
+
+def loads_of(name: str, crowd: int) -> list[Load]:
+    """What a system is measured with, the open loops last: they are shares of a closed one."""
+    every = [Load(mix, crowd) for mix in MIXES]
+    arrivals = [Load("mixed", OPEN_CLIENTS, share) for share in OPEN_LOADS]
+    if name == "nothing":
+        return every
+    if name.startswith("limit"):
+        return [*every, Load("mixed", 1)]
+    if name == "mmtl, short queue":
+        return [Load("mixed", crowd), arrivals[-1]]
+    return [*every, *(Load("mixed", n) for n in CLIENTS if n != crowd), *arrivals]
 
 
 def make_images(data: Path, folder: Path) -> dict[str, list[Path]]:
@@ -111,18 +156,18 @@ def make_images(data: Path, folder: Path) -> dict[str, list[Path]]:
     return mixes
 
 
-def load(
-    process: Process, files: list[Path], clients: int, rate: float | None = None
+def send(
+    process: Process, load: Load, files: list[Path], rate: float | None = None
 ) -> dict[str, Any]:
-    """What one load gave, and what it cost the system."""
+    """What a load on a system gave, and what it cost the system."""
     command: list[str | Path] = [make_environment("mmtl") / "mmtl", "bench"]
-    command += [f"http://127.0.0.1:{PORT}", *files, "--clients", str(clients), "--json"]
-    command += ["--seconds", str(SECONDS), *(["--rate", str(rate)] if rate else [])]
+    command += [f"http://127.0.0.1:{process.port}", *files, "--clients", str(load.clients)]
+    command += ["--json", "--seconds", str(SECONDS), *(["--rate", str(rate)] if rate else [])]
     with process.watched() as watched:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"The load generator failed: {done.stderr.strip()}")
-    found: dict[str, Any] = json.loads(done.stdout)[str(clients)]
+    found: dict[str, Any] = json.loads(done.stdout)[str(load.clients)]
     # The generator warms up for a second, and what is measured is its answers' share of the whole.
     answers = found["answers_in_all"]
     return {
@@ -132,85 +177,85 @@ def load(
     }
 
 
-def measure(
-    system: System, mixes: dict[str, list[Path]], log: Path, crowd: int = CROWD
-) -> dict[str, Any]:
-    """Every load on one system, started for it; each mix with a crowd of clients."""
-    process = Process(system, log)
-    try:
-        ready = process.wait(mixes["small"][0].read_bytes())
-        found: dict[str, Any] = {
-            f"{mix}, {crowd} clients": load(process, mixes[mix], crowd) for mix in MIXES
-        }
-        for clients in CLIENTS:
-            if clients != crowd:
-                found[f"mixed, {clients} clients"] = load(process, mixes["mixed"], clients)
-        found |= measure_arrivals(process, mixes, found[f"mixed, {crowd} clients"], OPEN_LOADS)
-        return {"ready_seconds": ready, "loads": found}
-    finally:
-        process.stop()
-
-
-def measure_arrivals(
-    process: Process, mixes: dict[str, list[Path]], closed: dict[str, Any], shares: Sequence[float]
-) -> dict[str, Any]:
-    """Open loops, at shares of what a closed one gave."""
-    return {
-        f"mixed, open loop, {share:.0%}": load(
-            process, mixes["mixed"], OPEN_CLIENTS, share * closed["images_per_second"]
-        )
-        for share in shares
-    }
-
-
-def measure_refusals(system: System, mixes: dict[str, list[Path]], log: Path) -> dict[str, Any]:
-    """More than the system can do, where few may wait."""
-    process = Process(system, log)
-    try:
-        ready = process.wait(mixes["small"][0].read_bytes())
-        closed = load(process, mixes["mixed"], SHORT_QUEUE)
-        loads = measure_arrivals(process, mixes, closed, OPEN_LOADS[-1:])
-        return {"ready_seconds": ready, "loads": {"mixed, 32 clients": closed, **loads}}
-    finally:
-        process.stop()
-
-
-def measure_generator(
-    system: System, mixes: dict[str, list[Path]], log: Path, crowd: int = CROWD
-) -> dict[str, Any]:
-    """What the load generator can do at most: every mix against a server that does nothing."""
-    process = Process(system, log)
-    try:
-        ready = process.wait(mixes["small"][0].read_bytes())
-        loads = {f"{mix}, {crowd} clients": load(process, mixes[mix], crowd) for mix in MIXES}
-        return {"ready_seconds": ready, "loads": loads}
-    finally:
-        process.stop()
-
-
-def measure_limit(
-    system: System, mixes: dict[str, list[Path]], batch: int, crowd: int = CROWD
-) -> dict[str, Any]:
-    """The bare loop on every mix, and one image after the other, with what a system runs."""
+def run_bare(system: System, load: Load, files: list[Path], batch: int) -> dict[str, Any]:
+    """What the bare loop does of a load, with what a system runs."""
     python = make_environment(system.environment) / "python"
+    alone = load.clients == 1
+    threads = 1 if alone else CORES
+    command = [python, HERE / "limit.py", SECONDS, threads, 1 if alone else batch, *files]
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **system.variables, "MMTL_THREADS": str(threads)},
+    )
+    if done.returncode:
+        raise SystemExit(f"limit.py failed: {done.stderr[-500:]}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
-    def run(mix: str, threads: int, batch: int) -> dict[str, Any]:
-        command = [python, HERE / "limit.py", SECONDS, threads, batch, *mixes[mix]]
-        done = subprocess.run(
-            list(map(str, command)),
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **system.variables, "MMTL_THREADS": str(threads)},
-        )
-        if done.returncode:
-            raise SystemExit(f"limit.py failed: {done.stderr[-500:]}")
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
 
-    loads = {f"{mix}, {crowd} clients": run(mix, CORES, batch) for mix in MIXES}
-    loads["mixed, 1 clients"] = run("mixed", 1, 1)
-    return {"loads": loads}
+def measure(
+    served: Mapping[str, System],
+    bare: Mapping[str, System],
+    mixes: dict[str, list[Path]],
+    run: Path,
+    repeat: int,
+    crowd: int = CROWD,
+    batch: int = LIMIT_BATCH,
+) -> dict[str, Any]:
+    """Every load on all of some systems, in turn, while the others are stopped.
+
+    Args:
+        served: Over HTTP, by name.
+        bare: What the bare loop runs, by its name.
+        mixes: Files of images.
+        run: Folder of logs.
+        repeat: Each has another order.
+        crowd: Clients that every mix is measured with.
+        batch: Of the bare loop, at most.
+
+    Raises:
+        SystemExit: One of them does not start, or the load generator fails.
+    """
+    names = [*served, *bare]
+    loads = {name: loads_of(name, crowd) for name in names}
+    found: dict[str, Any] = {name: {"loads": {}} for name in names}
+    running: dict[str, Process] = {}
+
+    def give(name: str, load: Load) -> dict[str, Any]:
+        if name in bare:
+            return run_bare(bare[name], load, mixes[load.mix], batch)
+        closed = found[name]["loads"].get(f"{load.mix}, {crowd} clients")
+        rate = load.share * closed["images_per_second"] if load.share else None
+        running[name].resume()
+        try:
+            return send(running[name], load, mixes[load.mix], rate)
+        finally:
+            running[name].pause()
+
+    with ExitStack() as stack:
+        for name in rotated(list(served), repeat):
+            log = run / f"{name.replace(', ', '-').replace(' ', '-')}.log"
+            running[name] = process = Process(served[name], log)
+            stack.callback(process.stop)
+            found[name]["ready_seconds"] = process.wait(mixes["small"][0].read_bytes())
+            process.pause()
+        bar = tqdm(total=sum(map(len, loads.values())), desc=f"repeat {repeat + 1}", unit="load")
+        for number, load in enumerate(dict.fromkeys(chain(*loads.values()))):
+            for name in rotated(names, repeat + number):
+                if load in loads[name]:
+                    found[name]["loads"][load.name] = give(name, load)
+                    bar.update()
+        bar.close()
+    return found
+
+
+def rotated(several: Sequence[_T], by: int) -> list[_T]:
+    """The same, beginning with another."""
+    by %= max(len(several), 1)
+    return [*several[by:], *several[:by]]
 
 
 def conditions(bundle: Bundle) -> dict[str, Any]:
@@ -226,18 +271,18 @@ def conditions(bundle: Bundle) -> dict[str, Any]:
 def collect(
     run: Path,
     repeats: int,
-    names: Sequence[str],
+    groups: Sequence[Sequence[str]],
     facts: dict[str, Any],
-    measure_one: Callable[[str, Path], Any],
+    measure_group: Callable[[list[str], int], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """What is measured of every system in every repeat; what a run has already is not again.
 
     Args:
         run: Folder of logs and results.
-        repeats: Each begins with another system.
-        names: Of the systems.
+        repeats: Each begins with another group.
+        groups: Names of systems that are measured in turn.
         facts: The conditions, which stand in every row.
-        measure_one: Of a system's name, and a file for its log.
+        measure_group: Of names, and the repeat's number.
 
     Raises:
         SystemExit: The run holds figures of other conditions.
@@ -251,16 +296,14 @@ def collect(
                 "beside new ones: delete it, or give another --run."
             )
     done = {(row["repeat"], row["system"]) for row in rows}
-    bar = tqdm(total=repeats * len(names), desc="systems")
     for repeat in range(repeats):
-        for name in [*names[repeat % len(names) :], *names[: repeat % len(names)]]:
-            if (repeat, name) not in done:
-                log = run / f"{name.replace(', ', '-').replace(' ', '-')}.log"
-                row = {"repeat": repeat, "system": name, **facts, **measure_one(name, log)}
+        for group in rotated(groups, repeat):
+            if missing := [name for name in group if (repeat, name) not in done]:
+                found = measure_group(missing, repeat)
+                new = [{"repeat": repeat, "system": name, **facts, **found[name]} for name in found]
                 with results.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                rows.append(row)
-            bar.update()
+                    file.write("".join(json.dumps(row) + "\n" for row in new))
+                rows += new
     return rows
 
 
@@ -290,16 +333,12 @@ def main() -> None:
     for name in {system.environment for system in known.values()}:
         make_environment(name)
 
-    def measure_one(name: str, log: Path) -> dict[str, Any]:
-        if name.startswith("limit"):
-            return measure_limit(known[name.replace("limit", "mmtl")], mixes, LIMIT_BATCH)
-        if name == "nothing":
-            return measure_generator(known[name], mixes, log)
-        if name == "mmtl, short queue":
-            return measure_refusals(known[name], mixes, log)
-        return measure(known[name], mixes, log)
+    def measure_group(names: list[str], repeat: int) -> dict[str, Any]:
+        served = {name: known[name] for name in names if name in known}
+        bare = {name: known[name.replace("limit", "mmtl")] for name in names if name not in known}
+        return measure(served, bare, mixes, arguments.run, repeat)
 
-    rows = collect(arguments.run, arguments.repeats, names, conditions(bundle), measure_one)
+    rows = collect(arguments.run, arguments.repeats, [names], conditions(bundle), measure_group)
     if not arguments.only:
         page.write(arguments.out, arguments.name, rows, bundle, mixes)
 

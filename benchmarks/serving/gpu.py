@@ -104,14 +104,14 @@ def _measure(
     for name in {known[name].environment for name in names if name != LIMIT}:
         make_environment(name)
 
-    def measure_one(name: str, log: Path) -> dict[str, Any]:
-        if name == LIMIT:
-            return compare.measure_limit(known[ALONE], mixes, BATCH, CROWD)
-        if name == NOTHING:
-            return compare.measure_generator(known[name], mixes, log, CROWD)
-        return compare.measure(known[name], mixes, log, CROWD)
+    def measure_alone(names: list[str], repeat: int) -> dict[str, Any]:
+        served = {name: known[name] for name in names if name != LIMIT}
+        bare = {name: known[ALONE] for name in names if name == LIMIT}
+        return compare.measure(served, bare, mixes, arguments.run, repeat, CROWD, BATCH)
 
-    return compare.collect(arguments.run, arguments.repeats, names, facts, measure_one)
+    # One after the other: what holds a GPU's memory holds it while it is stopped, too.
+    alone = [[name] for name in names]
+    return compare.collect(arguments.run, arguments.repeats, alone, facts, measure_alone)
 
 
 def _lines(results: Results, names: list[str], bundle: Bundle) -> Iterator[str]:

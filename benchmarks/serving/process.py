@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,13 @@ PORT = 8765
 # What the name of an environment ends with where the network runs on a GPU.
 ON_GPU = "-gpu"
 _MARK = "BENCH_SERVE_TOKEN"
+# Of /proc/PID/smaps: proc_pid_smaps(5).
+_MAPPING = re.compile(
+    r"^[0-9a-f]+-[0-9a-f]+ \S+ (?P<place>[0-9a-f]+ \S+) (?P<inode>\d+).*\n"
+    r"(?P<sizes>(?:[A-Z].*\n)+)",
+    re.MULTILINE,
+)
+_SIZE = re.compile(r"^(Rss|Pss|Anonymous): +(\d+) kB$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -139,15 +147,26 @@ class Process:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def megabytes(self) -> float:
-        """Memory, with what several share counted once (PSS)."""
-        total = 0
+        """Memory, with what several of them share counted once.
+
+        Not their PSS alone: of a library, another system may hold the same pages.
+        """
+        own, files = 0, dict[str, int]()
         for pid in self.pids():
             try:
-                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                text = Path(f"/proc/{pid}/smaps").read_text()
             except OSError:
                 continue
-            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-        return total / 1000
+            for mapping in _MAPPING.finditer(text):
+                sizes = dict(_SIZE.findall(mapping["sizes"]))
+                resident, anonymous = int(sizes["Rss"]), int(sizes["Anonymous"])
+                if mapping["inode"] == "0":
+                    own += int(sizes["Pss"])
+                else:
+                    own += anonymous
+                    there = f"{mapping['place']} {mapping['inode']}"
+                    files[there] = max(files.get(there, 0), resident - anonymous)
+        return 1.024e-3 * (own + sum(files.values()))
 
     def wait(self, image: bytes) -> float:
         """Seconds until a posted image is answered."""
@@ -195,12 +214,24 @@ class Process:
             found["cpu_seconds"] = self.cpu_seconds() - before
             found["peak_megabytes"] = max(peak, self.megabytes())
 
+    def pause(self) -> None:
+        """Stop all of them where they are, so that nothing of theirs runs."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let them go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, how: signal.Signals) -> None:
+        for pid in list(self.pids()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, how)
+
     def stop(self) -> None:
         """End all of them."""
+        self.resume()
         for how in (signal.SIGTERM, signal.SIGKILL):
-            for pid in list(self.pids()):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, how)
+            self._signal(how)
             try:
                 self.main.wait(8 if how == signal.SIGTERM else None)
             except subprocess.TimeoutExpired:
