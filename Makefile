@@ -28,9 +28,10 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-## The whole test suite: unit tests, then the service as a process in an environment without torch.
+## The whole test suite, the service as a process in an environment without torch included. Most of
+## it computes on one core: two processes take a file of tests each, and their OpenMP threads do not compete.
 test: $(VENV)/.dev
-	$(VENV)/bin/pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile
 
 ## Every backbone of the zoo through the whole benchmark, the largest included (minutes and gigabytes).
 test-slow: $(VENV)/.dev
@@ -65,7 +66,7 @@ benchmark: $(VENV)/.dev
 		--weights-dir $(WEIGHTS) --weights-notes docs/benchmark/weights.toml \
 		--finetune 3 --run runs/benchmark --out docs/benchmark
 
-## mmtl beside LitServe, BentoML, Ray Serve and FastAPI (half an hour; installs each on its own).
+## mmtl beside LitServe, BentoML, Ray Serve and FastAPI (three quarters of an hour; installs each on its own).
 bench-serve: $(VENV)/.dev
 	$(VENV)/bin/python -m benchmarks.serving.compare $(DATA) --name $(PAGE)
 
