@@ -183,7 +183,9 @@ def bench(
         float | None,
         typer.Option(min=0.01, help="Instead: images a second, arriving by chance."),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of each load.")] = 10.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Of each load, once all clients had an answer.")
+    ] = 10.0,
     header: Annotated[
         list[str] | None, typer.Option(help="Further ones: `Authorization: Bearer …`.")
     ] = None,

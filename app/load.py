@@ -1,8 +1,7 @@
 """Load on a running service: closed or open loop, how fast it answered, and with what.
 
-In a closed loop each client sends its next image when it has an answer, and the measured time does
-not begin before all have had one: the first answers of a slow service come all together, or none
-does. In an open loop images
+In a closed loop each client sends its next image when it has an answer. The first answers of a slow
+service come late and in one burst: what is measured begins after them. In an open loop images
 arrive by chance (Poisson), whether or not earlier ones are answered; a time then counts from the
 arrival, so that waiting for a free connection is not left out ("coordinated omission"). What
 arrives in the measured time is waited for, so that slow answers are not left out either.
@@ -245,8 +244,8 @@ async def run_load(
         target: Where to, and what; its images are sent in turn.
         clients: Connections; in an open loop, the most of them.
         seconds: For how long, after the warm-up.
-        warm_up_seconds: Sent, but not measured; a closed loop's lasts until every client has had an
-            answer, at least.
+        warm_up_seconds: Sent, but not measured. A closed loop's lasts until every client has been
+            answered, refused or cut off, at least; 0 measures all.
         rate: Images a second of an open loop; None closes it.
         seed: Of the arrivals.
 
@@ -258,15 +257,14 @@ async def run_load(
     measured = Measured()
     began = time.monotonic()
     start = end = float("inf")
-    measuring = asyncio.Event()
+    begun = asyncio.Event()
     unanswered = set(range(clients))
     cpu = 0.0
 
-    def measure() -> None:
+    def begin(at: float) -> None:
         nonlocal start, end
-        start = max(began + warm_up_seconds, time.monotonic())
-        end = start + seconds
-        measuring.set()
+        start, end = at, at + seconds
+        begun.set()
 
     async def connect() -> _Connection:
         try:
@@ -302,8 +300,10 @@ async def run_load(
             while (asked := time.monotonic()) < end:
                 connection, status = await ask(connection, asked)
                 unanswered.discard(number)
-                if not (unanswered or measuring.is_set()):
-                    measure()
+                if not (unanswered or begun.is_set()):
+                    now = time.monotonic()
+                    # Somewhere between two bursts: just after one, a short time holds too few.
+                    begin(max(began + warm_up_seconds, now + random.random() * (now - asked)))
                 if status in (0, 503):
                     await asyncio.sleep(0.01)  # a client that is refused does not spin
         finally:
@@ -335,7 +335,7 @@ async def run_load(
 
     async def meter() -> None:
         nonlocal cpu
-        await measuring.wait()
+        await begun.wait()
         await asyncio.sleep(max(start - time.monotonic(), 0))
         before = _cpu_seconds()
         await asyncio.sleep(max(end - time.monotonic(), 0))
@@ -343,8 +343,9 @@ async def run_load(
 
     try:
         async with asyncio.TaskGroup() as group:
+            if rate or not warm_up_seconds:
+                begin(began + warm_up_seconds)
             if rate:
-                measure()
                 group.create_task(arrive(_poisson(began, rate, seed)))
             else:
                 for number in range(clients):
