@@ -6,16 +6,18 @@ Each system has an environment of its own (.venv-bench) and is configured as its
 advises (peers/). In every repeat all of them are started, and each load is given to one after the
 other, in an order that rotates, while the others are stopped (SIGSTOP): on a machine whose speed
 changes, as that of a shared host does, it is nearly the same for all. The load generator is `mmtl
-bench`, in a process of its own. What was measured is kept in runs/bench-serve, and a run that was
-interrupted goes on there; docs/performance.md is written from it, or with `--name` a page beside
-it, for a machine of another kind.
+bench`, in a process of its own. What was measured is kept in runs/bench-serve, repeat by repeat,
+and a run that was interrupted goes on there; docs/performance.md is written from it, or with
+`--name` a page beside it, for a machine of another kind.
 """
 
 import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -61,6 +63,8 @@ MEASURED = (
 # Images that may wait where refusals are looked at: fewer than there are connections.
 SHORT_QUEUE = 32
 LIMIT_BATCH = 8
+# Of measuring: figures of another one do not belong beside these.
+METHOD = "each load to all systems in turn"
 _T = TypeVar("_T")
 
 
@@ -165,10 +169,10 @@ def send(
     command += ["--json", "--seconds", str(SECONDS), *(["--rate", str(rate)] if rate else [])]
     with process.watched() as watched:
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    if not done.stdout:  # where there was no answer, it prints that before it fails
         raise SystemExit(f"The load generator failed: {done.stderr.strip()}")
     found: dict[str, Any] = json.loads(done.stdout)[str(load.clients)]
-    # The generator warms up for a second, and what is measured is its answers' share of the whole.
+    # What the warm-up cost is in it, as its answers are.
     answers = found["answers_in_all"]
     return {
         **found,
@@ -228,7 +232,7 @@ def measure(
         if name in bare:
             return run_bare(bare[name], load, mixes[load.mix], batch)
         closed = found[name]["loads"].get(f"{load.mix}, {crowd} clients")
-        rate = load.share * closed["images_per_second"] if load.share else None
+        rate = max(load.share * closed["images_per_second"], 0.1) if load.share else None
         running[name].resume()
         try:
             return send(running[name], load, mixes[load.mix], rate)
@@ -242,7 +246,8 @@ def measure(
             stack.callback(process.stop)
             found[name]["ready_seconds"] = process.wait(mixes["small"][0].read_bytes())
             process.pause()
-        bar = tqdm(total=sum(map(len, loads.values())), desc=f"repeat {repeat + 1}", unit="load")
+        what = f"repeat {repeat + 1}, {names[0] if len(names) == 1 else f'{len(names)} systems'}"
+        bar = tqdm(total=sum(map(len, loads.values())), desc=what, unit="load")
         for number, load in enumerate(dict.fromkeys(chain(*loads.values()))):
             for name in rotated(names, repeat + number):
                 if load in loads[name]:
@@ -265,6 +270,7 @@ def conditions(bundle: Bundle) -> dict[str, Any]:
         "network": {one.file: one.sha256[:16] for one in bundle.manifest.artifacts},
         "machine": f"{CORES} cores ({processor()}), Python {platform.python_version()}",
         "seconds": SECONDS,
+        "method": METHOD,
     }
 
 
@@ -276,6 +282,9 @@ def collect(
     measure_group: Callable[[list[str], int], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """What is measured of every system in every repeat; what a run has already is not again.
+
+    A group of which something is missing is measured as a whole: what is compared is measured in
+    turn. SIGTERM and SIGHUP end this as Ctrl-C does: systems that are stopped do not end alone.
 
     Args:
         run: Folder of logs and results.
@@ -295,15 +304,20 @@ def collect(
                 f"{results} holds figures of another {', '.join(differ)}, which do not belong "
                 "beside new ones: delete it, or give another --run."
             )
-    done = {(row["repeat"], row["system"]) for row in rows}
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, lambda *_: sys.exit(1))
     for repeat in range(repeats):
         for group in rotated(groups, repeat):
-            if missing := [name for name in group if (repeat, name) not in done]:
-                found = measure_group(missing, repeat)
-                new = [{"repeat": repeat, "system": name, **facts, **found[name]} for name in found]
-                with results.open("a") as file:
-                    file.write("".join(json.dumps(row) + "\n" for row in new))
-                rows += new
+            old = [row for row in rows if row["repeat"] == repeat and row["system"] in group]
+            if len(old) < len(group):
+                found = measure_group(list(group), repeat)
+                rows = [row for row in rows if row not in old]
+                rows += [
+                    {"repeat": repeat, "system": name, **facts, **found[name]} for name in found
+                ]
+                part = results.with_suffix(".part")
+                part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                part.rename(results)
     return rows
 
 
@@ -324,6 +338,8 @@ def main() -> None:
     mixes = make_images(arguments.data.resolve(), arguments.run / "images")
     if arguments.page:
         rows = json.loads((arguments.out / f"{arguments.name}.json").read_text())
+        if rows[0].get("method") != METHOD:
+            raise SystemExit(f"{arguments.name}.json was measured in another way: measure it anew.")
         page.write(arguments.out, arguments.name, rows, bundle, mixes)
         return
     known = systems(network, bundle.manifest.input.width)

@@ -99,19 +99,23 @@ def _measure(
 ) -> list[dict[str, Any]]:
     compare.SECONDS = arguments.seconds
     facts = compare.conditions(bundle)
-    facts |= {"machine": machine(), "processes": arguments.processes}
+    facts |= {
+        "machine": machine(),
+        "processes": arguments.processes,
+        "method": "one system after the other",
+    }
     mixes = compare.make_images(arguments.data.resolve(), arguments.run / "images")
     for name in {known[name].environment for name in names if name != LIMIT}:
         make_environment(name)
 
-    def measure_alone(names: list[str], repeat: int) -> dict[str, Any]:
+    def measure_one(names: list[str], repeat: int) -> dict[str, Any]:
         served = {name: known[name] for name in names if name != LIMIT}
         bare = {name: known[ALONE] for name in names if name == LIMIT}
         return compare.measure(served, bare, mixes, arguments.run, repeat, CROWD, BATCH)
 
     # One after the other: what holds a GPU's memory holds it while it is stopped, too.
-    alone = [[name] for name in names]
-    return compare.collect(arguments.run, arguments.repeats, alone, facts, measure_alone)
+    one_by_one = [[name] for name in names]
+    return compare.collect(arguments.run, arguments.repeats, one_by_one, facts, measure_one)
 
 
 def _lines(results: Results, names: list[str], bundle: Bundle) -> Iterator[str]:
@@ -126,9 +130,9 @@ def _lines(results: Results, names: list[str], bundle: Bundle) -> Iterator[str]:
     yield (
         f"{manifest.name} {manifest.version}, {manifest.input.width} pixels, the fp32 ONNX file in "
         f"every system; {facts['machine']}; repeats of {facts['seconds']:g} seconds a load after "
-        f"one of warm-up: {len(results.repeats)}. The load generator, one process, runs on the "
-        f"same cores. *mmtl* is {facts['processes']} processes (`MMTL_PROCESSES`), in batches of "
-        f"at most {BATCH} (`MMTL_MAX_BATCH`); peers decode "
+        f"one of warm-up at least: {len(results.repeats)}. The load generator, one process, runs "
+        f"on the same cores. *mmtl* is {facts['processes']} processes (`MMTL_PROCESSES`), in "
+        f"batches of at most {BATCH} (`MMTL_MAX_BATCH`); peers decode "
         "with Pillow, in a process a core or (FastAPI) a thread a core, and fill batches up to one "
         "size, without which they took a second for each change of it. They run ONNX Runtime as it "
         "comes, in TensorFloat-32, in which the network is faster, and in batches of eight at "

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -29,6 +30,7 @@ _MAPPING = re.compile(
     re.MULTILINE,
 )
 _SIZE = re.compile(r"^(Rss|Pss|Anonymous): +(\d+) kB$", re.MULTILINE)
+_ANONYMOUS = re.compile(r"^RssAnon:\s+(\d+) kB$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def fingerprint(*paths: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+@cache
 def make_environment(name: str) -> Path:
     """The folder of an environment's programs, installed from hash-locked requirements.
 
@@ -92,6 +95,19 @@ def make_environment(name: str) -> Path:
     return folder / "bin"
 
 
+def _stat(process: Path) -> list[str]:
+    """The fields of /proc/PID/stat from the third on, the state: proc_pid_stat(5)."""
+    return (process / "stat").read_text().rpartition(")")[2].split()
+
+
+def _anonymous_megabytes(pids: list[int]) -> float:
+    total = 0
+    for pid in pids:
+        with suppress(OSError):
+            total += int(_ANONYMOUS.findall(Path(f"/proc/{pid}/status").read_text())[0])
+    return 1.024e-3 * total
+
+
 def _wait_for_port(system: System) -> None:
     """Until the port is free: the last system's processes may just be ending."""
     for _ in range(100):
@@ -101,12 +117,13 @@ def _wait_for_port(system: System) -> None:
         time.sleep(0.1)
     raise SystemExit(
         f"Something answers on port {system.port} already, and would be measured in place of "
-        f"{system.command[0]}: a server that an interrupted run left, maybe. Stop it."
+        f"{system.command[0]}: a server that an interrupted run left, maybe. Kill it (`kill -9`: "
+        "it may be stopped)."
     )
 
 
 class Process:
-    """A system's processes, found by a mark in their environment: some start daemons."""
+    """A system's processes: those of its session, and daemons, by a mark in their environment."""
 
     def __init__(self, system: System, log: Path):
         _wait_for_port(system)
@@ -122,25 +139,26 @@ class Process:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        self.peak = 0.0
 
     def pids(self) -> Iterator[int]:
         """Of every process that is alive."""
-        mark = f"{_MARK}={self.token}".encode()
+        mark, session = f"{_MARK}={self.token}".encode(), str(self.main.pid)
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
-                    if mark in (entry / "environ").read_bytes():
-                        yield int(entry.name)
+                    ours = mark in (entry / "environ").read_bytes()
+                    state, _, _, its_session, *_ = _stat(entry)
                 except OSError:
-                    pass
+                    continue
+                if (ours or its_session == session) and state != "Z":
+                    yield int(entry.name)
 
     def cpu_seconds(self) -> float:
         """User and system time of all of them, and of their children that have ended."""
         ticks = 0
         for pid in self.pids():
             try:
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                fields = _stat(Path(f"/proc/{pid}"))
             except OSError:
                 continue
             ticks += sum(map(int, fields[11:15]))
@@ -196,12 +214,14 @@ class Process:
         """CPU seconds and the most memory, of the time that the block takes."""
         found: dict[str, float] = {}
         over = threading.Event()
-        peak = 0.0
+        pids = list(self.pids())
+        highest = 0.0
 
         def watch() -> None:
-            nonlocal peak
-            while not over.wait(1.0):
-                peak = max(peak, self.megabytes())
+            nonlocal highest
+            # Only what costs the cores next to nothing: to count it all is for later.
+            while not over.wait(0.5):
+                highest = max(highest, _anonymous_megabytes(pids))
 
         watcher = threading.Thread(target=watch)
         before = self.cpu_seconds()
@@ -212,7 +232,8 @@ class Process:
             over.set()
             watcher.join()
             found["cpu_seconds"] = self.cpu_seconds() - before
-            found["peak_megabytes"] = max(peak, self.megabytes())
+            more = highest - _anonymous_megabytes(pids)
+            found["peak_megabytes"] = self.megabytes() + max(more, 0.0)
 
     def pause(self) -> None:
         """Stop all of them where they are, so that nothing of theirs runs."""
@@ -223,9 +244,12 @@ class Process:
         self._signal(signal.SIGCONT)
 
     def _signal(self, how: signal.Signals) -> None:
-        for pid in list(self.pids()):
-            with suppress(ProcessLookupError):
-                os.kill(pid, how)
+        told = set[int]()
+        while new := set(self.pids()) - told:  # one may start another meanwhile
+            for pid in new:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, how)
+            told |= new
 
     def stop(self) -> None:
         """End all of them."""
@@ -236,6 +260,7 @@ class Process:
                 self.main.wait(8 if how == signal.SIGTERM else None)
             except subprocess.TimeoutExpired:
                 continue
-        while any(True for _ in self.pids()):
+        while any(self.pids()):
+            self._signal(signal.SIGKILL)
             time.sleep(0.1)
         self.log.close()
