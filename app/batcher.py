@@ -334,6 +334,7 @@ class Batcher:
             if self._closed:
                 return
             self._engine.run(np.zeros((size, *self._input_size, 3), np.uint8))
+        self._engine.run_alone(np.zeros((1, *self._input_size, 3), np.uint8))
         self._warm.set()
         log.info("ready", warm_up_seconds=round(time.monotonic() - started, 3))
 
@@ -433,7 +434,9 @@ class Batcher:
         started = time.monotonic()
         try:
             pixels = _stack([job.pixels for job in jobs if job.pixels is not None])
-            outputs = {**self._engine.run(pixels), **self._measure(pixels)}
+            # Who is alone need not leave a core to others.
+            run = self._engine.run_alone if self._admitted == 1 else self._engine.run
+            outputs = {**run(pixels), **self._measure(pixels)}
             finite = [
                 np.isfinite(values).reshape(len(jobs), -1).all(1) for values in outputs.values()
             ]

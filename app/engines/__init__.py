@@ -59,6 +59,10 @@ class Engine(Protocol):
         """uint8 [N, H, W, 3] -> each output by name, float32 [N, ...]."""
         ...
 
+    def run_alone(self, images: NDArray[np.uint8]) -> Outputs:
+        """The same, while nothing else is to be done: it may use more cores than one."""
+        ...
+
 
 def open_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
     """The engine that the settings ask for, and the artifact that it runs.

@@ -85,6 +85,8 @@ class CudaEngine:
         """uint8 [N, H, W, 3] -> each output by name."""
         return self._graphs.run(images, self._record)
 
+    run_alone = run
+
     def _record(self, images: Pixels) -> Run:
         return self._graph_that_runs(images) or self._without_graph(images)
 

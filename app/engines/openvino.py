@@ -105,6 +105,8 @@ class OpenVinoEngine:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
 
+    run_alone = run
+
     def _run_at_once(self, images: NDArray[np.uint8], size: int) -> Outputs:
         """Their outputs, of a run of that size."""
         rows = len(images)

@@ -74,6 +74,8 @@ class PytorchEngine:
             return self._graphs.run(images, self._record)
         return _run(self._program, self.device, images)
 
+    run_alone = run
+
     def _record(self, images: NDArray[np.uint8]) -> Run:
         try:
             return self._graph(images)

@@ -101,6 +101,13 @@ def one_run_at_a_time_in_onnx_runtime() -> None:
     )
 
 
+def lone_runs_on_one_core() -> None:
+    """An image that is alone run on one core, like any other."""
+    from app.engines import onnx
+
+    onnx.OnnxEngine.run_alone = onnx.OnnxEngine.run
+
+
 def without_batches() -> None:
     """Every image run on its own."""
     os.environ["MMTL_MAX_BATCH"] = "1"
@@ -374,6 +381,7 @@ _OF_OPENVINO: tuple[Variant, ...] = (
 )
 _OF_ONNX_RUNTIME: tuple[Variant, ...] = (
     one_run_at_a_time_in_onnx_runtime,
+    lone_runs_on_one_core,
     without_spare_worker,
 )
 UNDONE: tuple[Variant, ...] = (

@@ -38,6 +38,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
+        self.lone: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
         self.error: BaseException | None = None
@@ -53,6 +54,11 @@ class Engine:
                 raise ValueError("poison")
         values = images[:, 0, 0, 0].astype(np.float32)
         return {"first": np.where(values == INFINITE, np.inf, values)}
+
+    def run_alone(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        if images.any():
+            self.lone.extend(images[:, 0, 0, 0].astype(int).tolist())
+        return self.run(images)
 
 
 @pytest.fixture
@@ -100,6 +106,15 @@ async def hold(engine: Engine, batcher: Batcher) -> "asyncio.Task[float]":
 async def test_a_free_engine_does_not_wait_for_more(batcher: Batcher, engine: Engine) -> None:
     assert await ask(batcher, 7) == 7
     assert engine.batches == [[7]]
+
+
+@pytest.mark.parametrize(("admitted", "lone"), [(1, [7]), (2, [])])
+async def test_an_image_that_is_alone_is_run_as_such(
+    batcher: Batcher, engine: Engine, admitted: int, lone: list[int]
+) -> None:
+    with batcher.reserve(admitted):
+        assert await ask(batcher, 7) == 7
+    assert engine.lone == lone
 
 
 async def test_what_waits_is_taken_together_up_to_the_largest_batch(

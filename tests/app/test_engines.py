@@ -13,7 +13,7 @@ import torch
 
 from app.engines import Engine, EngineError, load_engine, open_engine
 from app.engines.cuda import CudaEngine, has_gpu
-from app.engines.onnx import OnnxEngine
+from app.engines.onnx import OnnxEngine, open_session
 from app.engines.pytorch import PytorchEngine
 from app.settings import Settings
 from models.bundle import ArtifactFormat, Bundle, BundleError, Precision, load_bundle, save_bundle
@@ -43,6 +43,31 @@ def test_a_network_answers_by_name_at_any_batch_size(runtime: str, tmp_path: Pat
         outputs = engine.run(images)
         for name, values in expected_outputs(images).items():
             np.testing.assert_allclose(outputs[name], values, rtol=1e-4, atol=1e-4)
+
+
+@runtimes
+def test_a_run_that_is_alone_answers_alike(runtime: str, tmp_path: Path) -> None:
+    engine = load(make_bundle(tmp_path / "bundle"), runtime=runtime, device="cpu", threads=2)
+    images = np.random.default_rng(0).integers(0, 255, (1, SIDE, SIDE, 3), np.uint8)
+    expected = engine.run(images)
+    for name, values in engine.run_alone(images).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("threads", "sessions"), [(1, [1]), (2, [1, 2]), (4, [1, 2])])
+def test_onnx_runtime_has_two_cores_for_a_run_that_is_alone(
+    threads: int, sessions: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def opening(*arguments: Any) -> onnxruntime.InferenceSession:
+        session = open_session(*arguments)
+        opened.append(session.get_session_options().intra_op_num_threads)
+        return session
+
+    monkeypatch.setattr("app.engines.onnx.open_session", opening)
+    load(make_bundle(tmp_path / "bundle"), device="cpu", threads=threads)
+    assert opened == sessions
 
 
 @runtimes
