@@ -437,16 +437,15 @@ class Batcher:
             # Who is alone need not leave a core to others.
             run = self._engine.run_alone if self._admitted == 1 else self._engine.run
             outputs = {**run(pixels), **self._measure(pixels)}
-            finite = [
-                np.isfinite(values).reshape(len(jobs), -1).all(1) for values in outputs.values()
-            ]
+            rows = [values.reshape(len(jobs), -1) for values in outputs.values()]
+            finite = np.all(np.isfinite(np.concatenate(rows, 1)), axis=1)
         except Exception as error:
             self._try_again(jobs, error, tries)
             return
         ended = time.monotonic()
         took = ended - started
         self._metrics.batch_size.observe(len(jobs))
-        for row, (job, whole) in enumerate(zip(jobs, np.all(finite, axis=0), strict=True)):
+        for row, (job, whole) in enumerate(zip(jobs, finite, strict=True)):
             if whole:
                 one = {name: values[row] for name, values in outputs.items()}
                 job.succeed(Answer(one, job.waited, took, ended))

@@ -121,16 +121,21 @@ def systems(network: Path, side: int) -> dict[str, System]:
 
 
 def loads_of(name: str, crowd: int) -> list[Load]:
-    """What a system is measured with, the open loops last: they are shares of a closed one."""
+    """What a system is measured with: few clients first, as BentoML goes on waiting after many.
+
+    The open loops come last: they are shares of a closed one.
+    """
     every = [Load(mix, crowd) for mix in MIXES]
     arrivals = [Load("mixed", OPEN_CLIENTS, share) for share in OPEN_LOADS]
     if name == "nothing":
         return every
     if name.startswith("limit"):
-        return [*every, Load("mixed", 1)]
+        return [Load("mixed", 1), *every]
     if name == "mmtl, short queue":
         return [Load("mixed", crowd), arrivals[-1]]
-    return [*every, *(Load("mixed", n) for n in CLIENTS if n != crowd), *arrivals]
+    fewer = [Load("mixed", n) for n in CLIENTS if n < crowd]
+    more = [Load("mixed", n) for n in CLIENTS if n > crowd]
+    return [*fewer, *every, *more, *arrivals]
 
 
 def make_images(data: Path, folder: Path) -> dict[str, list[Path]]:
