@@ -1,11 +1,12 @@
 """Work-conserving micro-batching: one pool of workers does all that an image needs done.
 
-A free worker waits for nothing that has not come. Where the network runs on the CPU, on the very
-cores that decode, a worker decodes what waits before it runs a small batch, or one beside enough
-others; a GPU is never left idle for that. Requests reserve their place before anything is decoded,
-so that what is in memory is bounded; a job whose caller has gone, or whose deadline has passed, is
-dropped when it is taken up. A batch that fails is tried again in halves, so that one bad image, or
-a GPU short of memory, costs the others nothing.
+A free worker waits for nothing that has not come, and an image that is alone is run on more cores
+than one, where the engine can. Where the network runs on the CPU, on the very cores that decode, a
+worker decodes what waits before it runs a small batch, or one beside enough others; a GPU is never
+left idle for that. Requests reserve their place before anything is decoded, so that what is in
+memory is bounded; a job whose caller has gone, or whose deadline has passed, is dropped when it is
+taken up. A batch that fails is tried again in halves, so that one bad image, or a GPU short of
+memory, costs the others nothing.
 """
 
 import re
@@ -430,17 +431,18 @@ class Batcher:
                 self._running -= 1
                 self._changed.notify()
 
-    def _infer(self, jobs: list[_Job], tries: int = 2) -> None:
+    def _infer(self, jobs: list[_Job], again: bool = False) -> None:
         started = time.monotonic()
         try:
             pixels = _stack([job.pixels for job in jobs if job.pixels is not None])
-            # Who is alone need not leave a core to others.
-            run = self._engine.run_alone if self._admitted == 1 else self._engine.run
+            # Who is alone need not leave a core to others; what failed so is run as others are.
+            alone = self._admitted == 1 and not again
+            run = self._engine.run_alone if alone else self._engine.run
             outputs = {**run(pixels), **self._measure(pixels)}
             rows = [values.reshape(len(jobs), -1) for values in outputs.values()]
             finite = np.all(np.isfinite(np.concatenate(rows, 1)), axis=1)
         except Exception as error:
-            self._try_again(jobs, error, tries)
+            self._try_again(jobs, error, again)
             return
         ended = time.monotonic()
         took = ended - started
@@ -453,7 +455,7 @@ class Batcher:
                 log.error("inference failed", error="NotFinite", reason="an output is not finite")
                 job.fail(InferenceFailed())
 
-    def _try_again(self, jobs: list[_Job], error: Exception, tries: int) -> None:
+    def _try_again(self, jobs: list[_Job], error: Exception, again: bool) -> None:
         """A batch that failed in halves; one image once more."""
         self._metrics.failed_runs.inc()
         log.warning(
@@ -466,8 +468,8 @@ class Batcher:
                 self._max_batch = half
             self._infer(jobs[:half])
             self._infer(jobs[half:])
-        elif tries > 1:
-            self._infer(jobs, tries - 1)
+        elif not again:
+            self._infer(jobs, again=True)
         else:
             log.error("inference failed", error=type(error).__name__)
             jobs[0].fail(InferenceFailed())

@@ -7,6 +7,7 @@ never come back. Either file is taken away by the run that obeys it.
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from app.engines import Engine
 from app.settings import Settings
 from models.bundle import Artifact, Bundle, Outputs
 
+Run = Callable[[NDArray[np.uint8]], Outputs]
 FAULTS = Path(os.environ.pop("FAULTS"))
 open_engine = networks.open_engine
 
@@ -34,7 +36,13 @@ def taken(name: str) -> bool:
 def open_faulty_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
     """The service's engine, whose later runs obey."""
     artifact, engine = open_engine(bundle, settings)
-    run = engine.run
+    for name in ("run", "run_alone"):
+        setattr(engine, name, with_faults(getattr(engine, name)))
+    return artifact, engine
+
+
+def with_faults(run: Run) -> Run:
+    """One of an engine's two ways to run."""
 
     def run_with_faults(images: NDArray[np.uint8]) -> Outputs:
         if taken("fail"):
@@ -43,8 +51,7 @@ def open_faulty_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, En
             threading.Event().wait()
         return run(images)
 
-    engine.run = run_with_faults  # type: ignore[method-assign]  # the fault
-    return artifact, engine
+    return run_with_faults
 
 
 networks.open_engine = open_faulty_engine  # type: ignore[attr-defined]  # which it imports

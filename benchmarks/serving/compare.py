@@ -197,7 +197,7 @@ def run_bare(system: System, load: Load, files: list[Path], batch: int) -> dict[
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, **system.variables, "MMTL_THREADS": str(threads)},
+        env={**os.environ, **system.variables, "MMTL_THREADS": str(CORES)},
     )
     if done.returncode:
         raise SystemExit(f"limit.py failed: {done.stderr[-500:]}")

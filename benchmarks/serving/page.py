@@ -111,7 +111,9 @@ def _lines(
         "what stays in floats there. *int8 in ONNX Runtime* is what it takes on a CPU without AMX:"
         " there it is the same measured twice, and what the two differ by is noise. "
         "*The limit* is a bare loop without HTTP: mmtl's decoder and the same network in the same "
-        "runtime, in batches as large as its own, a thread a core. Machines: "
+        "runtime, in batches as large as its own, a thread a core; beside one client, an image at "
+        "a time, which runs on as many cores as mmtl gives one that is alone (two, in ONNX "
+        "Runtime). Machines: "
         "[a CPU with AMX](performance.md), [a CPU with AVX2 alone](performance-avx2.md), "
         "[a GPU](performance-gpu.md)."
     )
@@ -159,7 +161,7 @@ def _lines(
         yield row([name, *(latency(results, name, f"mixed, {n} clients") for n in crowds)])
     for ours in (SAME, SHIPPED):
         alone = results.median(LIMIT[ours], "mixed, 1 clients", "p50_ms")
-        yield row([f"{LIMIT[ours]} (one thread)", f"{alone:.1f}", "", "", ""])
+        yield row([f"{LIMIT[ours]} (one image at a time)", f"{alone:.1f}", "", "", ""])
     yield "\n## Arrivals by chance (Poisson), at a share of each system's own capacity\n"
     yield row(["", "load", "images/s", "p50 / p95 / p99 ms", "refused (503)", "failed", "unsent"])
     yield row(["---"] * 7)

@@ -336,6 +336,17 @@ async def test_a_failed_run_is_tried_again(
     assert await ask(batcher, 1) == 1
 
 
+async def test_a_failed_run_that_was_alone_is_tried_again_as_others_are_run(
+    batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        raise RuntimeError("always")
+
+    monkeypatch.setattr(engine, "run_alone", fail)
+    with batcher.reserve(1):
+        assert await ask(batcher, 1) == 1
+
+
 async def test_a_gpu_short_of_memory_gets_smaller_batches(
     batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

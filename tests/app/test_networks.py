@@ -185,14 +185,14 @@ def test_only_administrators_reload(client: TestClient, tmp_path: Path, folder: 
 def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """While this is not set, a picture of HANGS red is never answered."""
     release = threading.Event()
-    run = OnnxEngine.run
+    run = OnnxEngine._run
 
-    def hang(engine: OnnxEngine, images):
+    def hang(engine: OnnxEngine, session, images):
         if any(abs(image[..., 0] - float(HANGS)).max() < 3 for image in images):
             release.wait(30)
-        return run(engine, images)
+        return run(engine, session, images)
 
-    monkeypatch.setattr(OnnxEngine, "run", hang)
+    monkeypatch.setattr(OnnxEngine, "_run", hang)
     yield release
     release.set()
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import yaml
 from fastapi.testclient import TestClient
@@ -217,15 +218,17 @@ def test_alerts_fire_for_a_service_that_is_broken(
 ) -> None:
     """The shipped rules, but for how long a condition has to last."""
     hangs = threading.Event()
-    run = OnnxEngine.run
+    run = OnnxEngine._run
 
-    def hang(engine: OnnxEngine, images: NDArray[np.uint8]) -> Outputs:
+    def hang(
+        engine: OnnxEngine, session: onnxruntime.InferenceSession, images: NDArray[np.uint8]
+    ) -> Outputs:
         if images.any() and hangs.is_set():
             hangs.clear()
             threading.Event().wait(30)
-        return run(engine, images)
+        return run(engine, session, images)
 
-    monkeypatch.setattr(OnnxEngine, "run", hang)
+    monkeypatch.setattr(OnnxEngine, "_run", hang)
     bundle = make_bundle(tmp_path / "bundle").folder
     keys = tmp_path / "keys.json"
     key = create_key(keys, "all", ("predict", "metrics", "admin"), None)
