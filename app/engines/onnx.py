@@ -11,6 +11,17 @@ from models.bundle import BundleError, Outputs
 
 # Cores of a run that is alone; of more than two, the gain has not been measured.
 _LONE_CORES = 2
+# The sessions of a process share an arena, which grows by what is asked for (1): a session's own
+# would grow by powers of two, and keep what other sessions could use.
+onnxruntime.create_and_register_allocator(
+    onnxruntime.OrtMemoryInfo(
+        "Cpu",
+        onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
+        0,
+        onnxruntime.OrtMemType.DEFAULT,
+    ),
+    onnxruntime.OrtArenaCfg({"arena_extend_strategy": 1}),
+)
 
 
 class OnnxEngine:
@@ -68,18 +79,20 @@ def open_session(file: str, content: bytes, threads: int = 1) -> onnxruntime.Inf
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    if threads > 1:
-        # They wait for the next node awake, as they would come too late for it otherwise; when the
-        # run is over, they sleep at once.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        # It would keep more memory for the next run than it gains time.
-        options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    # It would ask for a run's memory in one piece, which fits nowhere that another run has left.
+    options.enable_mem_pattern = False
+    # Threads wait for the next node awake, as they would come too late for it otherwise; when the
+    # run is over, they sleep at once.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises types of its own, some of them private
         reason = re.sub(r"\s+", " ", str(error))[:200]
         raise BundleError(f"ONNX Runtime cannot load {file}: {reason}") from None
-    session._model_bytes = None  # it would keep the file, to try again with other providers
+    # It would keep the file, to try again with other providers what has failed.
+    session.disable_fallback()
+    session._model_bytes = None
     inputs = session.get_inputs()
     if [(i.name, i.type) for i in inputs] != [("images", "tensor(uint8)")]:
         raise BundleError(f"{file} must take one input, `images` of uint8.")

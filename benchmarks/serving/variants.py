@@ -105,7 +105,21 @@ def lone_runs_on_one_core() -> None:
     """An image that is alone run on one core, like any other."""
     from app.engines import onnx
 
-    onnx.OnnxEngine.run_alone = onnx.OnnxEngine.run
+    onnx._LONE_CORES = sys.maxsize
+
+
+def arena_a_session() -> None:
+    """An arena of each session's own, which grows by powers of two."""
+    from app.engines import onnx
+
+    load: Any = onnx.onnxruntime.InferenceSession
+
+    def with_its_own(content: bytes, options: Any, **named: Any) -> Any:
+        options.add_session_config_entry("session.use_env_allocators", "0")
+        options.enable_mem_pattern = True
+        return load(content, options, **named)
+
+    onnx.onnxruntime.InferenceSession = with_its_own
 
 
 def without_batches() -> None:
@@ -382,6 +396,7 @@ _OF_OPENVINO: tuple[Variant, ...] = (
 _OF_ONNX_RUNTIME: tuple[Variant, ...] = (
     one_run_at_a_time_in_onnx_runtime,
     lone_runs_on_one_core,
+    arena_a_session,
     without_spare_worker,
 )
 UNDONE: tuple[Variant, ...] = (

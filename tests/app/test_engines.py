@@ -16,7 +16,15 @@ from app.engines.cuda import CudaEngine, has_gpu
 from app.engines.onnx import OnnxEngine, open_session
 from app.engines.pytorch import PytorchEngine
 from app.settings import Settings
-from models.bundle import ArtifactFormat, Bundle, BundleError, Precision, load_bundle, save_bundle
+from models.bundle import (
+    ArtifactFormat,
+    Bundle,
+    BundleError,
+    Outputs,
+    Precision,
+    load_bundle,
+    save_bundle,
+)
 from tests.bundles import SIDE, expected_outputs, make_bundle
 from tests.lesions import draw_lesion
 
@@ -49,25 +57,50 @@ def test_a_network_answers_by_name_at_any_batch_size(runtime: str, tmp_path: Pat
 def test_a_run_that_is_alone_answers_alike(runtime: str, tmp_path: Path) -> None:
     engine = load(make_bundle(tmp_path / "bundle"), runtime=runtime, device="cpu", threads=2)
     images = np.random.default_rng(0).integers(0, 255, (1, SIDE, SIDE, 3), np.uint8)
-    expected = engine.run(images)
-    for name, values in engine.run_alone(images).items():
+    expected, found = engine.run(images), engine.run_alone(images)
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("threads", "sessions"), [(1, [1]), (2, [1, 2]), (4, [1, 2])])
+@pytest.mark.parametrize(("threads", "cores"), [(1, 1), (2, 2), (4, 2)])
 def test_onnx_runtime_has_two_cores_for_a_run_that_is_alone(
-    threads: int, sessions: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    threads: int, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = []
+    engine = load(make_bundle(tmp_path / "bundle"), device="cpu", threads=threads)
+    taken = []
 
-    def opening(*arguments: Any) -> onnxruntime.InferenceSession:
-        session = open_session(*arguments)
-        opened.append(session.get_session_options().intra_op_num_threads)
-        return session
+    def take(_: OnnxEngine, session: onnxruntime.InferenceSession, images: np.ndarray) -> Outputs:
+        taken.append(session.get_session_options().intra_op_num_threads)
+        return {}
 
-    monkeypatch.setattr("app.engines.onnx.open_session", opening)
-    load(make_bundle(tmp_path / "bundle"), device="cpu", threads=threads)
-    assert opened == sessions
+    monkeypatch.setattr(OnnxEngine, "_run", take)
+    images = np.zeros((1, SIDE, SIDE, 3), np.uint8)
+    engine.run(images)
+    engine.run_alone(images)
+    assert taken == [1, cores]
+
+
+@pytest.mark.parametrize("name", ["run", "run_alone"])
+def test_a_run_that_is_not_as_its_golden_prediction_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = getattr(OnnxEngine, name)
+
+    def wrong(engine: OnnxEngine, images: np.ndarray) -> Outputs:
+        return {output: values + 1 for output, values in run(engine, images).items()}
+
+    monkeypatch.setattr(OnnxEngine, name, wrong)
+    with pytest.raises(BundleError, match="differs from its golden prediction"):
+        load(make_bundle(tmp_path / "bundle"), device="cpu", threads=2)
+
+
+def test_threads_of_onnx_runtime_rest_between_runs_and_share_memory(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    content = bundle.read(bundle.manifest.artifacts[0])
+    options = open_session("model.onnx", content, 2).get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    assert options.get_session_config_entry("session.use_env_allocators") == "1"
 
 
 @runtimes
