@@ -12,7 +12,8 @@ from models.bundle import BundleError, Outputs
 # Cores of a run that is alone; of more than two, the gain has not been measured.
 _LONE_CORES = 2
 # The sessions of a process share an arena, which grows by what is asked for (1): a session's own
-# would grow by powers of two, and keep what other sessions could use.
+# would grow by powers of two, and keep what other sessions could use. It holds what runs need, and
+# outlives them, for the next network's.
 onnxruntime.create_and_register_allocator(
     onnxruntime.OrtMemoryInfo(
         "Cpu",
@@ -86,13 +87,13 @@ def open_session(file: str, content: bytes, threads: int = 1) -> onnxruntime.Inf
     # run is over, they sleep at once.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            content, options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
     except Exception as error:  # ONNX Runtime raises types of its own, some of them private
         reason = re.sub(r"\s+", " ", str(error))[:200]
         raise BundleError(f"ONNX Runtime cannot load {file}: {reason}") from None
-    # It would keep the file, to try again with other providers what has failed.
-    session.disable_fallback()
-    session._model_bytes = None
+    session._model_bytes = None  # kept for a fallback to other providers, which there is not
     inputs = session.get_inputs()
     if [(i.name, i.type) for i in inputs] != [("images", "tensor(uint8)")]:
         raise BundleError(f"{file} must take one input, `images` of uint8.")

@@ -159,7 +159,7 @@ def _lines(results: Results, names: list[str], bundle: Bundle) -> Iterator[str]:
         yield row([name, *each])
     if LIMIT in measured:
         alone = results.median(LIMIT, "mixed, 1 clients", "p50_ms")
-        yield row([f"{LIMIT} (one thread)", f"{alone:.0f}", "", "", ""])
+        yield row([f"{LIMIT} (one image at a time)", f"{alone:.0f}", "", "", ""])
     yield "\n## Arrivals by chance (Poisson), at a share of each system's own capacity\n"
     yield row(["", "load", "images/s", "p50 / p95 / p99 ms", "refused (503)", "failed", "unsent"])
     yield row(["---"] * 7)

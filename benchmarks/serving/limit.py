@@ -5,8 +5,8 @@ limit of: images in turn from files, mmtl's decoder, the engine that the service
 
     limit.py SECONDS THREADS BATCH IMAGE... -> one line of JSON
 
-Batches are no larger than the engine's own. One thread has the machine to itself, and runs each
-image as the service runs one that is alone.
+Batches are no larger than the engine's own. One thread with batches of one has the machine to
+itself, and runs each image as the service runs one that is alone.
 """
 
 import json

@@ -112,8 +112,8 @@ def _lines(
         " there it is the same measured twice, and what the two differ by is noise. "
         "*The limit* is a bare loop without HTTP: mmtl's decoder and the same network in the same "
         "runtime, in batches as large as its own, a thread a core; beside one client, an image at "
-        "a time, which runs on as many cores as mmtl gives one that is alone (two, in ONNX "
-        "Runtime). Machines: "
+        "a time, which runs on as many cores as mmtl gives one that is alone (in ONNX Runtime two,"
+        " where there are two). Machines: "
         "[a CPU with AMX](performance.md), [a CPU with AVX2 alone](performance-avx2.md), "
         "[a GPU](performance-gpu.md)."
     )
