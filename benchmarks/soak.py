@@ -41,9 +41,10 @@ def draw() -> list[bytes]:
 
 
 def resident(pid: int) -> float:
-    """Megabytes."""
+    """Megabytes, of a million bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return float(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1000
+    kib = next(line for line in lines if line.startswith("VmRSS")).split()[1]
+    return int(kib) * 1024 / 1e6
 
 
 def main() -> None:

@@ -11,18 +11,6 @@ from models.bundle import BundleError, Outputs
 
 # Cores of a run that is alone; of more than two, the gain has not been measured.
 _LONE_CORES = 2
-# The sessions of a process share an arena, which grows by what is asked for (1): a session's own
-# would grow by powers of two, and keep what other sessions could use. It holds what runs need, and
-# outlives them, for the next network's.
-onnxruntime.create_and_register_allocator(
-    onnxruntime.OrtMemoryInfo(
-        "Cpu",
-        onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
-        0,
-        onnxruntime.OrtMemType.DEFAULT,
-    ),
-    onnxruntime.OrtArenaCfg({"arena_extend_strategy": 1}),
-)
 
 
 class OnnxEngine:
@@ -80,12 +68,12 @@ def open_session(file: str, content: bytes, threads: int = 1) -> onnxruntime.Inf
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    # It would ask for a run's memory in one piece, which fits nowhere that another run has left.
-    options.enable_mem_pattern = False
-    # Threads wait for the next node awake, as they would come too late for it otherwise; when the
-    # run is over, they sleep at once.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if threads > 1:
+        # They wait for the next node awake, as they would come too late for it otherwise; when the
+        # run is over, they sleep at once.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # It would keep more memory for the next run than it gains time.
+        options.enable_cpu_mem_arena = False
     try:
         session = onnxruntime.InferenceSession(
             content, options, providers=["CPUExecutionProvider"], enable_fallback=0

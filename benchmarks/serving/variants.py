@@ -108,18 +108,24 @@ def lone_runs_on_one_core() -> None:
     onnx._LONE_CORES = sys.maxsize
 
 
-def arena_a_session() -> None:
-    """An arena of each session's own, which grows by powers of two."""
+def one_arena() -> None:
+    """One arena for all sessions, which grows by what is asked for."""
     from app.engines import onnx
 
-    load: Any = onnx.onnxruntime.InferenceSession
+    ort: Any = onnx.onnxruntime
+    kind, usual = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, ort.OrtMemType.DEFAULT
+    ort.create_and_register_allocator(
+        ort.OrtMemoryInfo("Cpu", kind, 0, usual), ort.OrtArenaCfg({"arena_extend_strategy": 1})
+    )
+    load: Any = ort.InferenceSession
 
-    def with_its_own(content: bytes, options: Any, **named: Any) -> Any:
-        options.add_session_config_entry("session.use_env_allocators", "0")
-        options.enable_mem_pattern = True
+    def sharing(content: bytes, options: Any, **named: Any) -> Any:
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        # It would ask for a run's memory in one piece, which fits nowhere that another has left.
+        options.enable_mem_pattern = False
         return load(content, options, **named)
 
-    onnx.onnxruntime.InferenceSession = with_its_own
+    ort.InferenceSession = sharing
 
 
 def without_batches() -> None:
@@ -396,7 +402,6 @@ _OF_OPENVINO: tuple[Variant, ...] = (
 _OF_ONNX_RUNTIME: tuple[Variant, ...] = (
     one_run_at_a_time_in_onnx_runtime,
     lone_runs_on_one_core,
-    arena_a_session,
     without_spare_worker,
 )
 UNDONE: tuple[Variant, ...] = (
@@ -417,6 +422,7 @@ _TRIED_IN_ONNX_RUNTIME: tuple[Variant, ...] = (
     batches_of_eight,
     half_of_the_runs,
     two_spare_workers,
+    one_arena,
 )
 TRIED: tuple[Variant, ...] = (
     *(_TRIED_IN_OPENVINO if has_amx() else _TRIED_IN_ONNX_RUNTIME),

@@ -95,15 +95,11 @@ def test_a_run_that_is_not_as_its_golden_prediction_is_refused(
         load(make_bundle(tmp_path / "bundle"), device="cpu", threads=2)
 
 
-def test_threads_of_onnx_runtime_rest_between_runs_and_take_memory_piece_by_piece(
-    tmp_path: Path,
-) -> None:
+def test_threads_of_onnx_runtime_rest_between_runs(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     content = bundle.read(bundle.manifest.artifacts[0])
     options = open_session("model.onnx", content, 2).get_session_options()
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
-    assert options.get_session_config_entry("session.use_env_allocators") == "1"
-    assert not options.enable_mem_pattern
 
 
 @runtimes
