@@ -4,8 +4,6 @@ VENV ?= .venv
 DATA ?= ../shared/data
 WEIGHTS ?= ../shared/weights
 RUN ?= runs/default
-# Of docs/, that `bench-serve` writes.
-PAGE ?= performance
 
 # As pip does: behind a hospital's proxy the machine's own certificates are the ones that count.
 export UV_SYSTEM_CERTS := true
@@ -68,7 +66,7 @@ benchmark: $(VENV)/.dev
 
 ## mmtl beside LitServe, BentoML, Ray Serve and FastAPI (three quarters of an hour; installs each on its own).
 bench-serve: $(VENV)/.dev
-	$(VENV)/bin/python -m benchmarks.serving.compare $(DATA) --name $(PAGE)
+	$(VENV)/bin/python -m benchmarks.serving.compare $(DATA)
 
 ## The same on an NVIDIA GPU, on such a host (half an hour).
 bench-serve-gpu: $(VENV)/.dev

@@ -184,7 +184,12 @@ def bench(
         typer.Option(min=0.01, help="Instead: images a second, arriving by chance."),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0.1, help="Of each load, once all clients had an answer.")
+        float,
+        typer.Option(
+            min=0.1,
+            help="Of each load, after a second of warm-up: a closed loop's lasts until all "
+            "clients had an answer.",
+        ),
     ] = 10.0,
     header: Annotated[
         list[str] | None, typer.Option(help="Further ones: `Authorization: Bearer …`.")

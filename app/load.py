@@ -251,20 +251,23 @@ async def run_load(
 
     Raises:
         LoadError: Nobody answers there.
+        ValueError: There are no clients.
     """
+    if clients < 1:
+        raise ValueError("A load takes one client at least.")
     loop = asyncio.get_running_loop()
     requests = cycle(target.requests)
     measured = Measured()
-    began = time.monotonic()
+    opened = time.monotonic()
     start = end = float("inf")
-    begun = asyncio.Event()
+    measuring = asyncio.Event()
     unanswered = set(range(clients))
     cpu = 0.0
 
     def begin(at: float) -> None:
         nonlocal start, end
         start, end = at, at + seconds
-        begun.set()
+        measuring.set()
 
     async def connect() -> _Connection:
         try:
@@ -300,10 +303,10 @@ async def run_load(
             while (asked := time.monotonic()) < end:
                 connection, status = await ask(connection, asked)
                 unanswered.discard(number)
-                if not (unanswered or begun.is_set()):
+                if not (unanswered or measuring.is_set()):
                     now = time.monotonic()
                     # Somewhere between two bursts: just after one, a short time holds too few.
-                    begin(max(began + warm_up_seconds, now + random.random() * (now - asked)))
+                    begin(max(opened + warm_up_seconds, now + random.random() * (now - asked)))
                 if status in (0, 503):
                     await asyncio.sleep(0.01)  # a client that is refused does not spin
         finally:
@@ -335,7 +338,7 @@ async def run_load(
 
     async def meter() -> None:
         nonlocal cpu
-        await begun.wait()
+        await measuring.wait()
         await asyncio.sleep(max(start - time.monotonic(), 0))
         before = _cpu_seconds()
         await asyncio.sleep(max(end - time.monotonic(), 0))
@@ -344,9 +347,9 @@ async def run_load(
     try:
         async with asyncio.TaskGroup() as group:
             if rate or not warm_up_seconds:
-                begin(began + warm_up_seconds)
+                begin(opened + warm_up_seconds)
             if rate:
-                group.create_task(arrive(_poisson(began, rate, seed)))
+                group.create_task(arrive(_poisson(opened, rate, seed)))
             else:
                 for number in range(clients):
                     group.create_task(client(number))

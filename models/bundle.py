@@ -98,7 +98,7 @@ class OperatingPoint(_Part):
 class Golden(_Part):
     """What the network answers for `golden_image(seed, ...)`."""
 
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**31)
     outputs: dict[str, tuple[float, ...]]
 
 

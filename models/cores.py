@@ -28,20 +28,21 @@ def available_cores(quota: Path = _QUOTA) -> int:
     return max(cores or 1, 1)
 
 
+def instructions(processors: Path = _PROCESSORS) -> str | None:
+    """Their widest vector instructions, as in `AVX-512 VNNI`; None where the kernel tells none."""
+    flags = set(_told(processors).split())
+    return next((what for flag, what in _INSTRUCTIONS.items() if flag in flags), None)
+
+
 def processor(processors: Path = _PROCESSORS) -> str:
     """Their name and widest vector instructions, as far as the kernel tells them.
 
     Returns:
         As in `AMD EPYC with AVX2`; the architecture where they have no name.
     """
-    try:
-        text = processors.read_text()
-    except (OSError, UnicodeDecodeError):
-        text = ""
-    lines = [line for line in text.splitlines() if line.startswith("model name")]
+    lines = [line for line in _told(processors).splitlines() if line.startswith("model name")]
     name = lines[0].partition(":")[2].strip() if lines else platform.machine()
-    flags = set(text.split())
-    widest = next((what for flag, what in _INSTRUCTIONS.items() if flag in flags), None)
+    widest = instructions(processors)
     return f"{name} with {widest}" if widest else name
 
 
@@ -50,7 +51,11 @@ def has_amx(processors: Path = _PROCESSORS) -> bool:
 
     Processors that know such numbers and lack it gain little or nothing by them.
     """
+    return instructions(processors) == "AMX"
+
+
+def _told(processors: Path) -> str:
     try:
-        return "amx_bf16" in processors.read_text().split()
+        return processors.read_text()
     except (OSError, UnicodeDecodeError):  # not Linux
-        return False
+        return ""

@@ -7,8 +7,8 @@ advises (peers/). In every repeat all of them are started, and each load is give
 other, in an order that rotates, while the others are stopped (SIGSTOP): on a machine whose speed
 changes, as that of a shared host does, it is nearly the same for all. The load generator is `mmtl
 bench`, in a process of its own. What was measured is kept in runs/bench-serve, repeat by repeat,
-and a run that was interrupted goes on there; docs/performance.md is written from it, or with
-`--name` a page beside it, for a machine of another kind.
+and a run that was interrupted goes on there; the page of this kind of CPU is written from it
+(docs/performance.md is that of one with AMX), or another one with `--name`.
 """
 
 import argparse
@@ -333,7 +333,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=ROOT / "models/default")
     parser.add_argument("--run", type=Path, default=ROOT / "runs/bench-serve")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
-    parser.add_argument("--name", default="performance", help="Of the page and its files.")
+    parser.add_argument("--name", default=page.name_here(), help="Of the page and its files.")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--only", nargs="*", help="Systems to measure; the page is not written.")
     parser.add_argument("--page", action="store_true", help="Write anew what is measured already.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -10,6 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from models.bundle import Bundle
+from models.cores import has_amx, instructions
 
 Rows = Sequence[dict[str, Any]]
 PEERS = ("FastAPI", "LitServe", "BentoML", "Ray Serve")
@@ -72,6 +74,12 @@ class Results:
             left = (cores - busy) / cores if given_back else 1.0
             shares.append(found["images_per_second"] / (most * left))
         return shares
+
+
+def name_here() -> str:
+    """The page of this machine: each kind of CPU has its own, and that of AMX the plain name."""
+    widest = instructions() or platform.machine()
+    return "performance" if has_amx() else f"performance-{widest.lower().replace(' ', '-')}"
 
 
 def write(folder: Path, name: str, rows: Rows, bundle: Bundle, mixes: dict[str, list[Path]]):
@@ -146,6 +154,10 @@ def _lines(
                 for m in MIXES
             ]
             yield row([f"{ours}, {what}", *map(span, shares)])
+        most = [results.over_fastest(LIMIT[ours], [f"{mix}, 32 clients"]) for mix in MIXES]
+        yield row(
+            [f"{LIMIT[ours]}, over the fastest peer", *(span(each, "{:.2f}x") for each in most)]
+        )
         for peer in PEERS:
             ratios = [results.ratios(ours, peer, f"{m}, 32 clients") for m in MIXES]
             yield row([f"{ours} over {peer}", *(span(each, "{:.2f}x") for each in ratios)])

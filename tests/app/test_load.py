@@ -129,6 +129,11 @@ async def test_nobody_there_is_one_sentence() -> None:
         await run_load(Target("http://127.0.0.1:1", [b"x"]), 3, 0.1)
 
 
+async def test_nobody_is_no_load() -> None:
+    with pytest.raises(ValueError, match="one client at least"):
+        await run_load(Target("http://127.0.0.1:1", [b"x"]), 0, 0.1)
+
+
 @pytest.mark.parametrize(
     "url",
     ["127.0.0.1:8000", "ftp://host", "http://", "http://h:99999", "http://h:x", "http://[::1"],

@@ -200,6 +200,14 @@ def test_an_artifact_s_golden_predictions_are_of_the_manifest_s_images(tmp_path:
         load_bundle(changed(tmp_path, more))
 
 
+def test_a_golden_image_s_seed_is_a_number_that_every_machine_draws_from(tmp_path: Path) -> None:
+    def vast(manifest: dict) -> None:
+        manifest["golden"][0]["seed"] = 2**63
+
+    with pytest.raises(BundleError, match=r"golden\.0\.seed.* less than 2147483648"):
+        load_bundle(changed(tmp_path, vast))
+
+
 def test_what_must_be_told_apart_is_no_binary_task(tmp_path: Path) -> None:
     def binary(manifest: dict) -> None:
         site = next(task for task in manifest["tasks"] if task["name"] == "site")

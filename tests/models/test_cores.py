@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from models.cores import available_cores, has_amx, processor
+from models.cores import available_cores, has_amx, instructions, processor
 
 HERE = len(os.sched_getaffinity(0))
 
@@ -41,18 +41,20 @@ def test_a_processor_is_called_what_the_kernel_calls_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "instructions"),
+    ("flags", "widest"),
     [
         ("fpu avx2 avx512f avx512_vnni amx_bf16", "AMX"),
         ("fpu avx2 avx512f avx512_vnni", "AVX-512 VNNI"),
         ("fpu avx avx2 fma", "AVX2"),
     ],
 )
-def test_its_widest_instructions_are_named(tmp_path: Path, flags: str, instructions: str) -> None:
+def test_its_widest_instructions_are_named(tmp_path: Path, flags: str, widest: str) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text(f"model name\t: A New One\nflags\t\t: {flags}\n")
-    assert processor(file) == f"A New One with {instructions}"
+    assert instructions(file) == widest
+    assert processor(file) == f"A New One with {widest}"
 
 
 def test_where_nothing_is_known_of_the_processor_it_does_not(tmp_path: Path) -> None:
     assert not has_amx(tmp_path / "nowhere")
+    assert instructions(tmp_path / "nowhere") is None
