@@ -69,6 +69,7 @@ class Networks:
         # Called when the network cannot be replaced: the process should end, and be started anew.
         self.on_failure: Callable[[], None] = lambda: None
         self.current = self._load()
+        give_back()
         self._announce()
         metrics.queue_depth.set_function(lambda: self.current.batcher.admitted)
         metrics.queue_limit.set(settings.queue_size)
