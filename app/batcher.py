@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from app.engines import Engine
 from app.telemetry import Metrics
 from models.bundle import Outputs
-from models.images import NotItsTurn, is_anyones_turn, skip_turn
+from models.turns import NotItsTurn, is_anyones_turn, skip_turn
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")

@@ -6,10 +6,7 @@ progressive one, only the scans that show at that scale.
 """
 
 import struct
-import threading
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -18,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from models.headers import MOST_PIECES, in_too_many_pieces
-from models.memory import trim_heaps_soon
 from models.progressive import for_an_eighth, has_several_scans, most_scans
 from models.tiff import read_directory
+from models.turns import in_turn
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 MEDIA_TYPES = {
@@ -45,8 +42,6 @@ MOST_SCANS = 100
 # Pixels from which an image that is held whole waits for the one before it: with what its decoder
 # needs beside it, that is up to twenty times as many bytes.
 _LARGE = 4 * MEGA
-# Whose turn it is holds it; `skip_turn` puts another in its place.
-_turns = [threading.Lock()]
 # Of TIFF: none, LZW, JPEG, Deflate, PackBits, Zstandard. Those of fax machines know no colours, and
 # libtiff writes a line of its own for each of theirs that is damaged.
 _TIFF_COMPRESSIONS = {1, 5, 7, 8, 32773, 32946, 50000}
@@ -98,10 +93,6 @@ class CorruptImageError(ImageError):
 
 class ImageTooLargeError(ImageError):
     """More bytes or more pixels than the limits allow."""
-
-
-class NotItsTurn(Exception):
-    """A large image must wait for another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +160,7 @@ def decode(
             defined range (32-bit integers and floats).
         ImageTooLargeError: Over one of `limits`.
         CorruptImageError: The bytes end early or contradict themselves.
-        NotItsTurn: It is large, another one is being decoded, and `wait` is false.
+        models.turns.NotItsTurn: It is large, another one is being decoded, and `wait` is false.
     """
     if len(data) == 0:
         raise EmptyImageError("The image is empty (0 bytes).")
@@ -199,7 +190,8 @@ def decode(
         _check_size(image, image_format, in_full, limits)
         if not in_full:
             return _fit(image, image_format, data, height, width)
-        with _turn(wait) if image.width * image.height > _LARGE else nullcontext():
+
+        def whole() -> DecodedImage:
             try:
                 if image_format == "JPEG" and most_scans(bytes(data)) > MOST_SCANS:
                     raise ImageTooLargeError(
@@ -209,28 +201,7 @@ def decode(
             finally:
                 image.close()  # with its pixels
 
-
-def is_anyones_turn() -> bool:
-    """Whether no large image is being decoded just now."""
-    return not _turns[0].locked()
-
-
-def skip_turn() -> None:
-    """Wait no longer for the large image that is being decoded, as its decoder hangs."""
-    _turns[0] = threading.Lock()
-
-
-@contextmanager
-def _turn(wait: bool) -> Iterator[None]:
-    turn = _turns[0]
-    if not turn.acquire(blocking=wait):
-        raise NotItsTurn
-    try:
-        yield
-    finally:
-        # Or each thread would keep what one such image takes, a hundred megabytes.
-        trim_heaps_soon()
-        turn.release()
+        return in_turn(whole, wait) if image.width * image.height > _LARGE else whole()
 
 
 def _fit(

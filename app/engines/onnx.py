@@ -72,8 +72,6 @@ def open_session(file: str, content: bytes, threads: int = 1) -> onnxruntime.Inf
         # They wait for the next node awake, as they would come too late for it otherwise; when the
         # run is over, they sleep at once.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        # It would keep more memory for the next run than it gains time.
-        options.enable_cpu_mem_arena = False
     try:
         session = onnxruntime.InferenceSession(
             content, options, providers=["CPUExecutionProvider"], enable_fallback=0

@@ -33,6 +33,7 @@ import app.telemetry
 import models.bundle
 import models.images
 import models.memory
+import models.turns
 from models.cores import available_cores, has_amx
 
 # Of glibc's malloc.h.
@@ -106,6 +107,20 @@ def lone_runs_on_one_core() -> None:
     from app.engines import onnx
 
     onnx._LONE_CORES = sys.maxsize
+
+
+def lone_runs_without_an_arena() -> None:
+    """Memory of a run that is alone asked for anew, not kept in an arena."""
+    from app.engines import onnx
+
+    ort: Any = onnx.onnxruntime
+    load: Any = ort.InferenceSession
+
+    def without(content: bytes, options: Any, **named: Any) -> Any:
+        options.enable_cpu_mem_arena = options.intra_op_num_threads == 1
+        return load(content, options, **named)
+
+    ort.InferenceSession = without
 
 
 def one_arena() -> None:
@@ -237,9 +252,19 @@ def frequent_collections() -> None:
     app.cli._OBJECTS_PER_COLLECTION = 700
 
 
+def large_images_anywhere() -> None:
+    """Large images decoded by any worker, not by one thread."""
+    models.turns._Turns.run = lambda _, work: work()
+
+
+def loading_kept() -> None:
+    """What loading leaves behind kept."""
+    app.networks.give_back = lambda: None
+
+
 def frequent_trims() -> None:
     """Memory given back to the kernel after every large image."""
-    models.images.trim_heaps_soon = models.memory.trim_heaps
+    models.turns.trim_heaps_soon = models.memory.trim_heaps
 
 
 def garbage_frozen() -> None:
@@ -414,6 +439,8 @@ UNDONE: tuple[Variant, ...] = (
     stacked_by_numpy,
     answers_by_numpy,
     frequent_collections,
+    large_images_anywhere,
+    loading_kept,
     frequent_trims,
 )
 _TRIED_IN_OPENVINO: tuple[Variant, ...] = (spare_worker,)
@@ -422,6 +449,7 @@ _TRIED_IN_ONNX_RUNTIME: tuple[Variant, ...] = (
     batches_of_eight,
     half_of_the_runs,
     two_spare_workers,
+    lone_runs_without_an_arena,
     one_arena,
 )
 TRIED: tuple[Variant, ...] = (

@@ -22,8 +22,7 @@ from app.batcher import (
     Saturated,
 )
 from app.telemetry import Metrics
-from models import images
-from models.images import NotItsTurn
+from models.turns import NotItsTurn, in_turn, is_anyones_turn
 from tests.bundles import SIDE
 
 POISON = 66
@@ -278,20 +277,22 @@ async def test_a_decoder_that_hangs_keeps_its_turn_from_nobody(batcher: Batcher,
     hangs = threading.Event()
 
     def decode() -> NDArray[np.uint8]:
-        with images._turn(wait=True):
-            hangs.wait(5)
+        in_turn(lambda: hangs.wait(5))
         return image(1)
 
     asked: Future[Answer] = Future()
     batcher.put(decode, time.monotonic() + 9, asked)
-    until(lambda: not images.is_anyones_turn())
+    until(lambda: not is_anyones_turn())
     await asyncio.to_thread(getattr(batcher, end), *([0.1] if end == "retire" else []))
-    assert images.is_anyones_turn()
-    with images._turn(wait=False):
+    assert is_anyones_turn()
+
+    def meanwhile() -> bool:
         hangs.set()
         batcher.close(5)
-        assert not images.is_anyones_turn()  # the one that hung lets go of its own
-    assert images.is_anyones_turn()
+        return is_anyones_turn()  # the one that hung lets go of its own
+
+    assert not in_turn(meanwhile, wait=False)
+    assert is_anyones_turn()
 
 
 async def test_a_large_image_that_waits_past_its_deadline_is_let_go(

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from models import images
 from models.images import (
     FORMATS,
     CorruptImageError,
@@ -14,11 +13,10 @@ from models.images import (
     ImageError,
     ImageTooLargeError,
     Limits,
-    NotItsTurn,
     UnsupportedImageError,
     decode,
-    is_anyones_turn,
 )
+from models.turns import NotItsTurn, in_turn, is_anyones_turn
 from tests.lesions import draw_lesion, encode, flat, huge_png, lesion
 
 
@@ -27,28 +25,19 @@ def reference(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
-def test_what_large_images_took_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns: list[bool] = []
-    monkeypatch.setattr(images, "trim_heaps_soon", lambda: turns.append(is_anyones_turn()))
-    decode(flat(1, 64, 64), 32, 32)
-    assert not turns
-    decode(flat(1, 2100, 2100), 32, 32)
-    assert turns == [False]
-    with pytest.raises(CorruptImageError):
-        decode(flat(1, 2100, 2100)[:-200], 32, 32)
-    assert turns == [False, False]
-    assert is_anyones_turn()
-
-
 def test_large_images_are_decoded_one_at_a_time() -> None:
     small, large = flat(1, 64, 64), flat(1, 2100, 2100)
-    with images._turn(wait=True):
-        assert not is_anyones_turn()
+
+    def meanwhile() -> None:
         decode(small, 32, 32, wait=False)
         with pytest.raises(NotItsTurn):
             decode(large, 32, 32, wait=False)
-    assert is_anyones_turn()
+
+    in_turn(meanwhile)
     decode(large, 32, 32, wait=False)
+    with pytest.raises(CorruptImageError):
+        decode(large[:-200], 32, 32)
+    assert is_anyones_turn()
 
 
 @pytest.mark.parametrize("image_format", FORMATS)

@@ -1,0 +1,116 @@
+import gc
+import multiprocessing
+import os
+import threading
+import time
+import weakref
+from functools import partial
+
+import pytest
+
+from models import turns
+from models.turns import NotItsTurn, in_turn, is_anyones_turn, skip_turn
+
+
+@pytest.fixture(autouse=True)
+def turns_of_its_own() -> None:
+    skip_turn()
+
+
+def hold(until: threading.Event) -> threading.Thread:
+    """Somebody whose turn it is until then."""
+    holder = threading.Thread(target=in_turn, args=[until.wait])
+    holder.start()
+    while is_anyones_turn():
+        pass
+    return holder
+
+
+def test_work_is_done_one_at_a_time() -> None:
+    over = threading.Event()
+    holder = hold(over)
+    with pytest.raises(NotItsTurn):
+        in_turn(int, wait=False)
+    threading.Timer(0.05, over.set).start()
+    assert in_turn(over.is_set)
+    holder.join()
+    assert is_anyones_turn()
+
+
+def test_all_of_it_in_one_thread_which_is_nobody_s_own() -> None:
+    threads = []
+    askers = [
+        threading.Thread(target=lambda: threads.append(in_turn(threading.get_ident)))
+        for _ in range(4)
+    ]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert len(threads) == 4
+    assert len(set(threads)) == 1
+    assert not set(threads) & {threading.get_ident(), *(asker.ident for asker in askers)}
+
+
+def test_an_error_is_the_asker_s_and_nothing_is_kept_of_it() -> None:
+    def fail(_: set[int]) -> None:
+        raise ValueError("damaged")
+
+    image = {1}
+    held = weakref.ref(image)
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="damaged"):
+            in_turn(partial(fail, image))
+        del image
+        deadline = time.monotonic() + 5  # the thread lets go of it just after the asker
+        while held() is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        gc.enable()
+    assert is_anyones_turn()
+
+
+def test_what_was_taken_is_given_back_before_the_next_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(turns, "trim_heaps_soon", lambda: asked.append(is_anyones_turn()))
+    in_turn(int)
+    with pytest.raises(ZeroDivisionError):
+        in_turn(lambda: 1 // 0)
+    assert asked == [False, False]
+
+
+def test_who_hangs_keeps_the_turn_from_nobody_and_ends_with_its_thread() -> None:
+    over = threading.Event()
+    holder = hold(over)
+    (hung,) = [thread for thread in threading.enumerate() if thread.name == "mmtl-large"][-1:]
+    skip_turn()
+    assert in_turn(threading.get_ident, wait=False) != hung.ident
+    over.set()
+    holder.join(5)
+    hung.join(5)
+    assert not hung.is_alive()
+    assert is_anyones_turn()
+
+
+def test_without_another_thread_the_asker_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as crowded:
+        crowded.setattr("threading.Thread.start", fail)
+        assert in_turn(threading.get_ident) == threading.get_ident()
+    assert in_turn(threading.get_ident) != threading.get_ident()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked there")
+def test_a_forked_process_has_turns_of_its_own() -> None:
+    over = threading.Event()
+    holder = hold(over)
+    try:
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            assert pool.apply_async(in_turn, [os.getppid]).get(10) == os.getpid()
+    finally:
+        over.set()
+        holder.join()
