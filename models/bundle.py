@@ -17,7 +17,7 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from models.signatures import SIGNATURE, SignatureError, verify
 
@@ -98,8 +98,15 @@ class OperatingPoint(_Part):
 class Golden(_Part):
     """What the network answers for `golden_image(seed, ...)`."""
 
-    seed: int = Field(ge=0, lt=2**31)
+    seed: int = Field(ge=0)
     outputs: dict[str, tuple[float, ...]]
+
+    @field_validator("seed")
+    @classmethod
+    def _is_drawn_from_in_64_bits(cls, seed: int) -> int:
+        if seed >= 2**31:
+            raise ValueError("must be less than 2147483648")
+        return seed
 
 
 class Artifact(_Part):

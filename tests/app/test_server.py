@@ -16,7 +16,7 @@ import pytest
 from app.main import create_app
 from app.server import Server
 from app.settings import Settings
-from models import images
+from models.turns import in_turn
 from tests.lesions import encode, flat, lesion
 
 
@@ -333,17 +333,16 @@ def test_an_answer_that_is_cut_off_is_not_counted_as_read(server: Server, port: 
 def test_images_that_nobody_waits_for_any_more_are_counted(server: Server, port: int) -> None:
     state = server.config.app.state
     picture = flat(1, 2100, 2100)
-    with images._turn(wait=True):  # so that it is not answered
+    outcomes = state.metrics.registry.get_sample_value
+
+    def meanwhile() -> None:
         with connect(port) as gone:
             head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
             gone.sendall(head + b"Content-Length: %d\r\n\r\n" % len(picture) + picture)
             until(lambda: state.networks.current.batcher.admitted == 1)
-        until(
-            lambda: (
-                state.metrics.registry.get_sample_value("mmtl_images_total", {"outcome": "gone"})
-                == 1
-            )
-        )
+        until(lambda: outcomes("mmtl_images_total", {"outcome": "gone"}) == 1)
+
+    in_turn(meanwhile)  # so that it is not answered
 
 
 def test_an_upload_that_had_begun_when_the_service_ends_is_answered(

@@ -204,7 +204,7 @@ def test_a_golden_image_s_seed_is_a_number_that_every_machine_draws_from(tmp_pat
     def vast(manifest: dict) -> None:
         manifest["golden"][0]["seed"] = 2**63
 
-    with pytest.raises(BundleError, match=r"golden\.0\.seed.* less than 2147483648"):
+    with pytest.raises(BundleError, match=r"golden\.0\.seed.*must be less than 2147483648"):
         load_bundle(changed(tmp_path, vast))
 
 
