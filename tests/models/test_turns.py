@@ -21,8 +21,10 @@ def hold(until: threading.Event) -> threading.Thread:
     """Somebody whose turn it is until then."""
     holder = threading.Thread(target=in_turn, args=[until.wait])
     holder.start()
+    deadline = time.monotonic() + 5
     while is_anyones_turn():
-        pass
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
     return holder
 
 
@@ -84,7 +86,7 @@ def test_what_was_taken_is_given_back_before_the_next_turn(monkeypatch: pytest.M
 def test_who_hangs_keeps_the_turn_from_nobody_and_ends_with_its_thread() -> None:
     over = threading.Event()
     holder = hold(over)
-    (hung,) = [thread for thread in threading.enumerate() if thread.name == "mmtl-large"][-1:]
+    hung = next(t for t in reversed(threading.enumerate()) if t.name == "mmtl-large")
     skip_turn()
     assert in_turn(threading.get_ident, wait=False) != hung.ident
     over.set()
