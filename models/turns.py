@@ -45,8 +45,12 @@ class _Turns:
             del done  # the error's traceback holds this frame, and it holds the error
 
     def end(self) -> None:
-        """Let the thread go when it has done what there is."""
-        self._work.put(None)
+        """Let the thread go, where nobody has the turn."""
+        if self.taken.acquire(blocking=False):
+            if self._thread is not None:
+                self._work.put(None)
+                self._thread = None
+            self.taken.release()
 
     def _work_on(self) -> None:
         while (item := self._work.get()) is not None:
@@ -81,7 +85,7 @@ def in_turn(work: Callable[[], _T], wait: bool = True) -> _T:
         # A large image takes a hundred megabytes.
         trim_heaps_soon()
         turns.taken.release()
-        if turns is not _turns[0]:  # its work hung, and has gone on after all
+        if turns is not _turns[0]:  # this work hung, and has gone on after all
             turns.end()
 
 
@@ -92,7 +96,8 @@ def is_anyones_turn() -> bool:
 
 def skip_turn() -> None:
     """Wait no longer for the large image that is being decoded, as its decoder hangs."""
-    _turns[0] = _Turns()
+    skipped, _turns[0] = _turns[0], _Turns()
+    skipped.end()
 
 
 # A process that is forked has none of its parent's threads, and nobody to release its locks.

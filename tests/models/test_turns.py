@@ -96,6 +96,14 @@ def test_who_hangs_keeps_the_turn_from_nobody_and_ends_with_its_thread() -> None
     assert is_anyones_turn()
 
 
+def test_a_turn_that_nobody_has_ends_with_its_thread_when_it_is_skipped() -> None:
+    in_turn(int)
+    resting = next(t for t in reversed(threading.enumerate()) if t.name == "mmtl-large")
+    skip_turn()
+    resting.join(5)
+    assert not resting.is_alive()
+
+
 def test_without_another_thread_the_asker_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
