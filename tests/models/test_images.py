@@ -25,6 +25,19 @@ def reference(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
+def test_what_large_images_took_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[bool] = []
+    monkeypatch.setattr("models.turns.trim_heaps_soon", lambda: turns.append(is_anyones_turn()))
+    decode(flat(1, 64, 64), 32, 32)
+    assert not turns
+    decode(flat(1, 2100, 2100), 32, 32)
+    assert turns == [False]
+    with pytest.raises(CorruptImageError):
+        decode(flat(1, 2100, 2100)[:-200], 32, 32)
+    assert turns == [False, False]
+    assert is_anyones_turn()
+
+
 def test_large_images_are_decoded_one_at_a_time() -> None:
     small, large = flat(1, 64, 64), flat(1, 2100, 2100)
 
@@ -34,10 +47,8 @@ def test_large_images_are_decoded_one_at_a_time() -> None:
             decode(large, 32, 32, wait=False)
 
     in_turn(meanwhile)
-    decode(large, 32, 32, wait=False)
-    with pytest.raises(CorruptImageError):
-        decode(large[:-200], 32, 32)
     assert is_anyones_turn()
+    decode(large, 32, 32, wait=False)
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
