@@ -263,6 +263,7 @@ async def run_load(
     measuring = asyncio.Event()
     unanswered = set(range(clients))
     cpu = 0.0
+    failed: LoadError | None = None
 
     def begin(at: float) -> None:
         nonlocal start, end
@@ -354,8 +355,10 @@ async def run_load(
                 for number in range(clients):
                     group.create_task(client(number))
             group.create_task(meter())
-    except* LoadError as errors:
-        raise errors.exceptions[0] from None
+    except* LoadError as errors:  # what is raised in here is a group again in some Pythons
+        (failed, *_) = (error for error in errors.exceptions if isinstance(error, LoadError))
+    if failed is not None:
+        raise failed
     measured.seconds = seconds
     measured.generator_seconds = cpu
     return measured
