@@ -150,7 +150,7 @@ class Batcher:
         self._runs_beside_decoding = most if engine.helpers else max(cores // 2, 1)
         self._admitted = 0
         self._encoded: deque[_Job] = deque()
-        # Large images that are decoded one at a time, and wait here so that no worker waits.
+        # Large images whose turn has not come wait here, so that no worker waits.
         self._large: deque[_Job] = deque()
         self._decoded: deque[_Job] = deque()
         self._running = 0
@@ -278,7 +278,7 @@ class Batcher:
 
         Args:
             decode: Called in a worker's thread; uint8 [height, width, 3]. Where it raises
-                `NotItsTurn` it is called again, when no large image is being decoded.
+                `NotItsTurn` it is called again, when another large image may be decoded.
             deadline: On `time.monotonic`'s clock.
             future: Gets the answer, or what `decode` raised, or the subclass of `Refused` that says
                 why there is none. Who no longer wants it cancels it.

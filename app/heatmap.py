@@ -36,7 +36,7 @@ def draw_overlay(
 
     Raises:
         models.images.ImageError: Parts of it are damaged that the smaller decoding left out.
-        models.turns.NotItsTurn: It is large, and another one is being decoded.
+        models.turns.NotItsTurn: It is large, and others have all turns.
     """
     width = min(float(image.width), image.height * MAX_ASPECT)
     height = min(float(image.height), image.width * MAX_ASPECT)

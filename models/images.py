@@ -39,8 +39,8 @@ Image.MAX_IMAGE_PIXELS = None
 _READ_AT_ONCE = 1_000_000_000
 # An encoder writes about ten; each costs a pass over the whole picture.
 MOST_SCANS = 100
-# Pixels from which an image that is held whole waits for the one before it: with what its decoder
-# needs beside it, that is up to twenty times as many bytes.
+# Pixels from which an image that is held whole waits for its turn: with what its decoder needs
+# beside it, that is up to twenty times as many bytes.
 _LARGE = 4 * MEGA
 # Of TIFF: none, LZW, JPEG, Deflate, PackBits, Zstandard. Those of fax machines know no colours, and
 # libtiff writes a line of its own for each of theirs that is damaged.
@@ -149,7 +149,7 @@ def decode(
         height: Of the result, in pixels.
         width: Of the result, in pixels.
         limits: Checked before any pixel is decoded.
-        wait: For the turn of a large image: they are decoded one at a time.
+        wait: For the turn of a large image: few are decoded at once.
 
     Returns:
         The pixels and what the original was.
@@ -160,7 +160,7 @@ def decode(
             defined range (32-bit integers and floats).
         ImageTooLargeError: Over one of `limits`.
         CorruptImageError: The bytes end early or contradict themselves.
-        models.turns.NotItsTurn: It is large, another one is being decoded, and `wait` is false.
+        models.turns.NotItsTurn: It is large, others have all turns, and `wait` is false.
     """
     if len(data) == 0:
         raise EmptyImageError("The image is empty (0 bytes).")

@@ -1,4 +1,4 @@
-"""Large images take turns, in one thread: its heap alone grows to what one of them needs.
+"""Large images take turns: no more are decoded at once than memory holds, in threads of their own.
 
 glibc's malloc gives each thread a heap of its own, which keeps the size that it once needed. Were
 each decoded by the thread that asks, all of those threads would keep a large image's.
@@ -11,20 +11,24 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from models.memory import trim_heaps_soon
+from models.cores import available_cores
+from models.memory import available_memory, trim_heaps_soon
 
 _T = TypeVar("_T")
+# What the largest image may take, as models/images.py has it: thirty megapixels, twenty bytes each.
+_LARGEST = 600_000_000
+# Of the memory, that may be for large images.
+_PART = 1 / 3
 
 
 class NotItsTurn(Exception):
     """A large image must wait for another one."""
 
 
-class _Turns:
-    """One at a time."""
+class _Turn:
+    """A thread that does one piece of work at a time; it begins with the first."""
 
     def __init__(self) -> None:
-        self.taken = threading.Lock()
         self._work: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -45,12 +49,10 @@ class _Turns:
             del done  # the error's traceback holds this frame, and it holds the error
 
     def end(self) -> None:
-        """Let the thread go, where nobody has the turn."""
-        if self.taken.acquire(blocking=False):
-            if self._thread is not None:
-                self._work.put(None)
-                self._thread = None
-            self.taken.release()
+        """Let the thread go; only for who has taken the turn."""
+        if self._thread is not None:
+            self._work.put(None)
+            self._thread = None
 
     def _work_on(self) -> None:
         while (item := self._work.get()) is not None:
@@ -62,43 +64,104 @@ class _Turns:
             del item, work, done  # an image, and what became of it
 
 
-# Who decodes a large image keeps to these turns; `skip_turn` puts others in their place.
-_turns = [_Turns()]
+class _Turns:
+    """Those that nobody has; the one given back last is taken first, as its heap is warm.
+
+    Args:
+        most: There are.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._changed = threading.Condition()
+        self._free = [_Turn() for _ in range(most)]
+
+    def take(self, wait: bool) -> _Turn:
+        with self._changed:
+            while not self._free:
+                if not wait:
+                    raise NotItsTurn
+                self._changed.wait()
+            return self._free.pop()
+
+    def give_back(self, turn: _Turn) -> None:
+        with self._changed:
+            self._free.append(turn)
+            self._changed.notify()
+
+    def one_is_free(self) -> bool:
+        return bool(self._free)
+
+    def end(self) -> None:
+        """Let the threads go of those that nobody has."""
+        with self._changed:
+            for turn in self._free:
+                turn.end()
+
+
+def most_at_once(processes: int = 1) -> int:
+    """Large images that may be decoded at once: one a core, while a third of the memory holds them.
+
+    Args:
+        processes: That share cores and memory, and decode so many each.
+    """
+    room = int(available_memory() * _PART / _LARGEST)
+    return max(min(available_cores(), room) // processes, 1)
+
+
+# Who decodes a large image keeps to these turns; others may take their place.
+_turns = [_Turns(most_at_once())]
+
+
+def allow_at_once(most: int) -> None:
+    """Let so many large images be decoded at once, from now on: `most_at_once`, if nobody says so.
+
+    Args:
+        most: At least one.
+    """
+    _replace(_Turns(most))
 
 
 def in_turn(work: Callable[[], _T], wait: bool = True) -> _T:
-    """What some work gives that takes much memory, when nobody else's is done.
+    """What some work gives that takes much memory, in a turn that nobody else has.
 
     Args:
         work: Without arguments.
-        wait: For its turn.
+        wait: For a turn.
 
     Raises:
-        NotItsTurn: Other such work is being done, and `wait` is false.
+        NotItsTurn: Others have all turns, and `wait` is false.
     """
     turns = _turns[0]
-    if not turns.taken.acquire(blocking=wait):
-        raise NotItsTurn
+    turn = turns.take(wait)
     try:
-        return turns.run(work)
+        return turn.run(work)
     finally:
         # A large image takes a hundred megabytes.
         trim_heaps_soon()
-        turns.taken.release()
-        if turns is not _turns[0]:  # this work hung, and has gone on after all
+        turns.give_back(turn)
+        if turns is not _turns[0]:  # it was skipped, as one that hung, and has ended after all
             turns.end()
 
 
 def is_anyones_turn() -> bool:
-    """Whether no large image is being decoded just now."""
-    return not _turns[0].taken.locked()
+    """Whether another large image may be decoded just now."""
+    return _turns[0].one_is_free()
 
 
 def skip_turn() -> None:
-    """Wait no longer for the large image that is being decoded, as its decoder hangs."""
-    skipped, _turns[0] = _turns[0], _Turns()
-    skipped.end()
+    """Wait no longer for the large images that are being decoded, as a decoder hangs."""
+    _replace(_Turns(_turns[0].most))
+
+
+def _replace(turns: _Turns) -> None:
+    before, _turns[0] = _turns[0], turns
+    before.end()
+
+
+def _begin_anew() -> None:
+    _turns[0] = _Turns(_turns[0].most)
 
 
 # A process that is forked has none of its parent's threads, and nobody to release its locks.
-os.register_at_fork(after_in_child=skip_turn)
+os.register_at_fork(after_in_child=_begin_anew)

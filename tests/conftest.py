@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 
 from app.main import create_app
 from app.settings import Settings
+from models.turns import allow_at_once
 from tests.bundles import make_bundle
 
 # A machine under load is not a failure.
@@ -25,6 +26,12 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("MMTL_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _one_large_image_at_a_time() -> None:
+    """Whatever the machine has cores and memory for."""
+    allow_at_once(1)
 
 
 @pytest.fixture(scope="session")

@@ -253,8 +253,13 @@ def frequent_collections() -> None:
 
 
 def large_images_anywhere() -> None:
-    """Large images decoded by any worker, not by one thread."""
-    models.turns._Turns.run = lambda _, work: work()
+    """Large images decoded by any worker, not by threads of their own."""
+    models.turns._Turn.run = lambda _, work: work()
+
+
+def one_large_image_at_a_time() -> None:
+    """One large image decoded at a time, not one a core."""
+    app.cli.most_at_once = lambda _: 1
 
 
 def loading_kept() -> None:
@@ -440,6 +445,7 @@ UNDONE: tuple[Variant, ...] = (
     answers_by_numpy,
     frequent_collections,
     large_images_anywhere,
+    one_large_image_at_a_time,
     loading_kept,
     frequent_trims,
 )

@@ -7,6 +7,7 @@ import pytest
 
 from app import cli
 from app.load import Measured
+from models.turns import NotItsTurn, in_turn
 from tests.conftest import ROOT
 from tests.lesions import flat
 
@@ -147,6 +148,19 @@ def test_check_validates_and_exits(run, monkeypatch: pytest.MonkeyPatch) -> None
         2,
         "mmtl: /nowhere is not a bundle: bundle.json cannot be read.\n",
     )
+
+
+def test_processes_share_what_large_images_may_be_decoded_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("models.turns.available_cores", lambda: 4)
+    monkeypatch.setattr("models.turns.available_memory", lambda: 1_000_000_000_000)
+    monkeypatch.setattr("gc.set_threshold", lambda _: None)
+    cli._tune(processes=4)
+    with pytest.raises(NotItsTurn):
+        in_turn(lambda: in_turn(int, wait=False))
+    cli._tune(processes=2)
+    assert in_turn(lambda: in_turn(int, wait=False)) == 0
 
 
 def test_a_bundle_is_verified_and_shown(run, bundle_folder: Path) -> None:

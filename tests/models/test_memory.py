@@ -8,11 +8,12 @@ import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 
 from models import memory
-from models.memory import give_back
+from models.memory import available_memory, give_back
 
 # glibc describes its arenas, as heaps, to a C stream.
 ARENAS = """
@@ -30,10 +31,26 @@ c.malloc_info(0, ctypes.c_void_p.in_dll(c, "stdout"))
 c.fflush(None)
 """
 
+MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
 
 class Cycle:
     def __init__(self) -> None:
         self.own = self
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"),
+    [("max", MACHINE), ("1000000", 1_000_000), (str(2 * MACHINE), MACHINE), ("nonsense", MACHINE)],
+)
+def test_the_container_s_limit_counts(tmp_path: Path, limit: str, found: int) -> None:
+    file = tmp_path / "memory.max"
+    file.write_text(f"{limit}\n")
+    assert available_memory(file) == found
+
+
+def test_without_a_cgroup_the_machine_s_memory_counts(tmp_path: Path) -> None:
+    assert available_memory(tmp_path / "nowhere") == MACHINE
 
 
 def test_cycles_are_collected() -> None:

@@ -9,22 +9,27 @@ from functools import partial
 import pytest
 
 from models import turns
-from models.turns import NotItsTurn, in_turn, is_anyones_turn, skip_turn
-
-
-@pytest.fixture(autouse=True)
-def turns_of_its_own() -> None:
-    skip_turn()
+from models.turns import (
+    NotItsTurn,
+    allow_at_once,
+    in_turn,
+    is_anyones_turn,
+    most_at_once,
+    skip_turn,
+)
 
 
 def hold(until: threading.Event) -> threading.Thread:
     """Somebody whose turn it is until then."""
-    holder = threading.Thread(target=in_turn, args=[until.wait])
+    begun = threading.Event()
+
+    def work() -> None:
+        begun.set()
+        until.wait(5)
+
+    holder = threading.Thread(target=in_turn, args=[work])
     holder.start()
-    deadline = time.monotonic() + 5
-    while is_anyones_turn():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    assert begun.wait(5)
     return holder
 
 
@@ -37,6 +42,45 @@ def test_work_is_done_one_at_a_time() -> None:
     assert in_turn(over.is_set)
     holder.join()
     assert is_anyones_turn()
+
+
+def test_as_much_is_done_at_once_as_is_allowed() -> None:
+    allow_at_once(2)
+    over, later = threading.Event(), threading.Event()
+    first, second = hold(later), hold(over)
+    assert not is_anyones_turn()
+    with pytest.raises(NotItsTurn):
+        in_turn(int, wait=False)
+    over.set()
+    second.join()
+    assert in_turn(int, wait=False) == 0
+    assert first.is_alive()
+    later.set()
+    first.join()
+
+
+def test_a_heap_that_has_grown_is_used_again_before_another_grows() -> None:
+    allow_at_once(3)
+    assert len({in_turn(threading.get_ident) for _ in range(5)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("cores", "gigabytes", "processes", "most"),
+    [
+        (2, 8, 1, 2),
+        (16, 64, 1, 16),
+        (16, 8, 1, 4),  # 600 MB each, of a third of the memory
+        (16, 64, 8, 2),
+        (16, 8, 3, 1),
+        (1, 1, 1, 1),  # one there is always
+    ],
+)
+def test_memory_and_cores_say_how_many_may_be_decoded_at_once(
+    cores: int, gigabytes: int, processes: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "available_cores", lambda: cores)
+    monkeypatch.setattr(turns, "available_memory", lambda: gigabytes * 1_000_000_000)
+    assert most_at_once(processes) == most
 
 
 def test_all_of_it_in_one_thread_which_is_nobody_s_own() -> None:
@@ -93,6 +137,21 @@ def test_who_hangs_keeps_the_turn_from_nobody_and_ends_with_its_thread() -> None
     holder.join(5)
     hung.join(5)
     assert not hung.is_alive()
+    assert is_anyones_turn()
+
+
+def test_as_many_turns_are_there_after_one_was_skipped() -> None:
+    allow_at_once(2)
+    over, later = threading.Event(), threading.Event()
+    hung = hold(over)
+    skip_turn()
+    holders = [hold(later), hold(later)]
+    over.set()
+    hung.join(5)
+    assert not is_anyones_turn()  # the one that hung brings none back
+    later.set()
+    for holder in holders:
+        holder.join(5)
     assert is_anyones_turn()
 
 
