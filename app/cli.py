@@ -113,7 +113,7 @@ def serve(
     cores = settings.threads or available_cores()
     if cores >= _MANY_CORES and not check:
         log.info("several processes may answer more", cores=cores, setting=f"{PREFIX}PROCESSES")
-    _tune(processes=1)
+    _tune(settings, processes=1)
     app = create_app(settings)
     if check:
         facts = app.state.networks.current.facts
@@ -130,9 +130,9 @@ def _serve(server: Server, listener: socket | None = None) -> None:
         raise SystemExit(1)  # the log says why: a port in use, most often
 
 
-def _tune(processes: int) -> None:
+def _tune(settings: Settings, processes: int) -> None:
     """What is of the whole process, one of so many (benchmarks/serving/steps.py)."""
-    allow_at_once(most_at_once(processes))
+    allow_at_once(most_at_once(settings.max_pixels_in_full, processes))
     # An answer makes hundreds of objects, none of them in cycles; all threads wait for each
     # collection.
     gc.set_threshold(_OBJECTS_PER_COLLECTION)
@@ -144,7 +144,7 @@ def _serve_beside(place: Place) -> None:
     with _in_a_sentence():
         whole = load_settings()
         settings = whole.share()
-        _tune(whole.processes)
+        _tune(settings, whole.processes)
         configure_logs(settings.log_level, place.number)
         said = False
 

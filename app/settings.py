@@ -118,7 +118,8 @@ class Settings(BaseSettings):
     """Most pixels of a JPEG of one scan, which is never decoded in full."""
 
     max_pixels_in_full: int = Field(30_000_000, ge=1)
-    """Most pixels of any other image."""
+    """Most pixels of any other image. Of large ones, one a core is decoded at a time, while a third
+    of the memory holds them at twenty bytes a pixel."""
 
     cors_origins: tuple[str, ...] = ()
     """Origins that browsers may call from, as a JSON list: `["https://viewer.example"]`."""

@@ -39,8 +39,7 @@ Image.MAX_IMAGE_PIXELS = None
 _READ_AT_ONCE = 1_000_000_000
 # An encoder writes about ten; each costs a pass over the whole picture.
 MOST_SCANS = 100
-# Pixels from which an image that is held whole waits for its turn: with what its decoder needs
-# beside it, that is up to twenty times as many bytes.
+# Pixels from which an image that is held whole waits for its turn.
 _LARGE = 4 * MEGA
 # Of TIFF: none, LZW, JPEG, Deflate, PackBits, Zstandard. Those of fax machines know no colours, and
 # libtiff writes a line of its own for each of theirs that is damaged.

@@ -15,10 +15,10 @@ from models.cores import available_cores
 from models.memory import available_memory, trim_heaps_soon
 
 _T = TypeVar("_T")
-# What the largest image may take, as models/images.py has it: thirty megapixels, twenty bytes each.
-_LARGEST = 600_000_000
-# Of the memory, that may be for large images.
-_PART = 1 / 3
+# What a large image may take, with what its decoder needs beside it.
+_BYTES_A_PIXEL = 20
+# Of the memory, that may be for large images: one part in so many.
+_PARTS = 3
 
 
 class NotItsTurn(Exception):
@@ -49,7 +49,7 @@ class _Turn:
             del done  # the error's traceback holds this frame, and it holds the error
 
     def end(self) -> None:
-        """Let the thread go; only for who has taken the turn."""
+        """Let the thread go; only where nobody else has the turn."""
         if self._thread is not None:
             self._work.put(None)
             self._thread = None
@@ -99,13 +99,14 @@ class _Turns:
                 turn.end()
 
 
-def most_at_once(processes: int = 1) -> int:
+def most_at_once(pixels: int = 30_000_000, processes: int = 1) -> int:
     """Large images that may be decoded at once: one a core, while a third of the memory holds them.
 
     Args:
+        pixels: Of the largest.
         processes: That share cores and memory, and decode so many each.
     """
-    room = int(available_memory() * _PART / _LARGEST)
+    room = available_memory() // _PARTS // (_BYTES_A_PIXEL * pixels)
     return max(min(available_cores(), room) // processes, 1)
 
 

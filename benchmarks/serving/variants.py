@@ -259,7 +259,7 @@ def large_images_anywhere() -> None:
 
 def one_large_image_at_a_time() -> None:
     """One large image decoded at a time, not one a core."""
-    app.cli.most_at_once = lambda _: 1
+    app.cli.most_at_once = lambda *_: 1
 
 
 def loading_kept() -> None:

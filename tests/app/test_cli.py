@@ -7,6 +7,7 @@ import pytest
 
 from app import cli
 from app.load import Measured
+from app.settings import Settings
 from models.turns import NotItsTurn, in_turn
 from tests.conftest import ROOT
 from tests.lesions import flat
@@ -151,15 +152,15 @@ def test_check_validates_and_exits(run, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_processes_share_what_large_images_may_be_decoded_at_once(
-    monkeypatch: pytest.MonkeyPatch,
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("models.turns.available_cores", lambda: 4)
     monkeypatch.setattr("models.turns.available_memory", lambda: 1_000_000_000_000)
     monkeypatch.setattr("gc.set_threshold", lambda _: None)
-    cli._tune(processes=4)
+    cli._tune(settings, processes=4)
     with pytest.raises(NotItsTurn):
         in_turn(lambda: in_turn(int, wait=False))
-    cli._tune(processes=2)
+    cli._tune(settings, processes=2)
     assert in_turn(lambda: in_turn(int, wait=False)) == 0
 
 

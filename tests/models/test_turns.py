@@ -65,22 +65,28 @@ def test_a_heap_that_has_grown_is_used_again_before_another_grows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cores", "gigabytes", "processes", "most"),
+    ("cores", "gigabytes", "megapixels", "processes", "most"),
     [
-        (2, 8, 1, 2),
-        (16, 64, 1, 16),
-        (16, 8, 1, 4),  # 600 MB each, of a third of the memory
-        (16, 64, 8, 2),
-        (16, 8, 3, 1),
-        (1, 1, 1, 1),  # one there is always
+        (2, 8, 30, 1, 2),
+        (16, 64, 30, 1, 16),
+        (16, 8, 30, 1, 4),  # 600 MB each, of a third of the memory
+        (16, 8, 60, 1, 2),
+        (16, 64, 30, 8, 2),
+        (16, 8, 30, 3, 1),
+        (1, 1, 30, 1, 1),  # one there is always
     ],
 )
 def test_memory_and_cores_say_how_many_may_be_decoded_at_once(
-    cores: int, gigabytes: int, processes: int, most: int, monkeypatch: pytest.MonkeyPatch
+    cores: int,
+    gigabytes: int,
+    megapixels: int,
+    processes: int,
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(turns, "available_cores", lambda: cores)
     monkeypatch.setattr(turns, "available_memory", lambda: gigabytes * 1_000_000_000)
-    assert most_at_once(processes) == most
+    assert most_at_once(megapixels * 1_000_000, processes) == most
 
 
 def test_all_of_it_in_one_thread_which_is_nobody_s_own() -> None:
