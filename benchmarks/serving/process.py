@@ -23,6 +23,8 @@ PORT = 8765
 # What the name of an environment ends with where the network runs on a GPU.
 ON_GPU = "-gpu"
 _MARK = "BENCH_SERVE_TOKEN"
+# As it is in mmtl: none reports while it is measured.
+_ALIKE = {"ORT_DISABLE_TELEMETRY": "1"}
 # Of /proc/PID/smaps: proc_pid_smaps(5).
 _MAPPING = re.compile(
     r"^[0-9a-f]+-[0-9a-f]+ \S+ (?P<place>[0-9a-f]+ \S+) (?P<inode>\d+).*\n"
@@ -134,7 +136,7 @@ class Process:
         self.main = subprocess.Popen(
             [programs / system.command[0], *system.command[1:]],
             cwd=HERE / "peers",
-            env={**os.environ, **system.variables, _MARK: self.token},
+            env={**os.environ, **_ALIKE, **system.variables, _MARK: self.token},
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

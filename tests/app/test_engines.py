@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -291,6 +292,19 @@ def test_a_runtime_that_cannot_be_used_is_passed_over_where_none_is_asked_for(
     assert (artifact.precision, engine.name) == ("int8", "onnxruntime")
     out, err = capsys.readouterr()
     assert "OpenVINO cannot be used" in out + err
+
+
+@pytest.mark.parametrize("module", ["app.engines.onnx", "training.runners"])
+def test_onnx_runtime_reports_home_nothing(module: str, tmp_path: Path) -> None:
+    # It keeps what it is going to report, and an id of the machine, in these folders.
+    folders = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    # Where these are set, it does not report anyhow.
+    hidden = {"CI", "ORT_RUNNING_UNIT_TESTS", "ORT_DISABLE_TELEMETRY"}
+    environment = {k: v for k, v in os.environ.items() if k not in hidden} | folders
+    command = [sys.executable, "-c", f"import {module}"]
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    kept = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file()}
+    assert kept <= {"matplotlib", "fontconfig"}
 
 
 @needs_openvino
