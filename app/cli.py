@@ -255,6 +255,7 @@ def predict(
     """Answer for image files, as the service would; exits with 1 if one could not be used."""
     settings = load_settings()
     configure_logs("ERROR")
+    _tune(settings, processes=1)
     # Nobody waits at the other end of a connection.
     settings = settings.model_copy(update={"deadline_seconds": _DAY_SECONDS})
     answer = asyncio.run(_predict(settings, images, explain))

@@ -164,6 +164,17 @@ def test_processes_share_what_large_images_may_be_decoded_at_once(
     assert in_turn(lambda: in_turn(int, wait=False)) == 0
 
 
+def test_predict_decodes_as_many_large_images_at_once_as_their_limit_allows(
+    run, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.turns.available_cores", lambda: 2)
+    monkeypatch.setattr("models.turns.available_memory", lambda: 200_000_000)
+    monkeypatch.setattr("gc.set_threshold", lambda _: None)
+    monkeypatch.setenv("MMTL_MAX_PIXELS_IN_FULL", "1000000")
+    run("predict", picture)
+    assert in_turn(lambda: in_turn(int, wait=False)) == 0
+
+
 def test_a_bundle_is_verified_and_shown(run, bundle_folder: Path) -> None:
     assert run("bundle", "verify", bundle_folder)[:2] == (0, "ok       model.onnx\n")
     assert "test 1.2.3" in run("bundle", "inspect", bundle_folder)[1]
