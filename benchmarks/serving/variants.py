@@ -109,6 +109,15 @@ def lone_runs_on_one_core() -> None:
     onnx._LONE_CORES = sys.maxsize
 
 
+def weights_apart() -> None:
+    """Weights of its own in each session: for batches, and for an image that is alone."""
+    from app.engines import onnx
+
+    onnx.open_sessions = lambda file, content, threads: [
+        onnx.open_session(file, content, count) for count in threads
+    ]
+
+
 def lone_runs_without_an_arena() -> None:
     """Memory of a run that is alone asked for anew, not kept in an arena."""
     from app.engines import onnx
@@ -432,6 +441,7 @@ _OF_OPENVINO: tuple[Variant, ...] = (
 _OF_ONNX_RUNTIME: tuple[Variant, ...] = (
     one_run_at_a_time_in_onnx_runtime,
     lone_runs_on_one_core,
+    weights_apart,
     without_spare_worker,
 )
 UNDONE: tuple[Variant, ...] = (

@@ -8,13 +8,15 @@ from threading import Event, Thread
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from app.engines import Engine, EngineError, load_engine, open_engine
 from app.engines.cuda import CudaEngine, has_gpu
-from app.engines.onnx import OnnxEngine, open_session
+from app.engines.onnx import OnnxEngine, open_session, open_sessions
 from app.engines.pytorch import PytorchEngine
 from app.settings import Settings
 from models.bundle import (
@@ -103,6 +105,43 @@ def test_threads_of_onnx_runtime_rest_between_runs(tmp_path: Path) -> None:
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
+def adds(bias: np.ndarray) -> bytes:
+    """A network with one weight."""
+    kind, shape = onnx.TensorProto, ["n", SIDE, SIDE, 3]
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Cast", ["images"], ["pixels"], to=kind.FLOAT),
+            onnx.helper.make_node("Add", ["pixels", "bias"], ["sum"]),
+        ],
+        "test",
+        [onnx.helper.make_tensor_value_info("images", kind.UINT8, shape)],
+        [onnx.helper.make_tensor_value_info("sum", kind.FLOAT, shape)],
+        [onnx.numpy_helper.from_array(bias, "bias")],
+    )
+    opset = onnx.helper.make_opsetid("", 18)
+    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
+
+
+@pytest.mark.parametrize("folder", [".", "absent"])
+def test_sessions_of_one_network_have_its_weights_once_where_a_folder_can_be_made(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / folder))
+    generator = np.random.default_rng(0)
+    bias = generator.normal(size=(SIDE, SIDE, 3)).astype(np.float32)
+    with capture_logs() as logs:
+        sessions = open_sessions("model.onnx", adds(bias), (1, 2))
+    images = generator.integers(0, 255, (2, SIDE, SIDE, 3), np.uint8)
+    for session in sessions:
+        (found,) = session.run(["sum"], {"images": images})
+        np.testing.assert_allclose(found, images + bias, rtol=1e-6)
+    mapped = Path("/proc/self/maps").read_text().count(f"{tmp_path}/mmtl-network-")
+    assert (mapped, [log["event"] for log in logs]) == (
+        (2, []) if folder == "." else (0, ["weights not shared"])
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 @runtimes
 def test_no_batch_is_larger_than_asked_for(runtime: str, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
@@ -121,7 +160,7 @@ def test_a_gpu_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
 def test_a_file_that_is_no_network_is_refused(runtime: str, content: bytes) -> None:
     with pytest.raises(BundleError, match=r"cannot load model\.onnx: .+"):
         if runtime == "onnxruntime":
-            OnnxEngine("model.onnx", content, 1, 4)
+            OnnxEngine("model.onnx", content, 2, 4)
         else:
             from app.engines.openvino import OpenVinoEngine
 
