@@ -1,10 +1,15 @@
 """`mmtl`, and `python -m app`."""
 
+import signal
+
 from models.entry import enter
 
 
 def main() -> None:
     """Run the command line."""
+    # Until a server has one of its own: without any, the first process of a container does not end
+    # by it, and another one leaves what it was going to remove.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     enter("app.cli")
 
 

@@ -6,6 +6,7 @@ import pytest
 INTERRUPTS = "raise KeyboardInterrupt"
 # As pybind11 has it.
 COMPILED = "raise ImportError('initialization failed') from KeyboardInterrupt()"
+ENDS = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
 FAILS = "raise ImportError('no such symbol') from ValueError()"
 
 
@@ -27,6 +28,12 @@ runpy.run_module("{package}", run_name="__main__")
 @pytest.mark.parametrize("on_import", [INTERRUPTS, COMPILED])
 def test_ctrl_c_is_quiet_while_a_command_is_imported(package: str, on_import: str) -> None:
     done = run(package, on_import)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_the_service_ends_by_sigterm_as_by_ctrl_c_while_it_is_loaded() -> None:
+    # Without a handler a signal ends a program, but not the first of a container.
+    done = run("app", ENDS)
     assert (done.returncode, done.stderr) == (130, "")
 
 
