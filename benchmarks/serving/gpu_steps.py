@@ -6,6 +6,8 @@ Random images, one run after the other, without a service. FOLDER holds the torc
 `mmtl-train export` writes into a bundle.
 """
 
+import models  # noqa: F401  # isort: skip  # before ONNX Runtime, which it keeps from reporting
+
 import argparse
 import sys
 import time
