@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from app.engines import BATCH_ON_CPU
 from models.bundle import BundleError, Outputs
+from models.threads import begun_by, keep_off_this_core
 
 # Cores of a run that is alone; of more than two, the gain has not been measured.
 _LONE_CORES = 2
@@ -40,9 +41,13 @@ class OnnxEngine:
 
     def __init__(self, file: str, content: bytes, threads: int, max_batch: int):
         if threads >= _LONE_CORES:
-            self._session, self._lone = open_sessions(file, content, (1, _LONE_CORES))
+            sessions, self._beside = begun_by(
+                lambda: open_sessions(file, content, (1, _LONE_CORES))
+            )
+            self._session, self._lone = sessions
         else:
             self._session = self._lone = open_session(file, content)
+            self._beside = []
         self.runs_at_once = threads
         self.batch = min(BATCH_ON_CPU, max_batch)
         self._outputs = [output.name for output in self._session.get_outputs()]
@@ -53,6 +58,7 @@ class OnnxEngine:
 
     def run_alone(self, images: NDArray[np.uint8]) -> Outputs:
         """The same, on two cores where there are two."""
+        keep_off_this_core(self._beside)
         return self._run(self._lone, images)
 
     def _run(self, session: onnxruntime.InferenceSession, images: NDArray[np.uint8]) -> Outputs:

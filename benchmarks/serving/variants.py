@@ -109,6 +109,13 @@ def lone_runs_on_one_core() -> None:
     onnx._LONE_CORES = sys.maxsize
 
 
+def lone_runs_on_any_core() -> None:
+    """An image that is alone run on two threads that the kernel may put on one core."""
+    from app.engines import onnx
+
+    onnx.keep_off_this_core = lambda threads: None
+
+
 def weights_apart() -> None:
     """Weights of its own in each session: for batches, and for an image that is alone."""
     from app.engines import onnx
@@ -441,6 +448,7 @@ _OF_OPENVINO: tuple[Variant, ...] = (
 _OF_ONNX_RUNTIME: tuple[Variant, ...] = (
     one_run_at_a_time_in_onnx_runtime,
     lone_runs_on_one_core,
+    lone_runs_on_any_core,
     weights_apart,
     without_spare_worker,
 )

@@ -84,6 +84,15 @@ def test_onnx_runtime_has_two_cores_for_a_run_that_is_alone(
     assert taken == [1, cores]
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_the_threads_of_a_run_that_is_alone_are_on_a_core_each(tmp_path: Path) -> None:
+    engine = load(make_bundle(tmp_path / "bundle"), device="cpu", threads=2)
+    assert isinstance(engine, OnnxEngine)
+    engine.run_alone(np.zeros((1, SIDE, SIDE, 3), np.uint8))
+    [beside] = engine._beside
+    assert len(os.sched_getaffinity(0) - os.sched_getaffinity(beside)) == 1
+
+
 @pytest.mark.parametrize("name", ["run", "run_alone"])
 def test_a_run_that_is_not_as_its_golden_prediction_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

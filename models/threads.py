@@ -1,0 +1,68 @@
+"""Threads that a library begins for its runs: which they are, and what cores they may run on."""
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+_T = TypeVar("_T")
+_TASKS = Path("/proc/self/task")
+_OWN_NAME = Path("/proc/thread-self/comm")
+# PyDLL: the interpreter is not let go for it.
+_CORE = getattr(ctypes.PyDLL(None), "sched_getcpu", None)
+_numbers = count()
+
+
+def begun_by(work: Callable[[], _T]) -> tuple[_T, list[int]]:
+    """What some work gives, and the threads that it begins.
+
+    A thread is called as the one that begins it: the calling thread has a name of its own
+    meanwhile, which tells them from those that others begin.
+
+    Args:
+        work: Without arguments.
+
+    Returns:
+        Its result, and the kernel's numbers of the threads; none where the kernel is not Linux.
+    """
+    name = f"mmtl-begun-{next(_numbers) % 1000}"  # of 15 bytes at most: proc_pid_comm(5)
+    try:
+        before = _OWN_NAME.read_text().removesuffix("\n")
+        _OWN_NAME.write_text(name)
+    except OSError:
+        return work(), []
+    try:
+        found = work()
+        return found, [number for number in _called(name) if number != threading.get_native_id()]
+    finally:
+        _OWN_NAME.write_text(before)
+
+
+def _called(name: str) -> list[int]:
+    """Threads of this process that have the name."""
+    numbers = []
+    for task in _TASKS.iterdir():
+        with suppress(OSError):  # it has ended
+            if (task / "comm").read_text().strip() == name:
+                numbers.append(int(task.name))
+    return numbers
+
+
+def keep_off_this_core(threads: Sequence[int]) -> None:
+    """Let threads run on any core but the one that the calling thread is on.
+
+    The kernel may wake a thread on the core of the one that waits for it there, busily, though
+    another core is idle, and moves it only milliseconds later.
+
+    Args:
+        threads: Of this process, by the kernel's numbers.
+    """
+    if threads and _CORE is not None:
+        others = os.sched_getaffinity(0) - {_CORE()}
+        for thread in threads:
+            with suppress(OSError):  # there is no other core
+                os.sched_setaffinity(thread, others)

@@ -1,0 +1,92 @@
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import models.threads
+from models.threads import begun_by, keep_off_this_core
+
+HERE = os.sched_getaffinity(0)
+needs_two_cores = pytest.mark.skipif(len(HERE) < 2, reason="one core")
+
+
+@pytest.fixture
+def ended() -> Iterator[threading.Event]:
+    """Of the threads that a test begins."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def waiting(ended: threading.Event) -> int:
+    """A thread that waits, by the kernel's number."""
+    return begin(ended.wait)
+
+
+def begin(work: Callable[[], object]) -> int:
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert thread.native_id is not None
+    return thread.native_id
+
+
+def test_threads_that_some_work_begins_are_told_from_those_of_others(
+    ended: threading.Event,
+) -> None:
+    go, gone = threading.Event(), threading.Event()
+
+    def begin_another() -> None:
+        go.wait()
+        begin(ended.wait)
+        gone.set()
+
+    def work() -> int:
+        go.set()
+        assert gone.wait(10)
+        return begin(ended.wait)
+
+    begin(begin_another)
+    mine, begun = begun_by(work)
+    assert begun == [mine]
+
+
+def test_the_one_that_begins_them_keeps_its_name() -> None:
+    before = Path("/proc/thread-self/comm").read_text()
+
+    def fail() -> None:
+        raise ValueError("of its own")
+
+    with pytest.raises(ValueError, match="of its own"):
+        begun_by(fail)
+    assert Path("/proc/thread-self/comm").read_text() == before
+
+
+def test_where_the_kernel_tells_no_threads_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models.threads, "_OWN_NAME", tmp_path / "nowhere")
+    assert begun_by(lambda: "done") == ("done", [])
+
+
+@needs_two_cores
+def test_a_thread_is_kept_off_the_caller_s_core(
+    waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_off_this_core([waiting])
+    assert len(HERE - os.sched_getaffinity(waiting)) == 1
+    for core in HERE:
+        monkeypatch.setattr(models.threads, "_CORE", lambda core=core: core)
+        keep_off_this_core([waiting])
+        assert os.sched_getaffinity(waiting) == HERE - {core}
+
+
+def test_where_the_caller_has_one_core_a_thread_stays_where_it_may_be(waiting: int) -> None:
+    os.sched_setaffinity(0, {min(HERE)})
+    try:
+        keep_off_this_core([waiting])
+    finally:
+        os.sched_setaffinity(0, HERE)
+    assert os.sched_getaffinity(waiting) == HERE
