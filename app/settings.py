@@ -55,12 +55,14 @@ class Settings(BaseSettings):
 
     precision: Literal["auto", Precision] = "auto"
     """`fp32`, `fp16` or `int8`; `auto` takes int8 on a CPU where the bundle has it, else fp32, and
-    lets OpenVINO compute in bfloat16 what stays in floats, where the CPU has AMX (docs/int8.md)."""
+    lets OpenVINO compute in bfloat16 what stays in floats, where the CPU multiplies such numbers
+    (`amx_bf16` or `avx512_bf16` among its flags; docs/int8.md)."""
 
     runtime: Literal["auto", "onnxruntime", "openvino"] = "auto"
     """Of ONNX artifacts. `auto` takes OpenVINO for an int8 artifact, where no precision is named,
     on a CPU with AMX and in at most eight threads: it is the faster there (docs/performance.md).
-    Else it takes ONNX Runtime."""
+    Else it takes ONNX Runtime; on one with `avx512_bf16`, OpenVINO answers more small images to
+    many clients, in more memory (docs/performance-avx-512-vnni-steps.md)."""
 
     trust_torch: bool = False
     """Allow torch artifacts. They are code: say yes only to a bundle that you made or trust."""

@@ -2,7 +2,8 @@
 
 .venv/bin/python benchmarks/int8_cost.py runs/default models/default > docs/int8.md
 
-(of a CPU without AMX: docs/int8-avx2.md; `mmtl-train prepare` makes what it needs of a run.)
+(of a CPU without AMX: docs/int8-avx2.md, or after what else it has; `mmtl-train prepare` makes what
+it needs of a run.)
 
 Exits with 1 where it costs more than the default of a CPU may: 0.003 of AUROC, 0.005 of ECE, 1 % of
 the decisions or of the out-of-distribution flags.
@@ -16,7 +17,7 @@ import numpy as np
 from app.engines import load_engine
 from app.settings import Settings
 from models.bundle import Artifact, load_bundle
-from models.cores import has_amx, processor
+from models.cores import has_amx, multiplies_bfloat16, processor
 from training import metrics
 from training.data.manifest import fingerprint
 from training.data.vocabulary import Split
@@ -93,13 +94,14 @@ def main(run: Path, folder: Path) -> int:
     print("\n## int8 in ONNX Runtime\n\nWhat a CPU without AMX takes by default.")
     kept = compare("int8", fp32, predict(bundle, tested, "int8"), artifacts, clusters)
     print("\n## int8 in OpenVINO, what stays in floats in bfloat16\n")
-    if has_amx():
-        print("What a CPU with AMX takes by default.")
+    if multiplies_bfloat16():
+        taken = "by default" if has_amx() else "with `MMTL_RUNTIME=openvino`"
+        print(f"What a CPU with {'AMX' if has_amx() else '`avx512_bf16`'} takes {taken}.")
         engine = load_engine(bundle, artifacts[1], Settings(runtime="openvino"))
         mixed = predict(bundle, tested, "int8", engine.run)
         kept = compare("int8, bfloat16", fp32, mixed, artifacts, clusters) and kept
     else:
-        print("Not measured: this processor has no AMX.")
+        print("Not measured: this processor does not multiply such numbers.")
     return int(not kept)
 
 

@@ -47,11 +47,13 @@ def processor(processors: Path = _PROCESSORS) -> str:
 
 
 def has_amx(processors: Path = _PROCESSORS) -> bool:
-    """Whether they have Intel's AMX: matrices of bfloat16 take a fraction of float32's time.
-
-    Processors that know such numbers and lack it gain little or nothing by them.
-    """
+    """Whether they have Intel's AMX: matrices of bfloat16 take a fraction of float32's time."""
     return instructions(processors) == "AMX"
+
+
+def multiplies_bfloat16(processors: Path = _PROCESSORS) -> bool:
+    """Whether they multiply bfloat16 numbers: in AMX, or in AVX-512, which gains less by them."""
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(_told(processors).split())
 
 
 def _told(processors: Path) -> str:

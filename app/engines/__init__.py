@@ -18,7 +18,7 @@ from models.bundle import (
     check_golden,
     golden_batch,
 )
-from models.cores import available_cores, has_amx
+from models.cores import available_cores, has_amx, multiplies_bfloat16
 
 # Images in one run on a CPU; more of them take more memory than they gain, but in OpenVINO.
 BATCH_ON_CPU = 4
@@ -175,7 +175,7 @@ def _load(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
                 "x86-64; MMTL_RUNTIME=onnxruntime does without."
             ) from None
         # Who names a precision gets the same answers from every processor, up to rounding.
-        bfloat16 = settings.precision == "auto" and has_amx()
+        bfloat16 = settings.precision == "auto" and multiplies_bfloat16()
         size = bundle.manifest.input.height, bundle.manifest.input.width
         return OpenVinoEngine(
             artifact.file, bundle.read(artifact), size, threads, bfloat16, settings.max_batch

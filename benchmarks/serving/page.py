@@ -122,7 +122,8 @@ def _lines(
         "runtime, in batches as large as its own, a thread a core; beside one client, an image at "
         "a time, which runs on as many cores as mmtl gives one that is alone (in ONNX Runtime two,"
         " where there are two). Machines: "
-        "[a CPU with AMX](performance.md), [a CPU with AVX2 alone](performance-avx2.md), "
+        "[a CPU with AMX](performance.md), [one with AVX-512 VNNI](performance-avx-512-vnni.md), "
+        "[one with AVX2 alone](performance-avx2.md), "
         "[a GPU](performance-gpu.md)."
     )
     yield (

@@ -2,7 +2,7 @@
 
 .venv/bin/python -m benchmarks.serving.steps ../shared/data > docs/performance-steps.md
 
-(of a CPU without AMX: docs/performance-avx2-steps.md.)
+(of a CPU without AMX: docs/performance-avx2-steps.md, or after what else it has.)
 
 Every variant is the service in a process of its own, next to the service as it is in another. They
 are loaded in turn for a second or two, over and over, and compared turn by turn: a machine whose
@@ -22,7 +22,7 @@ from app import load
 from benchmarks.serving.compare import CORES, CROWD, make_images
 from benchmarks.serving.page import row, span
 from benchmarks.serving.process import HERE, PORT, ROOT, Process, System
-from benchmarks.serving.variants import LEFT_OUT, TRIED, UNDONE, Variant, as_it_is
+from benchmarks.serving.variants import ALL, LEFT_OUT, TRIED, UNDONE, Variant, as_it_is
 from models.cores import has_amx, processor
 
 ROUNDS = 6
@@ -123,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--only", nargs="*", choices=ALL, metavar="VARIANT", help="Of variants.py.")
     arguments = parser.parse_args()
     files = make_images(arguments.data.resolve(), RUN / "images")
     mixes = {mix: [path.read_bytes() for path in files[mix]] for mix in ("small", "full size")}
@@ -140,14 +141,23 @@ def main() -> None:
         "this machine tells apart. *Progressive* are the full-size ones, written in many scans. "
         "The last column is the most memory, full size, in MB."
     )
-    bar = tqdm(total=1 + len(UNDONE) + len(TRIED) + len(LEFT_OUT))
-    whole = start(as_it_is, PORT, mixes["small"][0])
-    try:
+    if arguments.only is not None:
+        print("\nOnly some were measured on this machine; docs/ has pages of others.")
+    asked = ALL if arguments.only is None else {as_it_is.__name__, *arguments.only}
+    parts = {
+        title: [variant for variant in those if variant.__name__ in asked]
         for title, those in (
             ("Kept: the service with one of them undone", (as_it_is, *UNDONE)),
             ("Tried, and not the default: the service with one of them added", TRIED),
             ("What the contract costs: the service without one of its parts", LEFT_OUT),
-        ):
+        )
+    }
+    bar = tqdm(total=sum(map(len, parts.values())))
+    whole = start(as_it_is, PORT, mixes["small"][0])
+    try:
+        for title, those in parts.items():
+            if not those:
+                continue
             print(f"\n## {title}\n")
             print(row(["", *_HEAD, "MB"]))
             print(row(["---"] * (len(_HEAD) + 2)))

@@ -57,11 +57,11 @@ def without_openvino() -> None:
 def without_bfloat16() -> None:
     """What stays in floats in float32."""
     os.environ["MMTL_RUNTIME"] = "openvino"
-    app.engines.has_amx = lambda: False
+    app.engines.multiplies_bfloat16 = lambda: False
 
 
 def in_openvino() -> None:
-    """The int8 network in OpenVINO."""
+    """The int8 network in OpenVINO; floats in bfloat16, where the CPU multiplies such."""
     os.environ["MMTL_RUNTIME"] = "openvino"
 
 

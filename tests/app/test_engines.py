@@ -276,17 +276,17 @@ def test_openvino_runs_on_no_gpu(tmp_path: Path) -> None:
 
 @needs_openvino
 @pytest.mark.parametrize(
-    ("precision", "amx", "name"),
+    ("precision", "bfloat16", "name"),
     [
         ("auto", True, "openvino-bfloat16"),
         ("auto", False, "openvino"),
         ("int8", True, "openvino"),
     ],
 )
-def test_openvino_computes_in_bfloat16_where_it_may_and_the_processor_has_amx(
-    precision: str, amx: bool, name: str, monkeypatch: pytest.MonkeyPatch
+def test_openvino_computes_in_bfloat16_where_it_may_and_the_processor_does(
+    precision: str, bfloat16: bool, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.engines.has_amx", lambda: amx)
+    monkeypatch.setattr("app.engines.multiplies_bfloat16", lambda: bfloat16)
     settings = Settings(runtime="openvino", precision=precision)
     artifact, engine = open_engine(load_bundle(settings.bundle), settings)
     assert (artifact.precision, engine.name) == ("int8", name)
@@ -299,7 +299,7 @@ def test_a_runtime_that_is_not_needed_is_not_loaded() -> None:
 import sys, app.engines
 from app.settings import Settings
 from models.bundle import load_bundle
-app.engines.has_amx = lambda: True
+app.engines.has_amx = app.engines.multiplies_bfloat16 = lambda: True
 settings = Settings(threads=1)
 _, engine = app.engines.open_engine(load_bundle(settings.bundle), settings)
 print(engine.name, "onnxruntime" in sys.modules)
@@ -324,6 +324,7 @@ def test_the_fastest_runtime_is_taken_where_nothing_is_asked_for(
     amx: bool, settings: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.engines.has_amx", lambda: amx)
+    monkeypatch.setattr("app.engines.multiplies_bfloat16", lambda: amx)
     asked = Settings(device="cpu", **settings)
     _, engine = open_engine(load_bundle(asked.bundle), asked)
     assert engine.name == name

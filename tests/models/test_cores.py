@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from models.cores import available_cores, has_amx, instructions, processor
+from models.cores import (
+    available_cores,
+    has_amx,
+    instructions,
+    multiplies_bfloat16,
+    processor,
+)
 
 HERE = len(os.sched_getaffinity(0))
 
@@ -24,13 +30,19 @@ def test_without_a_cgroup_the_affinity_mask_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "found"),
-    [("fpu avx512_bf16 amx_bf16 amx_tile", True), ("fpu avx512_bf16 avx512_vnni", False)],
+    ("flags", "amx", "bfloat16"),
+    [
+        ("fpu avx512_bf16 amx_bf16 amx_tile", True, True),
+        ("fpu avx512_bf16 avx512_vnni", False, True),
+        ("fpu avx512_vnni", False, False),
+    ],
 )
-def test_amx_is_one_of_a_processor_s_flags(tmp_path: Path, flags: str, found: bool) -> None:
+def test_what_they_multiply_is_among_a_processor_s_flags(
+    tmp_path: Path, flags: str, amx: bool, bfloat16: bool
+) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
-    assert has_amx(file) is found
+    assert (has_amx(file), multiplies_bfloat16(file)) == (amx, bfloat16)
 
 
 def test_a_processor_is_called_what_the_kernel_calls_it(tmp_path: Path) -> None:
@@ -57,4 +69,5 @@ def test_its_widest_instructions_are_named(tmp_path: Path, flags: str, widest: s
 
 def test_where_nothing_is_known_of_the_processor_it_does_not(tmp_path: Path) -> None:
     assert not has_amx(tmp_path / "nowhere")
+    assert not multiplies_bfloat16(tmp_path / "nowhere")
     assert instructions(tmp_path / "nowhere") is None
