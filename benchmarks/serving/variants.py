@@ -334,19 +334,14 @@ def quality_alone() -> None:
     app.networks.measure = alone
 
 
-def bodies_as_they_come() -> None:
-    """Bodies handed on as they come, which uvicorn copies twice."""
+def bodies_copied() -> None:
+    """Bodies copied twice, by uvicorn, before they are read."""
 
     def on_body(self: Any, body: bytes) -> None:
         self._bodies += 1
         self._header_bytes = 0
-        if self.transport.is_closing() or self.cycle.response_complete:
-            return
-        if not self.cycle.body:
-            self.cycle.body, body = body, b""
-        elif isinstance(self.cycle.body, bytes):
-            self.cycle.body = bytearray(self.cycle.body)
-        HttpToolsProtocol.on_body(self, body)
+        if not self.transport.is_closing():
+            HttpToolsProtocol.on_body(self, body)
 
     app.server.Protocol.on_body = on_body
 
@@ -459,6 +454,7 @@ UNDONE: tuple[Variant, ...] = (
     every_scan,
     small_blocks,
     through_the_router,
+    bodies_copied,
     stacked_by_numpy,
     answers_by_numpy,
     frequent_collections,
@@ -483,7 +479,6 @@ TRIED: tuple[Variant, ...] = (
     nice_workers,
     freed_memory_kept,
     quality_alone,
-    bodies_as_they_come,
     lines_together,
     lines_later,
     drawn_ids,

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from app.main import create_app
-from app.server import Server
+from app.server import Protocol, Server
 from app.settings import Settings
+from app.uploads import Body
 from models.turns import in_turn
 from tests.lesions import encode, flat, lesion
 
@@ -249,6 +250,27 @@ def test_a_body_in_chunks_of_any_size_is_put_together(port: int, chunk: int) -> 
         answer.begin()
         image = json.load(answer)["results"][0]["image"]
     assert image["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_a_body_is_handed_on_without_a_copy(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    came, taken = [], []
+    on_body, receive = Protocol.on_body, Body._receive
+
+    def coming(protocol: Protocol, body: bytes) -> None:
+        came.append(body)
+        on_body(protocol, body)
+
+    async def taking(body: Body) -> bytes:
+        taken.append(await receive(body))
+        return taken[-1]
+
+    monkeypatch.setattr(Protocol, "on_body", coming)
+    monkeypatch.setattr(Body, "_receive", taking)
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    client.request("POST", "/predict", lesion(1), {"Content-Type": "image/jpeg"})
+    assert client.getresponse().status == 200
+    client.close()
+    assert taken[0] is came[0]
 
 
 def test_a_chunk_that_is_none_is_a_problem(server: Server, port: int) -> None:
