@@ -157,10 +157,10 @@ class Protocol(HttpToolsProtocol):
         """A part of a request's body; that of a refused one is dropped."""
         self._bodies += 1
         self._header_bytes = 0  # a client may send each chunk's size by itself
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self.cycle.response_complete:
             return
         # Uvicorn would copy it here, and once more for who receives it, though it is alone mostly.
-        if not self.cycle.body and not self.cycle.response_complete:
+        if not self.cycle.body:
             self.cycle.body, body = body, b""  # type: ignore[assignment]  # it only adds to it
         elif isinstance(self.cycle.body, bytes):  # which would be copied for each small chunk
             self.cycle.body = bytearray(self.cycle.body)

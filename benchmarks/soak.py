@@ -2,8 +2,7 @@
 
 .venv/bin/python benchmarks/soak.py [--requests 100000] > docs/soak.md
 
-(of a CPU without AMX, which runs the network in ONNX Runtime: docs/soak-avx2.md, or after
-what else it has.)
+(docs/soak-avx2.md on such a CPU, as serving/page.py has it.)
 
 Drawn images of 600x450 pixels, 32 clients, one image in 49 damaged. The slope is that of a
 straight line through the resident memory after the first tenth, with a 95 % interval by a bootstrap

@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 _TASKS = Path("/proc/self/task")
 _OWN_NAME = Path("/proc/thread-self/comm")
 # PyDLL: the interpreter is not let go for it.
-_CORE = getattr(ctypes.PyDLL(None), "sched_getcpu", None)
+_this_core = getattr(ctypes.PyDLL(None), "sched_getcpu", None)
 _numbers = count()
 
 
@@ -21,7 +21,7 @@ def begun_by(work: Callable[[], _T]) -> tuple[_T, list[int]]:
     """What some work gives, and the threads that it begins.
 
     A thread is called as the one that begins it: the calling thread has a name of its own
-    meanwhile, which tells them from those that others begin.
+    meanwhile, which tells them from those that others begin, and which they keep.
 
     Args:
         work: Without arguments.
@@ -29,25 +29,25 @@ def begun_by(work: Callable[[], _T]) -> tuple[_T, list[int]]:
     Returns:
         Its result, and the kernel's numbers of the threads; none where the kernel is not Linux.
     """
-    name = f"mmtl-begun-{next(_numbers) % 1000}"  # of 15 bytes at most: proc_pid_comm(5)
+    name = b"mmtl-begun-%d" % (next(_numbers) % 1000)  # of 15 bytes at most: proc_pid_comm(5)
     try:
-        before = _OWN_NAME.read_text().removesuffix("\n")
-        _OWN_NAME.write_text(name)
+        before = _OWN_NAME.read_bytes().removesuffix(b"\n")
+        _OWN_NAME.write_bytes(name)
     except OSError:
         return work(), []
     try:
         found = work()
         return found, [number for number in _called(name) if number != threading.get_native_id()]
     finally:
-        _OWN_NAME.write_text(before)
+        _OWN_NAME.write_bytes(before)
 
 
-def _called(name: str) -> list[int]:
+def _called(name: bytes) -> list[int]:
     """Threads of this process that have the name."""
     numbers = []
     for task in _TASKS.iterdir():
         with suppress(OSError):  # it has ended
-            if (task / "comm").read_text().strip() == name:
+            if (task / "comm").read_bytes().removesuffix(b"\n") == name:
                 numbers.append(int(task.name))
     return numbers
 
@@ -56,13 +56,14 @@ def keep_off_this_core(threads: Sequence[int]) -> None:
     """Let threads run on any core but the one that the calling thread is on.
 
     The kernel may wake a thread on the core of the one that waits for it there, busily, though
-    another core is idle, and moves it only milliseconds later.
+    another core is idle, and moves it only milliseconds later. Where this may not be said, or there
+    is no other core, they stay where they may be.
 
     Args:
         threads: Of this process, by the kernel's numbers.
     """
-    if threads and _CORE is not None:
-        others = os.sched_getaffinity(0) - {_CORE()}
+    if threads and _this_core is not None:
+        others = os.sched_getaffinity(0) - {_this_core()}
         for thread in threads:
-            with suppress(OSError):  # there is no other core
+            with suppress(OSError):
                 os.sched_setaffinity(thread, others)

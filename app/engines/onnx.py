@@ -41,6 +41,7 @@ class OnnxEngine:
 
     def __init__(self, file: str, content: bytes, threads: int, max_batch: int):
         if threads >= _LONE_CORES:
+            # With the threads that its runs have beside their caller's.
             sessions, self._beside = begun_by(
                 lambda: open_sessions(file, content, (1, _LONE_CORES))
             )

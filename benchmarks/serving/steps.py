@@ -2,7 +2,7 @@
 
 .venv/bin/python -m benchmarks.serving.steps ../shared/data > docs/performance-steps.md
 
-(of a CPU without AMX: docs/performance-avx2-steps.md, or after what else it has.)
+(docs/performance-avx2-steps.md on such a CPU, as page.name_here has it.)
 
 Every variant is the service in a process of its own, next to the service as it is in another. They
 are loaded in turn for a second or two, over and over, and compared turn by turn: a machine whose
@@ -142,7 +142,7 @@ def main() -> None:
         "The last column is the most memory, full size, in MB."
     )
     if arguments.only is not None:
-        print("\nOnly some were measured on this machine; docs/ has pages of others.")
+        print("\nOnly some variants were measured here; docs/ has pages of other CPUs.")
     asked = ALL if arguments.only is None else {as_it_is.__name__, *arguments.only}
     parts = {
         title: [variant for variant in those if variant.__name__ in asked]

@@ -1,7 +1,9 @@
+import _thread
 import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -27,10 +29,15 @@ def waiting(ended: threading.Event) -> int:
 
 
 def begin(work: Callable[[], object]) -> int:
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert thread.native_id is not None
-    return thread.native_id
+    """A thread as a library begins it, which gives it no name."""
+    numbers: SimpleQueue[int] = SimpleQueue()
+
+    def run() -> None:
+        numbers.put(threading.get_native_id())
+        work()
+
+    _thread.start_new_thread(run, ())
+    return numbers.get(timeout=10)
 
 
 def test_threads_that_some_work_begins_are_told_from_those_of_others(
@@ -78,7 +85,7 @@ def test_a_thread_is_kept_off_the_caller_s_core(
     keep_off_this_core([waiting])
     assert len(HERE - os.sched_getaffinity(waiting)) == 1
     for core in HERE:
-        monkeypatch.setattr(models.threads, "_CORE", lambda core=core: core)
+        monkeypatch.setattr(models.threads, "_this_core", lambda core=core: core)
         keep_off_this_core([waiting])
         assert os.sched_getaffinity(waiting) == HERE - {core}
 

@@ -198,7 +198,7 @@ def test_the_fastest_runtime_is_taken_where_nothing_is_asked_for(
     amx: bool, settings: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.engines.has_amx", lambda: amx)
-    monkeypatch.setattr("app.engines.multiplies_bfloat16", lambda: amx)
+    monkeypatch.setattr("app.engines.multiplies_bfloat16", lambda: True)
     asked = Settings(device="cpu", **settings)
     _, engine = open_engine(load_bundle(asked.bundle), asked)
     assert engine.name == name
