@@ -10,6 +10,7 @@ _PROCESSORS = Path("/proc/cpuinfo")
 # The kernel's flags, the widest first: what a network's speed hangs on.
 _INSTRUCTIONS = {
     "amx_bf16": "AMX",
+    "avx512_bf16": "AVX-512 BF16",
     "avx512_vnni": "AVX-512 VNNI",
     "avx512f": "AVX-512",
     "avx_vnni": "AVX-VNNI",

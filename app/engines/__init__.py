@@ -18,7 +18,7 @@ from models.bundle import (
     check_golden,
     golden_batch,
 )
-from models.cores import available_cores, has_amx, multiplies_bfloat16
+from models.cores import available_cores, multiplies_bfloat16
 
 # Images in one run on a CPU; more of them take more memory than they gain, but in OpenVINO.
 BATCH_ON_CPU = 4
@@ -41,8 +41,7 @@ class Engine(Protocol):
             runtime's own threads would wait for each other; on a GPU two, so that one batch is
             prepared while another runs.
         helpers: Workers that serve it beyond one a core: those that run a GPU; on the CPU one,
-            which uses what the others leave idle, waiting for the interpreter. With OpenVINO, whose
-            runs are short, it would only make them wait longer.
+            which uses what the others leave idle, waiting for the interpreter.
         batch: Most images in one run.
         rounding: What it rounds otherwise than the runtime that the artifact was made with, as a
             share of a golden output's largest value, or of 1 where that is smaller.
@@ -68,8 +67,9 @@ def open_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
     """The engine that the settings ask for, and the artifact that it runs.
 
     Where no precision is asked for, a CPU runs the int8 artifact of a bundle that has one, and one
-    with AMX runs it in OpenVINO, unless a runtime is asked for. What does not answer here as it did
-    when it was made (not every processor multiplies integers without overflow) is passed over.
+    that multiplies bfloat16 numbers runs it in OpenVINO, unless a runtime is asked for. What does
+    not answer here as it did when it was made (not every processor multiplies integers without
+    overflow) is passed over.
 
     Raises:
         BundleError: The bundle has no such artifact, or the artifact does not fit its manifest.
@@ -112,7 +112,7 @@ def _choices(bundle: Bundle, settings: Settings) -> list[tuple[Artifact, Setting
 def _prefers_openvino(settings: Settings) -> bool:
     """Whether OpenVINO is there, and the faster for integers, in memory that is not much."""
     few = (settings.threads or available_cores()) <= _MOST_THREADS
-    return few and has_amx() and find_spec("openvino") is not None
+    return few and multiplies_bfloat16() and find_spec("openvino") is not None
 
 
 def _on_cpu(settings: Settings) -> bool:

@@ -1,20 +1,21 @@
 """OpenVINO, on CPUs."""
 
+from __future__ import annotations
+
 import queue
-import re
-import sys
-from io import BytesIO
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from app.engines.compiler import CORE, CompilerError, compile_apart, one_line
 from models.bundle import BundleError, Outputs
+from models.cores import has_amx
 from models.memory import limit_arenas
 
-# Its tools for conversion, which are imported with it where they are found, and report home.
-sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]  # not to be found
-
-import openvino  # noqa: E402  # after that line, so that it holds
+if TYPE_CHECKING:
+    from openvino import CompiledModel, InferRequest
 
 # Eight bits of a bfloat16, through some fifty layers; and integers, which it adds up otherwise.
 _ROUNDED_BFLOAT16, _ROUNDED = 2**-4, 2**-6
@@ -24,8 +25,6 @@ _WHOLE = 8
 _WORTH_FILLING = 3 / 4
 # Fewer arenas of malloc take less memory, and threads wait for each other there.
 _THREADS_PER_ARENA = 2
-# One for the process: where each network had its own, a process crashed at its end after a reload.
-_CORE = openvino.Core()
 
 
 class OpenVinoEngine:
@@ -44,7 +43,8 @@ class OpenVinoEngine:
     """
 
     device = "cpu"
-    helpers = 0
+    # With AMX a run is so short that one more worker would only make the others wait longer.
+    helpers = 0 if has_amx() else 1
 
     def __init__(
         self,
@@ -67,31 +67,29 @@ class OpenVinoEngine:
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
         }
-        try:
-            model = _CORE.read_model(BytesIO(content))
-            exported = _CORE.compile_model(model, "CPU", options).export_model().getbuffer()
-            # One for each thread, as those that share one wait for each other's streams; compiled
-            # once, as that takes the longest. A tensor is not copied, as a stream is.
-            compiled = openvino.Tensor(np.frombuffer(exported, np.uint8))
-            each = [_CORE.import_model(compiled, "CPU", options) for _ in range(threads)]
-        except Exception as error:  # of whatever its front end makes of the file
-            raise BundleError(f"OpenVINO cannot load {file}: {_reason(error)}") from None
-        inputs = [(i.any_name, i.element_type.get_type_name()) for i in each[0].inputs]
-        if inputs != [("images", "u8")]:
-            raise BundleError(f"{file} must take one input, `images` of uint8.")
-        self._outputs = [output.any_name for output in each[0].outputs]
-        # The one that ran last is the first to run again: what it needs is still in the caches.
-        self._requests: queue.LifoQueue[openvino.InferRequest] = queue.LifoQueue()
-        for network in each:
-            request = network.create_infer_request()
+        with ThreadPoolExecutor(threads) as pool:
             try:
-                for size in (self.batch, 1):
-                    images = np.zeros((size, *input_size, 3), np.uint8)
-                    request.infer({"images": images}, share_inputs=True)
-            except Exception as error:
+                compiled = compile_apart(content, options)
+                # One for each thread, as those that share one wait for each other's streams;
+                # compiled once, as that takes the longest.
+                each = list(
+                    pool.map(lambda _: CORE.import_model(compiled, "CPU", options), range(threads))
+                )
+            except (CompilerError, RuntimeError) as error:
+                raise BundleError(f"OpenVINO cannot load {file}: {one_line(error)}") from None
+            inputs = [(i.any_name, i.element_type.get_type_name()) for i in each[0].inputs]
+            if inputs != [("images", "u8")]:
+                raise BundleError(f"{file} must take one input, `images` of uint8.")
+            self._outputs = [output.any_name for output in each[0].outputs]
+            try:
+                requests = list(pool.map(lambda network: self._warmed(network, input_size), each))
+            except RuntimeError as error:
                 raise BundleError(
-                    f"{file} does not take the declared input: {_reason(error)}"
+                    f"{file} does not take the declared input: {one_line(error)}"
                 ) from None
+        # The one that ran last is the first to run again: what it needs is still in the caches.
+        self._requests: queue.LifoQueue[InferRequest] = queue.LifoQueue()
+        for request in requests:
             self._requests.put(request)
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
@@ -107,6 +105,14 @@ class OpenVinoEngine:
 
     run_alone = run
 
+    def _warmed(self, network: CompiledModel, input_size: tuple[int, int]) -> InferRequest:
+        """A request of a network, with code for each size of its runs."""
+        request = network.create_infer_request()
+        for size in (self.batch, 1):
+            images = np.zeros((size, *input_size, 3), np.uint8)
+            request.infer({"images": images}, share_inputs=True)
+        return request
+
     def _run_at_once(self, images: NDArray[np.uint8], size: int) -> Outputs:
         """Their outputs, of a run of that size."""
         rows = len(images)
@@ -119,8 +125,3 @@ class OpenVinoEngine:
             return {name: values[row][:rows] for row, name in enumerate(self._outputs)}
         finally:
             self._requests.put(request)
-
-
-def _reason(error: Exception) -> str:
-    """The end of what it says, which names the cause, in one line."""
-    return re.sub(r"\s+", " ", str(error))[-200:]

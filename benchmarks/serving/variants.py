@@ -3,8 +3,9 @@
     variants.py NAME
 
 starts it. Run by steps.py, which measures those that differ on its machine, in mmtl's environment:
-a CPU with AMX runs the int8 network in OpenVINO by default, any other in ONNX Runtime. An engine is
-imported by what changes it: the service loads the one that it runs, and the other takes memory.
+a CPU that multiplies bfloat16 numbers runs the int8 network in OpenVINO by default, any other in
+ONNX Runtime. An engine is imported by what changes it: the service loads the one that it runs, and
+the other takes memory.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ import models.bundle
 import models.images
 import models.memory
 import models.turns
-from models.cores import available_cores, has_amx
+from models.cores import available_cores, has_amx, multiplies_bfloat16
 
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -70,18 +72,64 @@ def one_run_at_a_time_in_openvino() -> None:
     from app.engines import openvino
 
     cores = available_cores()
-    for name in ("compile_model", "import_model"):
-        load: Any = getattr(openvino.openvino.Core, name)
+    core: Any = type(openvino.CORE)
+    for owner, name in ((openvino, "compile_apart"), (core, "import_model")):
+        load: Any = getattr(owner, name)
 
         def wide(*arguments: Any, load: Any = load) -> Any:
             *others, options = arguments
             return load(*others, {**options, "INFERENCE_NUM_THREADS": cores})
 
-        setattr(openvino.openvino.Core, name, wide)
+        setattr(owner, name, wide)
     start: Any = openvino.OpenVinoEngine.__init__
     openvino.OpenVinoEngine.__init__ = lambda self, file, content, size, _, *others: start(
         self, file, content, size, 1, *others
     )
+
+
+def compiled_in_the_service() -> None:
+    """The network compiled in the service's process, where the compiler leaves memory behind."""
+    from app.engines import compiler, openvino
+
+    def here(content: bytes, options: Any) -> Any:
+        model = compiler.CORE.read_model(BytesIO(content))
+        compiled = compiler.CORE.compile_model(model, "CPU", options).export_model()
+        return compiler.openvino.Tensor(np.frombuffer(compiled.getbuffer(), np.uint8))
+
+    openvino.compile_apart = here
+
+
+def lone_runs_on_two_cores() -> None:
+    """An image that is alone run on two cores, by a network of its own."""
+    from app.engines import openvino
+
+    wide = {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": 2, "ENABLE_CPU_PINNING": False}
+    start: Any = openvino.OpenVinoEngine.__init__
+    load: Any = openvino.compile_apart
+    alone = threading.Lock()
+
+    def kept(content: bytes, options: Any) -> Any:
+        wide["INFERENCE_PRECISION_HINT"] = options["INFERENCE_PRECISION_HINT"]
+        compiled = load(content, options)
+        openvino.OpenVinoEngine._lone = openvino.CORE.import_model(compiled, "CPU", wide)
+        return compiled
+
+    def started(self: Any, *arguments: Any) -> None:
+        start(self, *arguments)
+        self._lone_request = self._lone.create_infer_request()
+
+    def run_alone(self: Any, images: Any) -> Any:
+        if len(images) > 1 or not alone.acquire(blocking=False):
+            return self.run(images)
+        try:
+            values = self._lone_request.infer({"images": images}, share_inputs=True)
+            return {name: values[row].copy() for row, name in enumerate(self._outputs)}
+        finally:
+            alone.release()
+
+    openvino.compile_apart = kept
+    openvino.OpenVinoEngine.__init__ = started
+    openvino.OpenVinoEngine.run_alone = run_alone
 
 
 def one_run_at_a_time_in_onnx_runtime() -> None:
@@ -198,24 +246,29 @@ def _runs_beside_decoding(count: Callable[[Any], int]) -> None:
 
 def spare_worker() -> None:
     """A worker more than cores."""
-    from app.engines import openvino
-
-    openvino.OpenVinoEngine.helpers = 1
+    _workers_beyond_cores(1)
 
 
 def without_spare_worker() -> None:
     """No more workers than cores, and all of them run as images come."""
-    from app.engines import onnx
-
-    onnx.OnnxEngine.helpers = 0
+    _workers_beyond_cores(0)
     runs_as_they_come()
 
 
 def two_spare_workers() -> None:
     """Two workers more than cores, not one."""
-    from app.engines import onnx
+    _workers_beyond_cores(2)
 
-    onnx.OnnxEngine.helpers = 2
+
+def _workers_beyond_cores(count: int) -> None:
+    load: Any = app.engines.load_engine
+
+    def loaded(*arguments: Any) -> Any:
+        engine = load(*arguments)
+        engine.helpers = count
+        return engine
+
+    app.engines.load_engine = loaded
 
 
 def arenas_not_shared() -> None:
@@ -321,6 +374,13 @@ def freed_memory_kept() -> None:
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(_TRIM_THRESHOLD, 268_435_456)
     mallopt(_MMAP_THRESHOLD, 33_554_432)
+
+
+def large_pieces_given_back() -> None:
+    """Each piece of memory of a megabyte or more given back to the kernel when it is freed."""
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_TRIM_THRESHOLD, 67_108_864)
+    mallopt(_MMAP_THRESHOLD, 1_048_576)
 
 
 def quality_alone() -> None:
@@ -436,8 +496,9 @@ _OF_OPENVINO: tuple[Variant, ...] = (
     without_openvino,
     without_bfloat16,
     one_run_at_a_time_in_openvino,
+    compiled_in_the_service,
     batches_of_four,
-    runs_as_they_come,
+    *((runs_as_they_come,) if has_amx() else (without_spare_worker,)),
     arenas_not_shared,
 )
 _OF_ONNX_RUNTIME: tuple[Variant, ...] = (
@@ -449,7 +510,7 @@ _OF_ONNX_RUNTIME: tuple[Variant, ...] = (
 )
 UNDONE: tuple[Variant, ...] = (
     fp32,
-    *(_OF_OPENVINO if has_amx() else _OF_ONNX_RUNTIME),
+    *(_OF_OPENVINO if multiplies_bfloat16() else _OF_ONNX_RUNTIME),
     without_batches,
     every_scan,
     small_blocks,
@@ -463,7 +524,10 @@ UNDONE: tuple[Variant, ...] = (
     loading_kept,
     frequent_trims,
 )
-_TRIED_IN_OPENVINO: tuple[Variant, ...] = (spare_worker,)
+_TRIED_IN_OPENVINO: tuple[Variant, ...] = (
+    *((spare_worker,) if has_amx() else (half_of_the_runs, two_spare_workers)),
+    lone_runs_on_two_cores,
+)
 _TRIED_IN_ONNX_RUNTIME: tuple[Variant, ...] = (
     in_openvino,
     batches_of_eight,
@@ -473,11 +537,12 @@ _TRIED_IN_ONNX_RUNTIME: tuple[Variant, ...] = (
     one_arena,
 )
 TRIED: tuple[Variant, ...] = (
-    *(_TRIED_IN_OPENVINO if has_amx() else _TRIED_IN_ONNX_RUNTIME),
+    *(_TRIED_IN_OPENVINO if multiplies_bfloat16() else _TRIED_IN_ONNX_RUNTIME),
     garbage_frozen,
     short_switches,
     nice_workers,
     freed_memory_kept,
+    large_pieces_given_back,
     quality_alone,
     lines_together,
     lines_later,

@@ -55,7 +55,8 @@ def test_a_processor_is_called_what_the_kernel_calls_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "widest"),
     [
-        ("fpu avx2 avx512f avx512_vnni amx_bf16", "AMX"),
+        ("fpu avx2 avx512f avx512_vnni avx512_bf16 amx_bf16", "AMX"),
+        ("fpu avx2 avx512f avx512_vnni avx512_bf16", "AVX-512 BF16"),
         ("fpu avx2 avx512f avx512_vnni", "AVX-512 VNNI"),
         ("fpu avx avx2 fma", "AVX2"),
     ],

@@ -149,7 +149,8 @@ def test_integers_that_answer_otherwise_here_are_passed_over(
 def test_an_openvino_that_does_not_load_is_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "app.engines.openvino", raising=False)
+    for module in ("openvino", "compiler"):
+        monkeypatch.delitem(sys.modules, f"app.engines.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(EngineError, match=r"OpenVINO cannot be used.*requirements/cpu\.txt"):
         open_engine(make_bundle(tmp_path / "bundle"), Settings(runtime="openvino"))
@@ -173,7 +174,7 @@ def test_a_runtime_that_is_not_needed_is_not_loaded() -> None:
 import sys, app.engines
 from app.settings import Settings
 from models.bundle import load_bundle
-app.engines.has_amx = app.engines.multiplies_bfloat16 = lambda: True
+app.engines.multiplies_bfloat16 = lambda: True
 settings = Settings(threads=1)
 _, engine = app.engines.open_engine(load_bundle(settings.bundle), settings)
 print(engine.name, "onnxruntime" in sys.modules)
@@ -184,7 +185,7 @@ print(engine.name, "onnxruntime" in sys.modules)
 
 @needs_openvino
 @pytest.mark.parametrize(
-    ("amx", "settings", "name"),
+    ("bfloat16", "settings", "name"),
     [
         (True, {}, "openvino-bfloat16"),
         (False, {}, "onnxruntime"),
@@ -195,10 +196,9 @@ print(engine.name, "onnxruntime" in sys.modules)
     ],
 )
 def test_the_fastest_runtime_is_taken_where_nothing_is_asked_for(
-    amx: bool, settings: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+    bfloat16: bool, settings: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.engines.has_amx", lambda: amx)
-    monkeypatch.setattr("app.engines.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("app.engines.multiplies_bfloat16", lambda: bfloat16)
     asked = Settings(device="cpu", **settings)
     _, engine = open_engine(load_bundle(asked.bundle), asked)
     assert engine.name == name
@@ -208,7 +208,8 @@ def test_a_runtime_that_cannot_be_used_is_passed_over_where_none_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("app.engines._prefers_openvino", lambda _: True)
-    monkeypatch.delitem(sys.modules, "app.engines.openvino", raising=False)
+    for module in ("openvino", "compiler"):
+        monkeypatch.delitem(sys.modules, f"app.engines.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
     bundle = two_precisions(tmp_path / "bundle")
     artifact, engine = open_engine(bundle, Settings(device="cpu"))
