@@ -60,9 +60,9 @@ class Settings(BaseSettings):
 
     runtime: Literal["auto", "onnxruntime", "openvino"] = "auto"
     """Of ONNX artifacts. `auto` takes OpenVINO for an int8 artifact, where no precision is named,
-    on a CPU that multiplies bfloat16 numbers and in at most eight threads: it answers more images
-    there, in more memory (docs/performance.md, docs/performance-avx-512-bf16.md). Else it takes
-    ONNX Runtime."""
+    on a CPU that multiplies bfloat16 numbers and in at most eight threads: there it answers more
+    small images, in more memory (docs/performance.md, docs/performance-avx-512-bf16.md). Else it
+    takes ONNX Runtime."""
 
     trust_torch: bool = False
     """Allow torch artifacts. They are code: say yes only to a bundle that you made or trust."""

@@ -20,7 +20,7 @@ from models.bundle import (
 )
 from models.cores import available_cores, multiplies_bfloat16
 
-# Images in one run on a CPU; more of them take more memory than they gain, but in OpenVINO.
+# Images in one run on a CPU; more of them take more memory than they gain, but with AMX.
 BATCH_ON_CPU = 4
 # Each takes memory of its own in OpenVINO; on more cores there should be several processes.
 _MOST_THREADS = 8
@@ -40,8 +40,8 @@ class Engine(Protocol):
         runs_at_once: Threads that call `run` at the same time: on the CPU one a core where the
             runtime's own threads would wait for each other; on a GPU two, so that one batch is
             prepared while another runs.
-        helpers: Workers that serve it beyond one a core: those that run a GPU; on the CPU one,
-            which uses what the others leave idle, waiting for the interpreter.
+        helpers: Workers that serve it beyond one a core: those that run a GPU; on the CPU one at
+            most, which uses what the others leave idle, waiting for the interpreter.
         batch: Most images in one run.
         rounding: What it rounds otherwise than the runtime that the artifact was made with, as a
             share of a golden output's largest value, or of 1 where that is smaller.

@@ -1,4 +1,4 @@
-"""OpenVINO's compiler, in a process of its own."""
+"""OpenVINO's core, and its compiler in a process of its own."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from io import BytesIO
+from signal import SIGKILL
 
 import numpy as np
 
@@ -17,10 +18,16 @@ import openvino  # noqa: E402  # after that line, so that it holds
 
 # One for the process: where each network had its own, a process crashed at its end after a reload.
 CORE = openvino.Core()
+# It takes half of one.
+_MOST_SECONDS = 60.0
 
 
 class CompilerError(Exception):
-    """A network cannot be compiled; the message says why, in one line."""
+    """There is no compiler to be had, or it failed; the message says why, in one line."""
+
+
+class NetworkError(Exception):
+    """The compiler takes no such network; the message says why, in one line."""
 
 
 def compile_apart(content: bytes, options: Mapping[str, object]) -> openvino.Tensor:
@@ -34,20 +41,36 @@ def compile_apart(content: bytes, options: Mapping[str, object]) -> openvino.Ten
         options: Of OpenVINO's CPU device, as JSON has them.
 
     Raises:
-        CompilerError: It is no network, or there is no process or memory to be had.
+        CompilerError: There is no process, memory or time to be had, or the compiler crashed.
+        NetworkError: It is no network.
     """
     # -P: modules are not looked for in this file's folder, where one is called as OpenVINO is.
     command = [sys.executable, "-P", __file__, json.dumps(options)]
+    # No secrets, which it does not need. What is typed at a terminal to stop the service (Ctrl-C)
+    # stops the service, which then says so.
+    environment = {name: value for name, value in os.environ.items() if name[:5] != "MMTL_"}
     try:
-        done = subprocess.run(command, input=content, capture_output=True, check=False)
-    except OSError as error:
-        raise CompilerError(f"its compiler does not start: {error}") from None
-    if done.returncode < 0:
-        raise CompilerError(
-            f"its compiler was ended by signal {-done.returncode}: is there memory for it?"
+        done = subprocess.run(
+            command,
+            input=content,
+            capture_output=True,
+            check=False,
+            env=environment,
+            process_group=0,
+            timeout=_MOST_SECONDS,
         )
+    except OSError as error:
+        raise CompilerError(f"OpenVINO's compiler does not start: {error}") from None
+    except subprocess.TimeoutExpired:
+        raise CompilerError(
+            f"OpenVINO's compiler did not end in {_MOST_SECONDS:.0f} seconds"
+        ) from None
+    said = one_line(done.stderr.decode(errors="replace"))
+    if done.returncode < 0:
+        said = "is there memory for it?" if done.returncode == -SIGKILL else said
+        raise CompilerError(f"OpenVINO's compiler was ended by signal {-done.returncode}: {said}")
     if done.returncode:
-        raise CompilerError(one_line(done.stderr.decode(errors="replace")))
+        raise NetworkError(said)
     # A tensor is not copied by each network that is made of it, as a stream is.
     return openvino.Tensor(np.frombuffer(done.stdout, np.uint8))
 
@@ -59,14 +82,18 @@ def one_line(reason: object) -> str:
 
 def _main() -> None:
     """From an ONNX network on standard input to a compiled one on standard output."""
-    try:
-        model = CORE.read_model(BytesIO(sys.stdin.buffer.read()))
-        compiled = CORE.compile_model(model, "CPU", json.loads(sys.argv[1]))
-        sys.stdout.buffer.write(compiled.export_model().getbuffer())
-        sys.stdout.flush()
-    except Exception as error:  # of whatever its front end makes of the file
-        sys.exit(one_line(error))
-    os._exit(0)  # to put all away would take a tenth as long again
+    # What a library prints does not get into it.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as out:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        try:
+            model = CORE.read_model(BytesIO(sys.stdin.buffer.read()))
+            compiled = CORE.compile_model(model, "CPU", json.loads(sys.argv[1]))
+            out.write(compiled.export_model().getbuffer())
+            failed = False
+        except Exception as error:  # of whatever its front end makes of the file
+            print(one_line(error), file=sys.stderr, flush=True)
+            failed = True
+    os._exit(failed)  # to put all away would take a tenth as long again
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from importlib import import_module
 from io import BytesIO
 from typing import Any
 
@@ -36,8 +37,11 @@ import models.bundle
 import models.images
 import models.memory
 import models.turns
-from models.cores import available_cores, has_amx, multiplies_bfloat16
+from app.settings import Settings
+from models.cores import available_cores, has_amx
 
+# What it runs by default here.
+RUNS_OPENVINO = app.engines._prefers_openvino(Settings())
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
@@ -99,37 +103,11 @@ def compiled_in_the_service() -> None:
     openvino.compile_apart = here
 
 
-def lone_runs_on_two_cores() -> None:
-    """An image that is alone run on two cores, by a network of its own."""
+def lone_runs_on_one_core_in_openvino() -> None:
+    """An image that is alone run on one core, like any other."""
     from app.engines import openvino
 
-    wide = {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": 2, "ENABLE_CPU_PINNING": False}
-    start: Any = openvino.OpenVinoEngine.__init__
-    load: Any = openvino.compile_apart
-    alone = threading.Lock()
-
-    def kept(content: bytes, options: Any) -> Any:
-        wide["INFERENCE_PRECISION_HINT"] = options["INFERENCE_PRECISION_HINT"]
-        compiled = load(content, options)
-        openvino.OpenVinoEngine._lone = openvino.CORE.import_model(compiled, "CPU", wide)
-        return compiled
-
-    def started(self: Any, *arguments: Any) -> None:
-        start(self, *arguments)
-        self._lone_request = self._lone.create_infer_request()
-
-    def run_alone(self: Any, images: Any) -> Any:
-        if len(images) > 1 or not alone.acquire(blocking=False):
-            return self.run(images)
-        try:
-            values = self._lone_request.infer({"images": images}, share_inputs=True)
-            return {name: values[row].copy() for row, name in enumerate(self._outputs)}
-        finally:
-            alone.release()
-
-    openvino.compile_apart = kept
-    openvino.OpenVinoEngine.__init__ = started
-    openvino.OpenVinoEngine.run_alone = run_alone
+    openvino._LONE_CORES = 1
 
 
 def one_run_at_a_time_in_onnx_runtime() -> None:
@@ -219,9 +197,8 @@ def batches_of_four() -> None:
 
 def batches_of_eight() -> None:
     """Batches of 8, not 4."""
-    from app.engines import onnx
-
-    onnx.BATCH_ON_CPU = 8
+    engine = import_module("app.engines.openvino" if RUNS_OPENVINO else "app.engines.onnx")
+    engine.BATCH_ON_CPU = 8  # type: ignore[attr-defined]
 
 
 def runs_as_they_come() -> None:
@@ -377,7 +354,7 @@ def freed_memory_kept() -> None:
 
 
 def large_pieces_given_back() -> None:
-    """Each piece of memory of a megabyte or more given back to the kernel when it is freed."""
+    """Each piece of memory of a megabyte or more given back when it is freed, others kept."""
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(_TRIM_THRESHOLD, 67_108_864)
     mallopt(_MMAP_THRESHOLD, 1_048_576)
@@ -497,8 +474,11 @@ _OF_OPENVINO: tuple[Variant, ...] = (
     without_bfloat16,
     one_run_at_a_time_in_openvino,
     compiled_in_the_service,
-    batches_of_four,
-    *((runs_as_they_come,) if has_amx() else (without_spare_worker,)),
+    *(
+        (batches_of_four, runs_as_they_come)
+        if has_amx()
+        else (lone_runs_on_one_core_in_openvino, without_spare_worker)
+    ),
     arenas_not_shared,
 )
 _OF_ONNX_RUNTIME: tuple[Variant, ...] = (
@@ -510,7 +490,7 @@ _OF_ONNX_RUNTIME: tuple[Variant, ...] = (
 )
 UNDONE: tuple[Variant, ...] = (
     fp32,
-    *(_OF_OPENVINO if multiplies_bfloat16() else _OF_ONNX_RUNTIME),
+    *(_OF_OPENVINO if RUNS_OPENVINO else _OF_ONNX_RUNTIME),
     without_batches,
     every_scan,
     small_blocks,
@@ -525,8 +505,7 @@ UNDONE: tuple[Variant, ...] = (
     frequent_trims,
 )
 _TRIED_IN_OPENVINO: tuple[Variant, ...] = (
-    *((spare_worker,) if has_amx() else (half_of_the_runs, two_spare_workers)),
-    lone_runs_on_two_cores,
+    (spare_worker,) if has_amx() else (batches_of_eight, half_of_the_runs, two_spare_workers)
 )
 _TRIED_IN_ONNX_RUNTIME: tuple[Variant, ...] = (
     in_openvino,
@@ -537,7 +516,7 @@ _TRIED_IN_ONNX_RUNTIME: tuple[Variant, ...] = (
     one_arena,
 )
 TRIED: tuple[Variant, ...] = (
-    *(_TRIED_IN_OPENVINO if multiplies_bfloat16() else _TRIED_IN_ONNX_RUNTIME),
+    *(_TRIED_IN_OPENVINO if RUNS_OPENVINO else _TRIED_IN_ONNX_RUNTIME),
     garbage_frozen,
     short_switches,
     nice_workers,

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +33,48 @@ def test_a_network_is_compiled_in_another_process_and_imported_in_this_one(tmp_p
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("kill -9 $$", r"ended by signal 9: is there memory for it\?"),
-        ("printf 'first\n\nsecond\n' >&2; exit 1", "^first second$"),
+        ("kill -9 $$", r"was ended by signal 9: is there memory for it\?$"),
+        ("echo an assertion >&2; kill -6 $$", "was ended by signal 6: an assertion$"),
+        ("sleep 9", "did not end in 1 seconds$"),
     ],
 )
-def test_a_compiler_that_fails_takes_nothing_along(
+def test_a_compiler_that_crashes_or_hangs_takes_nothing_along(
     script: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.engines.compiler import CompilerError, compile_apart
 
+    monkeypatch.setattr("app.engines.compiler._MOST_SECONDS", 1.0)
     monkeypatch.setattr("sys.executable", interpreter(tmp_path, script))
     with pytest.raises(CompilerError, match=reason):
         compile_apart(b"a network", OPTIONS)
+
+
+def test_what_it_does_not_take_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.engines.compiler import NetworkError, compile_apart
+
+    with pytest.raises(NetworkError, match=r"^[^\n]+$"):
+        compile_apart(b"no network", OPTIONS)
+    script = "printf 'first\n\nsecond\n' >&2; exit 1"
+    monkeypatch.setattr("sys.executable", interpreter(tmp_path, script))
+    with pytest.raises(NetworkError, match=r"^first second$"):
+        compile_apart(b"a network", OPTIONS)
+
+
+def test_it_is_told_no_secrets_and_gives_nothing_that_a_library_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.engines.compiler import CORE, compile_apart
+
+    started = tmp_path / "started"
+    script = f'env > {started}; ONEDNN_VERBOSE=1 exec {sys.executable} "$@"'
+    monkeypatch.setenv("MMTL_JWT_SECRET", "secret")
+    monkeypatch.setattr("sys.executable", interpreter(tmp_path, script))
+    bundle = make_bundle(tmp_path / "bundle")
+    compiled = compile_apart(bundle.read(bundle.manifest.artifacts[0]), OPTIONS)
+    assert "MMTL_" not in started.read_text()
+    assert CORE.import_model(compiled, "CPU", OPTIONS).inputs
 
 
 def test_a_compiler_that_does_not_start_is_said(
@@ -52,5 +83,5 @@ def test_a_compiler_that_does_not_start_is_said(
     from app.engines.compiler import CompilerError, compile_apart
 
     monkeypatch.setattr("sys.executable", str(tmp_path / "nowhere"))
-    with pytest.raises(CompilerError, match=r"its compiler does not start: .*No such file"):
+    with pytest.raises(CompilerError, match=r"compiler does not start: .*No such file"):
         compile_apart(b"a network", OPTIONS)
