@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import platform
 import re
 import resource
 import signal
@@ -102,8 +103,8 @@ def _environment() -> None:
 
 
 @pytest.fixture
-def service() -> Iterator[Service]:
-    running = Service()
+def service(request: pytest.FixtureRequest) -> Iterator[Service]:
+    running = Service(**getattr(request, "param", {}))
     yield running
     running.process.kill()
     running.process.communicate()
@@ -118,6 +119,17 @@ def test_the_environment_has_no_torch() -> None:
     assert subprocess.run([ROOT / VENV / "bin" / "python", "-c", code]).returncode == 0
 
 
+@pytest.mark.parametrize(
+    "service",
+    [
+        {"MMTL_RUNTIME": "onnxruntime"},
+        pytest.param(
+            {"MMTL_RUNTIME": "openvino"},
+            marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="no OpenVINO"),
+        ),
+    ],
+    indirect=True,
+)
 def test_every_answer_belongs_to_its_image_in_order(service: Service) -> None:
     pictures = [lesion(seed, 300, 225, malignant=seed % 2 == 0) for seed in range(24)]
     alone = []
