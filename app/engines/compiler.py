@@ -18,7 +18,7 @@ import openvino  # noqa: E402  # after that line, so that it holds
 
 # One for the process: where each network had its own, a process crashed at its end after a reload.
 CORE = openvino.Core()
-# It takes half of one.
+# It takes about one, on two cores.
 _MOST_SECONDS = 60.0
 
 
