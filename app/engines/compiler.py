@@ -5,7 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from signal import SIGKILL
 
@@ -20,6 +21,8 @@ import openvino  # noqa: E402  # after that line, so that it holds
 CORE = openvino.Core()
 # It takes about one, on two cores.
 _MOST_SECONDS = 60.0
+# Bytes before each network that it gives, which say how long that is.
+_LENGTH = 8
 
 
 class CompilerError(Exception):
@@ -30,14 +33,17 @@ class NetworkError(Exception):
     """The compiler takes no such network; the message says why, in one line."""
 
 
-def compile_apart(content: bytes, options: Mapping[str, object]) -> openvino.Tensor:
-    """Compile a network, for `CORE.import_model` with the same options.
+def compile_apart(
+    content: bytes, sizes: Sequence[int], options: Mapping[str, object]
+) -> list[openvino.Tensor]:
+    """Compile a network for batches of each size, for `CORE.import_model` with the same options.
 
     It is not done in this process, as the compiler leaves megabytes behind, and may crash over a
     network that it does not expect.
 
     Args:
         content: Of an ONNX file.
+        sizes: Images of a batch.
         options: Of OpenVINO's CPU device, as JSON has them.
 
     Raises:
@@ -45,7 +51,7 @@ def compile_apart(content: bytes, options: Mapping[str, object]) -> openvino.Ten
         NetworkError: It is no network.
     """
     # -P: modules are not looked for in this file's folder, where one is called as OpenVINO is.
-    command = [sys.executable, "-P", __file__, json.dumps(options)]
+    command = [sys.executable, "-P", __file__, json.dumps(sizes), json.dumps(options)]
     # No secrets, which it does not need. What is typed at a terminal to stop the service (Ctrl-C)
     # stops the service, which then says so.
     environment = {name: value for name, value in os.environ.items() if name[:5] != "MMTL_"}
@@ -71,8 +77,15 @@ def compile_apart(content: bytes, options: Mapping[str, object]) -> openvino.Ten
         raise CompilerError(f"OpenVINO's compiler was ended by signal {-done.returncode}: {said}")
     if done.returncode:
         raise NetworkError(said)
-    # A tensor is not copied by each network that is made of it, as a stream is.
-    return openvino.Tensor(np.frombuffer(done.stdout, np.uint8))
+    networks = []
+    rest = memoryview(done.stdout)
+    while rest:
+        length = int.from_bytes(rest[:_LENGTH])
+        # A tensor is not copied by each network that is made of it, as a stream is.
+        whole = np.frombuffer(rest[_LENGTH : _LENGTH + length], np.uint8)
+        networks.append(openvino.Tensor(whole))
+        rest = rest[_LENGTH + length :]
+    return networks
 
 
 def one_line(reason: object) -> str:
@@ -81,14 +94,24 @@ def one_line(reason: object) -> str:
 
 
 def _main() -> None:
-    """From an ONNX network on standard input to a compiled one on standard output."""
+    """From an ONNX network on standard input to compiled ones on standard output."""
+    sizes, options = (json.loads(argument) for argument in sys.argv[1:])
     # What a library prints does not get into it.
     with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as out:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        content = sys.stdin.buffer.read()
+
+        def compiled(size: int) -> memoryview:
+            model = CORE.read_model(BytesIO(content))
+            model.reshape({i: [size, *list(i.partial_shape)[1:]] for i in model.inputs})
+            exported: BytesIO = CORE.compile_model(model, "CPU", options).export_model()
+            return exported.getbuffer()
+
         try:
-            model = CORE.read_model(BytesIO(sys.stdin.buffer.read()))
-            compiled = CORE.compile_model(model, "CPU", json.loads(sys.argv[1]))
-            out.write(compiled.export_model().getbuffer())
+            with ThreadPoolExecutor() as pool:
+                for network in pool.map(compiled, sizes):
+                    out.write(len(network).to_bytes(_LENGTH))
+                    out.write(network)
             failed = False
         except Exception as error:  # of whatever its front end makes of the file
             print(one_line(error), file=sys.stderr, flush=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from queue import LifoQueue
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -17,19 +18,18 @@ from models.cores import has_amx
 from models.memory import limit_arenas
 
 if TYPE_CHECKING:
-    from openvino import CompiledModel, InferRequest, Tensor
+    from openvino import CompiledModel, InferRequest
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 # Eight bits of a bfloat16, through some fifty layers; and integers, which it adds up otherwise.
 _ROUNDED_BFLOAT16, _ROUNDED = 2**-4, 2**-6
 # Images of a whole run with AMX, and the share of a whole run from which on one that is filled up
-# takes less time than single images. Each size takes memory, for code made for it: there are no
-# others than these.
+# takes less time than single images.
 _WHOLE_WITH_AMX = 8
 _WORTH_FILLING = 3 / 4
-# Cores of a run that is alone, without AMX.
-_LONE_CORES = 2
+# Cores of a run of one image, where there are as many.
+_CORES_OF_ONE = 2
 # Fewer arenas of malloc take less memory, and threads wait for each other there.
 _THREADS_PER_ARENA = 2
 
@@ -76,81 +76,77 @@ class OpenVinoEngine:
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
         }
-        # A network for each thread, as those that share one wait for each other's streams. One has
-        # two cores, for a run that is alone: a further network would take memory, and under load
-        # the others run first.
-        cores = [1 if amx else min(_LONE_CORES, threads)] + [1] * (threads - 1)
+        # For single images and for whole batches, as a network that takes any number plans each
+        # layer anew in every run. Threads that share one wait for each other, so each core has one
+        # for whole batches; those for one image have two cores each, as an image that is alone need
+        # not leave a core to others.
+        wide = min(_CORES_OF_ONE, threads)
+        planned = [(1, wide)] * (threads // wide)
+        if self.batch > 1:
+            planned += [(self.batch, 1)] * threads
+        sizes = sorted({size for size, _ in planned})
         try:
-            compiled = compile_apart(content, options)  # once, as that takes the longest
-            each = _at_once(lambda count: _imported(compiled, options, count), cores)
+            compiled = dict(zip(sizes, compile_apart(content, sizes, options), strict=True))
+            networks = _at_once(
+                lambda plan: CORE.import_model(
+                    compiled[plan[0]], "CPU", {**options, "INFERENCE_NUM_THREADS": plan[1]}
+                ),
+                planned,
+            )
         except CompilerError as error:
             raise EngineError(f"{file}: {error}.") from None
         except Exception as error:  # of whatever its front end makes of the file
             raise BundleError(f"OpenVINO cannot load {file}: {one_line(error)}") from None
-        inputs = [(i.any_name, i.element_type.get_type_name()) for i in each[0].inputs]
+        inputs = [(i.any_name, i.element_type.get_type_name()) for i in networks[0].inputs]
         if inputs != [("images", "u8")]:
             raise BundleError(f"{file} must take one input, `images` of uint8.")
-        self._outputs = [output.any_name for output in each[0].outputs]
+        self._outputs = [output.any_name for output in networks[0].outputs]
+        # By size. The last that became free is the next to run: what it needs is still in the
+        # caches.
+        self._free: dict[int, LifoQueue[InferRequest]] = {size: LifoQueue() for size in sizes}
+
+        def warm_up(sized: tuple[int, CompiledModel]) -> None:
+            size, network = sized
+            request = network.create_infer_request()
+            images = np.zeros((size, *input_size, 3), np.uint8)
+            request.infer({"images": images}, share_inputs=True)
+            self._free[size].put(request)
+
         try:
-            free = _at_once(lambda network: self._warmed(network, input_size), each)
+            _at_once(warm_up, zip((size for size, _ in planned), networks, strict=True))
         except Exception as error:
             raise BundleError(
                 f"{file} does not take the declared input: {one_line(error)}"
             ) from None
-        # The one for a run that is alone is the first while it is free. Of the others the last is
-        # the next to run: what it needs is still in the caches.
-        self._free, self._lone = free, free[0]
-        self._freed = threading.Condition()
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """uint8 [N, H, W, 3] -> each output by name."""
-        return self._run(images, alone=False)
-
-    def run_alone(self, images: NDArray[np.uint8]) -> Outputs:
-        """The same, on two cores where there are two, without AMX."""
-        return self._run(images, alone=True)
-
-    def _run(self, images: NDArray[np.uint8], alone: bool) -> Outputs:
         parts: list[Outputs] = []
         while len(images):
             size = self.batch if len(images) >= self.batch * _WORTH_FILLING else 1
-            parts.append(self._run_at_once(images[:size], size, alone))
+            parts.append(self._run_at_once(images[:size], size))
             images = images[size:]
         if len(parts) == 1:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
 
-    def _warmed(self, network: CompiledModel, input_size: tuple[int, int]) -> InferRequest:
-        """A request of a network, with code for each size of its runs."""
-        request = network.create_infer_request()
-        for size in (self.batch, 1):
-            images = np.zeros((size, *input_size, 3), np.uint8)
-            request.infer({"images": images}, share_inputs=True)
-        return request
+    run_alone = run  # of one image on two cores
 
-    def _run_at_once(self, images: NDArray[np.uint8], size: int, alone: bool) -> Outputs:
+    def _run_at_once(self, images: NDArray[np.uint8], size: int) -> Outputs:
         """Their outputs, of a run of that size."""
         rows = len(images)
         if rows < size:
             filler = np.zeros((size - rows, *images.shape[1:]), np.uint8)
             images = np.concatenate([images, filler])
-        with self._freed:
-            self._freed.wait_for(lambda: self._free)
-            request = self._free.pop(0 if alone else -1)
+        request = self._free[size].get()
         try:
             values = request.infer({"images": images}, share_inputs=True)
             return {name: values[row][:rows] for row, name in enumerate(self._outputs)}
         finally:
-            with self._freed:
-                self._free.insert(0 if request is self._lone else len(self._free), request)
-                self._freed.notify()
+            self._free[size].put(request)
 
 
-def _imported(compiled: Tensor, options: Mapping[str, object], cores: int) -> CompiledModel:
-    return CORE.import_model(compiled, "CPU", {**options, "INFERENCE_NUM_THREADS": cores})
-
-
-def _at_once(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+def _at_once(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
     """What some work gives for each item, in threads that keep no process alive if they hang."""
 
     def do(item: _Item, future: Future[_Result]) -> None:
@@ -159,7 +155,8 @@ def _at_once(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_
         except BaseException as error:
             future.set_exception(error)
 
-    futures: list[Future[_Result]] = [Future() for _ in items]
-    for item, future in zip(items, futures, strict=True):
-        threading.Thread(target=do, args=[item, future], daemon=True).start()
-    return [future.result() for future in futures]
+    started: list[Future[_Result]] = []
+    for item in items:
+        started.append(Future())
+        threading.Thread(target=do, args=[item, started[-1]], daemon=True).start()
+    return [future.result() for future in started]

@@ -122,7 +122,7 @@ def _lines(
         "*The limit* is a bare loop without HTTP: mmtl's decoder and the same network in the same "
         "runtime, in batches as large as its own, a thread a core; beside one client, an image at "
         "a time, which runs on as many cores as mmtl gives one that is alone (two where there are"
-        " two; in OpenVINO on AMX one). Machines: "
+        " two). Machines: "
         "[a CPU with AMX](performance.md), [one with AVX-512 BF16](performance-avx-512-bf16.md), "
         "[one with AVX2 alone](performance-avx2.md), "
         "[a GPU](performance-gpu.md)."

@@ -95,19 +95,33 @@ def compiled_in_the_service() -> None:
     """The network compiled in the service's process, where the compiler leaves memory behind."""
     from app.engines import compiler, openvino
 
-    def here(content: bytes, options: Any) -> Any:
-        model = compiler.CORE.read_model(BytesIO(content))
-        compiled = compiler.CORE.compile_model(model, "CPU", options).export_model()
-        return compiler.openvino.Tensor(np.frombuffer(compiled.getbuffer(), np.uint8))
+    def here(content: bytes, sizes: Any, options: Any) -> Any:
+        for size in sizes:
+            model = compiler.CORE.read_model(BytesIO(content))
+            model.reshape({i: [size, *list(i.partial_shape)[1:]] for i in model.inputs})
+            compiled = compiler.CORE.compile_model(model, "CPU", options).export_model()
+            yield compiler.openvino.Tensor(np.frombuffer(compiled.getbuffer(), np.uint8))
 
     openvino.compile_apart = here
 
 
-def lone_runs_on_one_core_in_openvino() -> None:
-    """An image that is alone run on one core, like any other."""
+def single_images_on_one_core() -> None:
+    """Single images run on a core each, in a network a core."""
     from app.engines import openvino
 
-    openvino._LONE_CORES = 1
+    openvino._CORES_OF_ONE = 1
+
+
+def networks_of_any_size() -> None:
+    """Networks that take any number of images, and plan each layer anew in every run."""
+    from app.engines import openvino
+
+    load = openvino.compile_apart
+
+    def of_any_size(content: bytes, sizes: Any, options: Any) -> Any:
+        return load(content, [-1], options) * len(sizes)
+
+    openvino.compile_apart = of_any_size
 
 
 def one_run_at_a_time_in_onnx_runtime() -> None:
@@ -474,11 +488,9 @@ _OF_OPENVINO: tuple[Variant, ...] = (
     without_bfloat16,
     one_run_at_a_time_in_openvino,
     compiled_in_the_service,
-    *(
-        (batches_of_four, runs_as_they_come)
-        if has_amx()
-        else (lone_runs_on_one_core_in_openvino, without_spare_worker)
-    ),
+    networks_of_any_size,
+    single_images_on_one_core,
+    *((batches_of_four, runs_as_they_come) if has_amx() else (without_spare_worker,)),
     arenas_not_shared,
 )
 _OF_ONNX_RUNTIME: tuple[Variant, ...] = (

@@ -22,10 +22,11 @@ def test_a_network_is_compiled_in_another_process_and_imported_in_this_one(tmp_p
     from app.engines.compiler import CORE, compile_apart
 
     bundle = make_bundle(tmp_path / "bundle")
-    compiled = compile_apart(bundle.read(bundle.manifest.artifacts[0]), OPTIONS)
-    network = CORE.import_model(compiled, "CPU", OPTIONS)
-    assert [i.any_name for i in network.inputs] == ["images"]
-    images = np.full((1, SIDE, SIDE, 3), 7, np.uint8)
+    one, two = compile_apart(bundle.read(bundle.manifest.artifacts[0]), [1, 2], OPTIONS)
+    assert [*CORE.import_model(one, "CPU", OPTIONS).inputs[0].shape] == [1, SIDE, SIDE, 3]
+    network = CORE.import_model(two, "CPU", OPTIONS)
+    assert [(i.any_name, [*i.shape]) for i in network.inputs] == [("images", [2, SIDE, SIDE, 3])]
+    images = np.full((2, SIDE, SIDE, 3), 7, np.uint8)
     answers = network.create_infer_request().infer({"images": images})
     np.testing.assert_allclose(answers["ood_score"], 7, atol=1e-3)
 
@@ -46,7 +47,7 @@ def test_a_compiler_that_crashes_or_hangs_takes_nothing_along(
     monkeypatch.setattr("app.engines.compiler._MOST_SECONDS", 1.0)
     monkeypatch.setattr("sys.executable", interpreter(tmp_path, script))
     with pytest.raises(CompilerError, match=reason):
-        compile_apart(b"a network", OPTIONS)
+        compile_apart(b"a network", [1], OPTIONS)
 
 
 def test_what_it_does_not_take_is_told_in_one_line(
@@ -55,11 +56,11 @@ def test_what_it_does_not_take_is_told_in_one_line(
     from app.engines.compiler import NetworkError, compile_apart
 
     with pytest.raises(NetworkError, match=r"^[^\n]+$"):
-        compile_apart(b"no network", OPTIONS)
+        compile_apart(b"no network", [1], OPTIONS)
     script = "printf 'first\n\nsecond\n' >&2; exit 1"
     monkeypatch.setattr("sys.executable", interpreter(tmp_path, script))
     with pytest.raises(NetworkError, match=r"^first second$"):
-        compile_apart(b"a network", OPTIONS)
+        compile_apart(b"a network", [1], OPTIONS)
 
 
 def test_it_is_told_no_secrets_and_gives_nothing_that_a_library_prints(
@@ -72,7 +73,7 @@ def test_it_is_told_no_secrets_and_gives_nothing_that_a_library_prints(
     monkeypatch.setenv("MMTL_JWT_SECRET", "secret")
     monkeypatch.setattr("sys.executable", interpreter(tmp_path, script))
     bundle = make_bundle(tmp_path / "bundle")
-    compiled = compile_apart(bundle.read(bundle.manifest.artifacts[0]), OPTIONS)
+    (compiled,) = compile_apart(bundle.read(bundle.manifest.artifacts[0]), [2], OPTIONS)
     assert "MMTL_" not in started.read_text()
     assert CORE.import_model(compiled, "CPU", OPTIONS).inputs
 
@@ -84,4 +85,4 @@ def test_a_compiler_that_does_not_start_is_said(
 
     monkeypatch.setattr("sys.executable", str(tmp_path / "nowhere"))
     with pytest.raises(CompilerError, match=r"compiler does not start: .*No such file"):
-        compile_apart(b"a network", OPTIONS)
+        compile_apart(b"a network", [1], OPTIONS)

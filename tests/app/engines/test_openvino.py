@@ -41,52 +41,66 @@ def test_openvino_reports_home_nothing() -> None:
 
 
 @needs_openvino
-@pytest.mark.parametrize(("amx", "helpers", "batch", "cores"), [(True, 0, 8, 1), (False, 1, 4, 2)])
-def test_amx_has_larger_batches_and_neither_a_worker_more_nor_two_cores_for_a_lone_run(
-    amx: bool,
-    helpers: int,
-    batch: int,
-    cores: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("amx", "helpers", "batch"), [(True, 0, 8), (False, 1, 4)])
+def test_amx_has_larger_batches_and_no_worker_more(
+    amx: bool, helpers: int, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.engines.openvino import OpenVinoEngine
-
     monkeypatch.setattr("app.engines.openvino.has_amx", lambda: amx)
-    engine = load(make_bundle(tmp_path / "bundle"), runtime="openvino", threads=3)
-    assert isinstance(engine, OpenVinoEngine)
+    engine = load(make_bundle(tmp_path / "bundle"), runtime="openvino", threads=2)
     assert (engine.helpers, engine.batch) == (helpers, batch)
-    found = [
-        request.get_compiled_model().get_property("INFERENCE_NUM_THREADS")
-        for request in engine._free
-    ]
-    assert found == [cores, 1, 1]
 
 
 @needs_openvino
-def test_a_run_that_is_alone_takes_the_wide_network_and_others_take_it_last(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("threads", "max_batch", "expected"),
+    [
+        (1, 4, {1: [1], 4: [1]}),
+        (2, 4, {1: [2], 4: [1, 1]}),
+        (2, 1, {1: [2]}),
+        (5, 2, {1: [2, 2], 2: [1] * 5}),
+    ],
+)
+def test_an_image_has_two_cores_and_a_whole_batch_one(
+    threads: int, max_batch: int, expected: dict[int, list[int]], tmp_path: Path
+) -> None:
     from app.engines.openvino import OpenVinoEngine
 
-    engine = load(make_bundle(tmp_path / "bundle"), runtime="openvino", threads=2)
+    bundle = make_bundle(tmp_path / "bundle")
+    engine = load(bundle, runtime="openvino", threads=threads, max_batch=max_batch)
     assert isinstance(engine, OpenVinoEngine)
-    wide, narrow = engine._free
+    found: dict[int, list[int]] = {}
+    for size, free in engine._free.items():
+        for network in (request.get_compiled_model() for request in free.queue):
+            assert network.inputs[0].shape[0] == size
+            found.setdefault(size, []).append(network.get_property("INFERENCE_NUM_THREADS"))
+    assert found == expected
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("images", "runs"), [(1, [1]), (2, [1, 1]), (3, [4]), (4, [4]), (6, [4, 1, 1]), (7, [4, 4])]
+)
+def test_a_batch_that_is_nearly_whole_is_filled_up_and_other_images_run_by_themselves(
+    images: int, runs: list[int], tmp_path: Path
+) -> None:
+    from app.engines.openvino import OpenVinoEngine
+
+    engine = load(make_bundle(tmp_path / "bundle"), runtime="openvino", threads=1, max_batch=4)
+    assert isinstance(engine, OpenVinoEngine)
     taken = []
+    for size, free in engine._free.items():
+        request = free.get()
 
-    class Watched:
-        def __init__(self, request: Any):
-            self.infer = lambda *_, **__: taken.append(request) or {}
+        class Watched:
+            def infer(self, inputs: Any, request: Any = request, **named: Any) -> Any:
+                taken.append(len(inputs["images"]))
+                return request.infer(inputs, **named)
 
-    engine._outputs = []
-    engine._free = [Watched(wide), Watched(narrow)]
-    engine._lone = engine._free[0]
-    one = np.zeros((1, SIDE, SIDE, 3), np.uint8)
-    engine.run(one)
-    engine.run_alone(one)
-    engine.run(one)
-    assert taken == [narrow, wide, narrow]
-    engine._free.pop()
-    engine.run(one)
-    assert taken[-1] is wide
+        engine._free[size].put(Watched())
+    values = np.arange(1, images + 1, dtype=np.uint8)
+    found = engine.run(np.full((images, SIDE, SIDE, 3), values[:, None, None, None]))
+    assert taken == runs
+    np.testing.assert_allclose(found["ood_score"], values, atol=1e-3)
 
 
 @needs_openvino
