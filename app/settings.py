@@ -77,7 +77,7 @@ class Settings(BaseSettings):
 
     threads: int = Field(0, ge=0)
     """Threads of the runtime on the CPU, and of the decoder; 0 takes the container's CPU quota.
-    An image that is alone is run on two of them, where there are two."""
+    ONNX Runtime and OpenVINO run an image that is alone on two of them, where there are two."""
 
     max_batch: int = Field(8, ge=1, le=256)
     """Most images in one run of the network; on a CPU it takes four or (OpenVINO) eight at

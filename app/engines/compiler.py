@@ -1,24 +1,22 @@
 """OpenVINO's core, and its compiler in a process of its own."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from io import BytesIO
 from signal import SIGKILL
+from subprocess import PIPE, Popen, TimeoutExpired
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import openvino
 
-# Its tools for conversion, which are imported with it where they are found, and report home.
-sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]  # not to be found
-
-import openvino  # noqa: E402  # after that line, so that it holds
-
-# One for the process: where each network had its own, a process crashed at its end after a reload.
-CORE = openvino.Core()
 # It takes about one, on two cores.
 _MOST_SECONDS = 60.0
 # Bytes before each network that it gives, which say how long that is.
@@ -33,10 +31,25 @@ class NetworkError(Exception):
     """The compiler takes no such network; the message says why, in one line."""
 
 
+@cache
+def core() -> openvino.Core:
+    """The one of this process: where each network had its own, it crashed at its end.
+
+    Raises:
+        ImportError: There is no OpenVINO.
+        RuntimeError: Of what it consists some is missing.
+    """
+    # Its tools for conversion, which are imported with it where they are found, and report home.
+    sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]  # not to be found
+    import openvino
+
+    return openvino.Core()
+
+
 def compile_apart(
     content: bytes, sizes: Sequence[int], options: Mapping[str, object]
-) -> list[openvino.Tensor]:
-    """Compile a network for batches of each size, for `CORE.import_model` with the same options.
+) -> list[memoryview]:
+    """Compile a network for batches of each size, for `core().import_model` with these options.
 
     It is not done in this process, as the compiler leaves megabytes behind, and may crash over a
     network that it does not expect.
@@ -47,7 +60,8 @@ def compile_apart(
         options: Of OpenVINO's CPU device, as JSON has them.
 
     Raises:
-        CompilerError: There is no process, memory or time to be had, or the compiler crashed.
+        CompilerError: There is no OpenVINO, process, memory or time to be had, or the compiler
+            crashed.
         NetworkError: It is no network.
     """
     # -P: modules are not looked for in this file's folder, where one is called as OpenVINO is.
@@ -56,36 +70,51 @@ def compile_apart(
     # stops the service, which then says so.
     environment = {name: value for name, value in os.environ.items() if name[:5] != "MMTL_"}
     try:
-        done = subprocess.run(
-            command,
-            input=content,
-            capture_output=True,
-            check=False,
-            env=environment,
-            process_group=0,
-            timeout=_MOST_SECONDS,
+        compiler = Popen(
+            command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, process_group=0
         )
     except OSError as error:
         raise CompilerError(f"OpenVINO's compiler does not start: {error}") from None
-    except subprocess.TimeoutExpired:
+    with compiler:
+        try:
+            core()  # which takes as long to be imported as the compiler to start
+            out, errors = compiler.communicate(content, _MOST_SECONDS)
+        except (ImportError, RuntimeError) as error:  # as it says that its own files are missing
+            raise CompilerError(
+                f"OpenVINO cannot be used ({error}): it is in requirements/cpu.txt for Linux on "
+                "x86-64; MMTL_RUNTIME=onnxruntime does without"
+            ) from None
+        except TimeoutExpired:
+            raise CompilerError(
+                f"OpenVINO's compiler did not end in {_MOST_SECONDS:.0f} seconds"
+            ) from None
+        finally:
+            compiler.kill()
+    said = one_line(errors.decode(errors="replace"))
+    if compiler.returncode < 0:
+        said = "is there memory for it?" if compiler.returncode == -SIGKILL else said
         raise CompilerError(
-            f"OpenVINO's compiler did not end in {_MOST_SECONDS:.0f} seconds"
-        ) from None
-    said = one_line(done.stderr.decode(errors="replace"))
-    if done.returncode < 0:
-        said = "is there memory for it?" if done.returncode == -SIGKILL else said
-        raise CompilerError(f"OpenVINO's compiler was ended by signal {-done.returncode}: {said}")
-    if done.returncode:
+            f"OpenVINO's compiler was ended by signal {-compiler.returncode}: {said}"
+        )
+    if compiler.returncode:
         raise NetworkError(said)
     networks = []
-    rest = memoryview(done.stdout)
-    while rest:
-        length = int.from_bytes(rest[:_LENGTH])
-        # A tensor is not copied by each network that is made of it, as a stream is.
-        whole = np.frombuffer(rest[_LENGTH : _LENGTH + length], np.uint8)
-        networks.append(openvino.Tensor(whole))
-        rest = rest[_LENGTH + length :]
+    rest = memoryview(out)
+    for _ in sizes:
+        end = _LENGTH + int.from_bytes(rest[:_LENGTH])
+        networks.append(rest[_LENGTH:end])
+        rest = rest[end:]
+    if not all(networks):
+        raise CompilerError("OpenVINO's compiler ended without a word")
     return networks
+
+
+def compile_here(content: bytes, size: int, options: Mapping[str, object]) -> bytes:
+    """What `compile_apart` has done in its process, for one size of batch."""
+    model = core().read_model(BytesIO(content))
+    model.reshape({i: [size, *list(i.partial_shape)[1:]] for i in model.inputs})
+    exported: BytesIO = core().compile_model(model, "CPU", options).export_model()
+    return exported.getvalue()
 
 
 def one_line(reason: object) -> str:
@@ -100,18 +129,10 @@ def _main() -> None:
     with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as out:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         content = sys.stdin.buffer.read()
-
-        def compiled(size: int) -> memoryview:
-            model = CORE.read_model(BytesIO(content))
-            model.reshape({i: [size, *list(i.partial_shape)[1:]] for i in model.inputs})
-            exported: BytesIO = CORE.compile_model(model, "CPU", options).export_model()
-            return exported.getbuffer()
-
         try:
             with ThreadPoolExecutor() as pool:
-                for network in pool.map(compiled, sizes):
-                    out.write(len(network).to_bytes(_LENGTH))
-                    out.write(network)
+                for network in pool.map(lambda size: compile_here(content, size, options), sizes):
+                    out.write(len(network).to_bytes(_LENGTH) + network)
             failed = False
         except Exception as error:  # of whatever its front end makes of the file
             print(one_line(error), file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from math import ceil
 from queue import LifoQueue
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.engines import BATCH_ON_CPU, EngineError
-from app.engines.compiler import CORE, CompilerError, compile_apart, one_line
+from app.engines.compiler import CompilerError, compile_apart, core, one_line
 from models.bundle import BundleError, Outputs
 from models.cores import has_amx
 from models.memory import limit_arenas
 
 if TYPE_CHECKING:
-    from openvino import CompiledModel, InferRequest
+    from openvino import CompiledModel, InferRequest, Tensor
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -30,6 +31,8 @@ _WHOLE_WITH_AMX = 8
 _WORTH_FILLING = 3 / 4
 # Cores of a run of one image, where there are as many.
 _CORES_OF_ONE = 2
+# Longest to wait for a network that others run, unless one of them hangs.
+_MOST_SECONDS = 60.0
 # Fewer arenas of malloc take less memory, and threads wait for each other there.
 _THREADS_PER_ARENA = 2
 
@@ -77,18 +80,20 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
         }
         # For single images and for whole batches, as a network that takes any number plans each
-        # layer anew in every run. Threads that share one wait for each other, so each core has one
-        # for whole batches; those for one image have two cores each, as an image that is alone need
-        # not leave a core to others.
+        # layer anew in every run. Threads that share one wait for each other: each core has one for
+        # whole batches. Those for single images have two cores each, for one that is alone; two
+        # that are not wait no longer than if each had a core, and a network less takes less memory.
         wide = min(_CORES_OF_ONE, threads)
-        planned = [(1, wide)] * (threads // wide)
+        planned = [(1, wide)] * ceil(threads / wide)
         if self.batch > 1:
             planned += [(self.batch, 1)] * threads
         sizes = sorted({size for size, _ in planned})
         try:
-            compiled = dict(zip(sizes, compile_apart(content, sizes, options), strict=True))
+            # As tensors, of which networks share one: of bytes, each would make a copy.
+            tensors = [_tensor(each) for each in compile_apart(content, sizes, options)]
+            compiled = dict(zip(sizes, tensors, strict=True))
             networks = _at_once(
-                lambda plan: CORE.import_model(
+                lambda plan: core().import_model(
                     compiled[plan[0]], "CPU", {**options, "INFERENCE_NUM_THREADS": plan[1]}
                 ),
                 planned,
@@ -130,7 +135,7 @@ class OpenVinoEngine:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
 
-    run_alone = run  # of one image on two cores
+    run_alone = run
 
     def _run_at_once(self, images: NDArray[np.uint8], size: int) -> Outputs:
         """Their outputs, of a run of that size."""
@@ -138,12 +143,19 @@ class OpenVinoEngine:
         if rows < size:
             filler = np.zeros((size - rows, *images.shape[1:]), np.uint8)
             images = np.concatenate([images, filler])
-        request = self._free[size].get()
+        request = self._free[size].get(timeout=_MOST_SECONDS)
         try:
             values = request.infer({"images": images}, share_inputs=True)
             return {name: values[row][:rows] for row, name in enumerate(self._outputs)}
         finally:
             self._free[size].put(request)
+
+
+def _tensor(content: memoryview) -> Tensor:
+    """A copy, which outlives what it is made of."""
+    from openvino import Tensor
+
+    return Tensor(np.frombuffer(content, np.uint8))
 
 
 def _at_once(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:

@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from importlib import import_module
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -76,7 +75,7 @@ def one_run_at_a_time_in_openvino() -> None:
     from app.engines import openvino
 
     cores = available_cores()
-    core: Any = type(openvino.CORE)
+    core: Any = type(openvino.core())
     for owner, name in ((openvino, "compile_apart"), (core, "import_model")):
         load: Any = getattr(owner, name)
 
@@ -96,11 +95,7 @@ def compiled_in_the_service() -> None:
     from app.engines import compiler, openvino
 
     def here(content: bytes, sizes: Any, options: Any) -> Any:
-        for size in sizes:
-            model = compiler.CORE.read_model(BytesIO(content))
-            model.reshape({i: [size, *list(i.partial_shape)[1:]] for i in model.inputs})
-            compiled = compiler.CORE.compile_model(model, "CPU", options).export_model()
-            yield compiler.openvino.Tensor(np.frombuffer(compiled.getbuffer(), np.uint8))
+        return [compiler.compile_here(content, size, options) for size in sizes]
 
     openvino.compile_apart = here
 

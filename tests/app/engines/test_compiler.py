@@ -1,4 +1,5 @@
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,13 @@ def interpreter(folder: Path, script: str) -> str:
 
 
 def test_a_network_is_compiled_in_another_process_and_imported_in_this_one(tmp_path: Path) -> None:
-    from app.engines.compiler import CORE, compile_apart
+    from app.engines.compiler import compile_apart, core
 
     bundle = make_bundle(tmp_path / "bundle")
     one, two = compile_apart(bundle.read(bundle.manifest.artifacts[0]), [1, 2], OPTIONS)
-    assert [*CORE.import_model(one, "CPU", OPTIONS).inputs[0].shape] == [1, SIDE, SIDE, 3]
-    network = CORE.import_model(two, "CPU", OPTIONS)
+    network = core().import_model(BytesIO(one), "CPU", OPTIONS)
+    assert [*network.inputs[0].shape] == [1, SIDE, SIDE, 3]
+    network = core().import_model(BytesIO(two), "CPU", OPTIONS)
     assert [(i.any_name, [*i.shape]) for i in network.inputs] == [("images", [2, SIDE, SIDE, 3])]
     images = np.full((2, SIDE, SIDE, 3), 7, np.uint8)
     answers = network.create_infer_request().infer({"images": images})
@@ -37,6 +39,7 @@ def test_a_network_is_compiled_in_another_process_and_imported_in_this_one(tmp_p
         ("kill -9 $$", r"was ended by signal 9: is there memory for it\?$"),
         ("echo an assertion >&2; kill -6 $$", "was ended by signal 6: an assertion$"),
         ("sleep 9", "did not end in 1 seconds$"),
+        ("exit 0", "ended without a word$"),
     ],
 )
 def test_a_compiler_that_crashes_or_hangs_takes_nothing_along(
@@ -66,7 +69,7 @@ def test_what_it_does_not_take_is_told_in_one_line(
 def test_it_is_told_no_secrets_and_gives_nothing_that_a_library_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.engines.compiler import CORE, compile_apart
+    from app.engines.compiler import compile_apart, core
 
     started = tmp_path / "started"
     script = f'env > {started}; ONEDNN_VERBOSE=1 exec {sys.executable} "$@"'
@@ -75,7 +78,7 @@ def test_it_is_told_no_secrets_and_gives_nothing_that_a_library_prints(
     bundle = make_bundle(tmp_path / "bundle")
     (compiled,) = compile_apart(bundle.read(bundle.manifest.artifacts[0]), [2], OPTIONS)
     assert "MMTL_" not in started.read_text()
-    assert CORE.import_model(compiled, "CPU", OPTIONS).inputs
+    assert core().import_model(BytesIO(compiled), "CPU", OPTIONS).inputs
 
 
 def test_a_compiler_that_does_not_start_is_said(

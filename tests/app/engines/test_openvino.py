@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from queue import Empty
 from threading import Thread
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from app.engines import EngineError, load_engine, open_engine
 from app.settings import Settings
-from models.bundle import load_bundle
+from models.bundle import BundleError, load_bundle
 from tests.app.engines import load, needs_openvino
 from tests.bundles import SIDE, make_bundle
 from tests.lesions import draw_lesion
@@ -35,7 +36,10 @@ def test_openvino_computes_in_bfloat16_where_it_may_and_the_processor_does(
 
 @needs_openvino
 def test_openvino_reports_home_nothing() -> None:
-    code = "import sys, app.engines.openvino; print('openvino_telemetry' in sys.modules)"
+    code = (
+        "import sys; from app.engines.compiler import core; core(); "
+        "print('openvino_telemetry' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -57,7 +61,7 @@ def test_amx_has_larger_batches_and_no_worker_more(
         (1, 4, {1: [1], 4: [1]}),
         (2, 4, {1: [2], 4: [1, 1]}),
         (2, 1, {1: [2]}),
-        (5, 2, {1: [2, 2], 2: [1] * 5}),
+        (3, 2, {1: [2, 2], 2: [1, 1, 1]}),
     ],
 )
 def test_an_image_has_two_cores_and_a_whole_batch_one(
@@ -101,6 +105,48 @@ def test_a_batch_that_is_nearly_whole_is_filled_up_and_other_images_run_by_thems
     found = engine.run(np.full((images, SIDE, SIDE, 3), values[:, None, None, None]))
     assert taken == runs
     np.testing.assert_allclose(found["ood_score"], values, atol=1e-3)
+
+
+@needs_openvino
+@pytest.mark.parametrize("broken", [1, 8])
+def test_golden_predictions_are_asked_of_the_networks_of_each_size(
+    broken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.engines.openvino import OpenVinoEngine
+
+    run = OpenVinoEngine._run_at_once
+
+    def run_wrongly(self: OpenVinoEngine, images: Any, size: int) -> Any:
+        outputs = run(self, images, size)
+        return {name: values + (size == broken) for name, values in outputs.items()}
+
+    monkeypatch.setattr("app.engines.openvino.has_amx", lambda: True)
+    monkeypatch.setattr(OpenVinoEngine, "_run_at_once", run_wrongly)
+    with pytest.raises(BundleError, match="differs from its golden prediction"):
+        load(make_bundle(tmp_path / "bundle"), runtime="openvino", threads=2)
+
+
+@needs_openvino
+def test_a_network_whose_run_failed_runs_again(tmp_path: Path) -> None:
+    engine = load(make_bundle(tmp_path / "bundle"), runtime="openvino", threads=1)
+    images = np.full((1, SIDE, SIDE, 3), 7, np.uint8)
+    with pytest.raises(RuntimeError):
+        engine.run(images[:, 1:])
+    np.testing.assert_allclose(engine.run(images)["ood_score"], 7, atol=1e-3)
+
+
+@needs_openvino
+def test_who_waits_for_a_network_that_hangs_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.engines.openvino import OpenVinoEngine
+
+    engine = load(make_bundle(tmp_path / "bundle"), runtime="openvino", threads=1)
+    assert isinstance(engine, OpenVinoEngine)
+    monkeypatch.setattr("app.engines.openvino._MOST_SECONDS", 0.01)
+    engine._free[1].get()  # and does not put it back
+    with pytest.raises(Empty):
+        engine.run(np.zeros((1, SIDE, SIDE, 3), np.uint8))
 
 
 @needs_openvino
