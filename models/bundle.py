@@ -447,7 +447,7 @@ def golden_batch(manifest: Manifest) -> NDArray[np.uint8]:
 def check_golden(
     manifest: Manifest, artifact: Artifact, outputs: Outputs, rounding: float = 0.0
 ) -> None:
-    """Compare an engine's outputs for `golden_batch` with what the manifest says.
+    """Compare an engine's outputs for `golden_batch`, or more images, with what the manifest says.
 
     Args:
         manifest: Of the artifact's bundle.

@@ -13,17 +13,19 @@ def enter(module: str) -> None:
     try:
         # What modules make stays: to look for what nobody needs takes a tenth of their time.
         gc.disable()
-        imported = import_module(module)
-        gc.enable()
+        try:
+            imported = import_module(module)
+        finally:
+            gc.enable()
         imported.main()
     except (KeyboardInterrupt, ImportError) as error:
-        if not _is_interrupt(error):
+        if not is_interrupt(error):
             raise
         raise SystemExit(130) from None
 
 
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind it: a compiled module makes an ImportError of it."""
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: a compiled module makes an ImportError of it."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__
     return error is not None

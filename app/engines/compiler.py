@@ -14,6 +14,8 @@ from signal import SIGKILL
 from subprocess import PIPE, Popen, TimeoutExpired
 from typing import TYPE_CHECKING
 
+from models.entry import is_interrupt
+
 if TYPE_CHECKING:
     import openvino
 
@@ -77,9 +79,11 @@ def compile_apart(
         raise CompilerError(f"OpenVINO's compiler does not start: {error}") from None
     with compiler:
         try:
-            core()  # which takes as long to be imported as the compiler to start
+            core()  # imported while the compiler starts, and imports its own
             out, errors = compiler.communicate(content, _MOST_SECONDS)
         except (ImportError, RuntimeError) as error:  # as it says that its own files are missing
+            if is_interrupt(error):
+                raise
             raise CompilerError(
                 f"OpenVINO cannot be used ({error}): it is in requirements/cpu.txt for Linux on "
                 "x86-64; MMTL_RUNTIME=onnxruntime does without"
@@ -128,8 +132,9 @@ def _main() -> None:
     # What a library prints does not get into it.
     with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as out:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        content = sys.stdin.buffer.read()
         try:
+            core()  # while the other process imports its own
+            content = sys.stdin.buffer.read()
             with ThreadPoolExecutor() as pool:
                 for network in pool.map(lambda size: compile_here(content, size, options), sizes):
                     out.write(len(network).to_bytes(_LENGTH) + network)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from math import ceil
-from queue import LifoQueue
+from queue import Empty, LifoQueue
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -31,8 +31,8 @@ _WHOLE_WITH_AMX = 8
 _WORTH_FILLING = 3 / 4
 # Cores of a run of one image, where there are as many.
 _CORES_OF_ONE = 2
-# Longest to wait for a network that others run, unless one of them hangs.
-_MOST_SECONDS = 60.0
+# Longest to wait for a network: it is another run that hangs, then.
+_WAIT_SECONDS = 60.0
 # Fewer arenas of malloc take less memory, and threads wait for each other there.
 _THREADS_PER_ARENA = 2
 
@@ -72,7 +72,6 @@ class OpenVinoEngine:
         amx = has_amx()
         self.helpers = 0 if amx else 1
         self.batch = min(_WHOLE_WITH_AMX if amx else BATCH_ON_CPU, max_batch)
-        limit_arenas(max(threads // _THREADS_PER_ARENA, 1))
         options = {
             "NUM_STREAMS": 1,
             # Instances on one host would all be pinned to the same cores.
@@ -91,6 +90,7 @@ class OpenVinoEngine:
         try:
             # As tensors, of which networks share one: of bytes, each would make a copy.
             tensors = [_tensor(each) for each in compile_apart(content, sizes, options)]
+            limit_arenas(max(threads // _THREADS_PER_ARENA, 1))
             compiled = dict(zip(sizes, tensors, strict=True))
             networks = _at_once(
                 lambda plan: core().import_model(
@@ -143,7 +143,10 @@ class OpenVinoEngine:
         if rows < size:
             filler = np.zeros((size - rows, *images.shape[1:]), np.uint8)
             images = np.concatenate([images, filler])
-        request = self._free[size].get(timeout=_MOST_SECONDS)
+        try:
+            request = self._free[size].get(timeout=_WAIT_SECONDS)
+        except Empty:
+            raise TimeoutError("another run hangs") from None
         try:
             values = request.infer({"images": images}, share_inputs=True)
             return {name: values[row][:rows] for row, name in enumerate(self._outputs)}
