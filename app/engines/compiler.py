@@ -14,8 +14,6 @@ from signal import SIGKILL
 from subprocess import PIPE, Popen, TimeoutExpired
 from typing import TYPE_CHECKING
 
-from models.entry import is_interrupt
-
 if TYPE_CHECKING:
     import openvino
 
@@ -72,28 +70,29 @@ def compile_apart(
     # stops the service, which then says so.
     environment = {name: value for name, value in os.environ.items() if name[:5] != "MMTL_"}
     try:
-        compiler = Popen(
+        with Popen(
             command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, process_group=0
-        )
+        ) as compiler:
+            try:
+                core()  # imported while the compiler starts, and imports its own
+                out, errors = compiler.communicate(content, _MOST_SECONDS)
+            finally:
+                compiler.kill()
+    except (ImportError, RuntimeError) as error:  # as it says that its own files are missing
+        from models.entry import is_interrupt  # here, as the compiler needs nothing of ours
+
+        if is_interrupt(error):
+            raise KeyboardInterrupt from None
+        raise CompilerError(
+            f"OpenVINO cannot be used ({error}): it is in requirements/cpu.txt for Linux on "
+            "x86-64; MMTL_RUNTIME=onnxruntime does without"
+        ) from None
+    except TimeoutExpired:
+        raise CompilerError(
+            f"OpenVINO's compiler did not end in {_MOST_SECONDS:.0f} seconds"
+        ) from None
     except OSError as error:
         raise CompilerError(f"OpenVINO's compiler does not start: {error}") from None
-    with compiler:
-        try:
-            core()  # imported while the compiler starts, and imports its own
-            out, errors = compiler.communicate(content, _MOST_SECONDS)
-        except (ImportError, RuntimeError) as error:  # as it says that its own files are missing
-            if is_interrupt(error):
-                raise
-            raise CompilerError(
-                f"OpenVINO cannot be used ({error}): it is in requirements/cpu.txt for Linux on "
-                "x86-64; MMTL_RUNTIME=onnxruntime does without"
-            ) from None
-        except TimeoutExpired:
-            raise CompilerError(
-                f"OpenVINO's compiler did not end in {_MOST_SECONDS:.0f} seconds"
-            ) from None
-        finally:
-            compiler.kill()
     said = one_line(errors.decode(errors="replace"))
     if compiler.returncode < 0:
         said = "is there memory for it?" if compiler.returncode == -SIGKILL else said

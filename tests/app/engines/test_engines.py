@@ -8,6 +8,7 @@ import pytest
 
 from app.engines import EngineError, compiler, load_engine, open_engine
 from app.engines.onnx import OnnxEngine
+from app.engines.openvino import OpenVinoEngine
 from app.settings import Settings
 from models.bundle import Bundle, BundleError, Outputs, Precision, load_bundle, save_bundle
 from tests.app.engines import load, needs_gpu, needs_no_cuda, needs_openvino, runtimes
@@ -63,8 +64,6 @@ def test_a_file_that_is_no_network_is_refused(runtime: str, content: bytes) -> N
         if runtime == "onnxruntime":
             OnnxEngine("model.onnx", content, 2, 4)
         else:
-            from app.engines.openvino import OpenVinoEngine
-
             OpenVinoEngine("model.onnx", content, (SIDE, SIDE), 1, bfloat16=False, max_batch=4)
 
 

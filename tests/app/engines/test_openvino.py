@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from app.engines import EngineError, load_engine, open_engine
+from app.engines.openvino import OpenVinoEngine
 from app.settings import Settings
 from models.bundle import BundleError, load_bundle
 from tests.app.engines import load, needs_openvino
@@ -66,8 +67,6 @@ def test_amx_has_larger_batches_and_no_worker_more(
 def test_an_image_has_two_cores_and_a_whole_batch_one(
     threads: int, max_batch: int, expected: dict[int, list[int]], tmp_path: Path
 ) -> None:
-    from app.engines.openvino import OpenVinoEngine
-
     bundle = make_bundle(tmp_path / "bundle")
     engine = load(bundle, runtime="openvino", threads=threads, max_batch=max_batch)
     assert isinstance(engine, OpenVinoEngine)
@@ -86,8 +85,6 @@ def test_an_image_has_two_cores_and_a_whole_batch_one(
 def test_a_batch_that_is_nearly_whole_is_filled_up_and_other_images_run_by_themselves(
     images: int, runs: list[int], tmp_path: Path
 ) -> None:
-    from app.engines.openvino import OpenVinoEngine
-
     engine = load(make_bundle(tmp_path / "bundle"), runtime="openvino", threads=1, max_batch=4)
     assert isinstance(engine, OpenVinoEngine)
     taken = []
@@ -111,8 +108,6 @@ def test_a_batch_that_is_nearly_whole_is_filled_up_and_other_images_run_by_thems
 def test_golden_predictions_are_asked_of_the_networks_of_each_size(
     broken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.engines.openvino import OpenVinoEngine
-
     run = OpenVinoEngine._run_at_once
 
     def run_wrongly(self: OpenVinoEngine, images: Any, size: int) -> Any:
@@ -138,8 +133,6 @@ def test_a_network_whose_run_failed_runs_again(tmp_path: Path) -> None:
 def test_who_waits_for_a_network_that_hangs_does_not_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.engines.openvino import OpenVinoEngine
-
     engine = load(make_bundle(tmp_path / "bundle"), runtime="openvino", threads=1)
     assert isinstance(engine, OpenVinoEngine)
     monkeypatch.setattr("app.engines.openvino._WAIT_SECONDS", 0.01)
