@@ -7,7 +7,8 @@
 #
 # The base image is made by debootstrap and committed under the name that the Dockerfile asks for, so
 # that no registry is needed. FETCH_MOUNTS may name files (`a:b`, comma-separated) that pip and apt need
-# on this machine alone: certificates, a mirror's configuration. They do not get into the image.
+# on this machine alone: certificates, a mirror's configuration. They do not get into the image; where
+# one of its packages writes, none may be (not /etc/ssl/certs, which ca-certificates makes).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 picture=${1:-}
@@ -65,7 +66,9 @@ mkdir "$work/image"
 mount --bind "$root" "$work/image"
 mount -o remount,ro,bind "$work/image"
 mount --bind "$work/secrets" "$work/image/mnt"
-trap 'umount "$work/image/mnt" "$work/image" || true; cleanup' EXIT
+# As in any container: what the CPU can do, and so which engine it gets, stands in /proc.
+mount --bind /proc "$work/image/proc"
+trap 'umount "$work/image/proc" "$work/image/mnt" "$work/image" || true; cleanup' EXIT
 settings=(PATH=/opt/mmtl/bin:/usr/bin:/bin MMTL_HOST=127.0.0.1 MMTL_PORT=$port MMTL_KEYS=/mnt/keys.json)
 chroot --userspec=10001:10001 "$work/image" env -i "${settings[@]}" mmtl serve 2> "$work/log" &
 served=$!
@@ -85,6 +88,7 @@ if [ -n "$picture" ]; then
     curl --fail --silent -H "Authorization: Bearer $key" -F "files=@$picture" \
         "http://127.0.0.1:$port/predict" | jq -c '.model, .results[0].prediction.melanoma'
 fi
+curl --fail --silent -H "Authorization: Bearer $key" "http://127.0.0.1:$port/metrics" | grep ^mmtl_model_info
 curl --fail --silent -H "Authorization: Bearer $key" -X POST "http://127.0.0.1:$port/admin/reload" | jq -c .
 kill -TERM $served
 wait $served
