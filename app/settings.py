@@ -60,9 +60,9 @@ class Settings(BaseSettings):
 
     runtime: Literal["auto", "onnxruntime", "openvino"] = "auto"
     """Of ONNX artifacts. `auto` takes OpenVINO for an int8 artifact, where no precision is named,
-    on a CPU that multiplies bfloat16 numbers and in at most eight threads: there it answers more
-    small images, in more memory (docs/performance.md, docs/performance-avx-512-bf16.md). Else it
-    takes ONNX Runtime."""
+    on a CPU that multiplies bfloat16 numbers and in at most eight threads a process: there it
+    answers more small images, in more memory (docs/performance.md,
+    docs/performance-avx-512-bf16.md). Else it takes ONNX Runtime."""
 
     trust_torch: bool = False
     """Allow torch artifacts. They are code: say yes only to a bundle that you made or trust."""
@@ -76,12 +76,12 @@ class Settings(BaseSettings):
     they gain nothing), each in memory of its own. `/metrics` tells them apart."""
 
     threads: int = Field(0, ge=0)
-    """Threads of the runtime on the CPU, and of the decoder; 0 takes the container's CPU quota.
-    ONNX Runtime and OpenVINO run an image that is alone on two of them, where there are two."""
+    """Threads of the runtime on the CPU, and of the decoder; 0 takes the container's CPU quota
+    (cgroup v2). They run an image that is alone on two of them, where there are two."""
 
     max_batch: int = Field(8, ge=1, le=256)
-    """Most images in one run of the network; on a CPU it takes four or (OpenVINO) eight at
-    most, for their memory. Larger ones pay on a GPU."""
+    """Most images in one run of the network; on a CPU it takes four at most, or (OpenVINO, with
+    AMX) eight, for their memory. Larger ones pay on a GPU."""
 
     queue_size: int = Field(256, ge=1)
     """Most images admitted at once, over all requests; more answer 503."""
@@ -121,7 +121,7 @@ class Settings(BaseSettings):
 
     max_pixels_in_full: int = Field(30_000_000, ge=1)
     """Most pixels of any other image. Of large ones, one a core is decoded at a time, while a third
-    of the memory holds them at twenty bytes a pixel."""
+    of the memory (cgroup v2) holds them at twenty bytes a pixel; at least one in each process."""
 
     cors_origins: tuple[str, ...] = ()
     """Origins that browsers may call from, as a JSON list: `["https://viewer.example"]`."""

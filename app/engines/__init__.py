@@ -67,9 +67,9 @@ def open_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
     """The engine that the settings ask for, and the artifact that it runs.
 
     Where no precision is asked for, a CPU runs the int8 artifact of a bundle that has one, and one
-    that multiplies bfloat16 numbers runs it in OpenVINO, unless a runtime is asked for. What does
-    not answer here as it did when it was made (not every processor multiplies integers without
-    overflow) is passed over.
+    that multiplies bfloat16 numbers runs it in OpenVINO, unless a runtime is asked for, or more
+    than eight threads. What does not answer here as it did when it was made (not every processor
+    multiplies integers without overflow) is passed over.
 
     Raises:
         BundleError: The bundle has no such artifact, or the artifact does not fit its manifest.

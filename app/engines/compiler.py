@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 # It takes about one, on two cores.
 _MOST_SECONDS = 60.0
-# Bytes before each network that it gives, which say how long that is.
-_LENGTH = 8
+# How names of variables begin that say how the service is to work, and with which keys.
+_OURS = ("MMTL_", "OTEL_")
+# Bytes of a number: before each network that it gives, how long that is; after all of them, how
+# much memory it took.
+_NUMBER = 8
 
 
 class CompilerError(Exception):
@@ -48,8 +51,8 @@ def core() -> openvino.Core:
 
 def compile_apart(
     content: bytes, sizes: Sequence[int], options: Mapping[str, object]
-) -> list[memoryview]:
-    """Compile a network for batches of each size, for `core().import_model` with these options.
+) -> tuple[list[memoryview], int]:
+    """Compile a network for batches of each size.
 
     It is not done in this process, as the compiler leaves megabytes behind, and may crash over a
     network that it does not expect.
@@ -58,6 +61,10 @@ def compile_apart(
         content: Of an ONNX file.
         sizes: Images of a batch.
         options: Of OpenVINO's CPU device, as JSON has them.
+
+    Returns:
+        In the order of the sizes, for `core().import_model` with these options, but for the number
+        of threads; and how many bytes of memory the process took at most (0 where nobody tells).
 
     Raises:
         CompilerError: There is no OpenVINO, process, memory or time to be had, or the compiler
@@ -68,7 +75,9 @@ def compile_apart(
     command = [sys.executable, "-P", __file__, json.dumps(sizes), json.dumps(options)]
     # No secrets, which it does not need. What is typed at a terminal to stop the service (Ctrl-C)
     # stops the service, which then says so.
-    environment = {name: value for name, value in os.environ.items() if name[:5] != "MMTL_"}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.upper().startswith(_OURS)
+    }
     try:
         with Popen(
             command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, process_group=0
@@ -104,12 +113,12 @@ def compile_apart(
     networks = []
     rest = memoryview(out)
     for _ in sizes:
-        end = _LENGTH + int.from_bytes(rest[:_LENGTH])
-        networks.append(rest[_LENGTH:end])
+        end = _NUMBER + int.from_bytes(rest[:_NUMBER])
+        networks.append(rest[_NUMBER:end])
         rest = rest[end:]
     if not all(networks):
         raise CompilerError("OpenVINO's compiler ended without a word")
-    return networks
+    return networks, int.from_bytes(rest)
 
 
 def compile_here(content: bytes, size: int, options: Mapping[str, object]) -> bytes:
@@ -136,12 +145,23 @@ def _main() -> None:
             content = sys.stdin.buffer.read()
             with ThreadPoolExecutor() as pool:
                 for network in pool.map(lambda size: compile_here(content, size, options), sizes):
-                    out.write(len(network).to_bytes(_LENGTH) + network)
+                    out.write(len(network).to_bytes(_NUMBER) + network)
+            out.write(_peak().to_bytes(_NUMBER))
             failed = False
         except Exception as error:  # of whatever its front end makes of the file
             print(one_line(error), file=sys.stderr, flush=True)
             failed = True
     os._exit(failed)  # to put all away would take a tenth as long again
+
+
+def _peak() -> int:
+    """Bytes of memory that this process has had at most."""
+    # Not `getrusage`, which counts those of the process that started this one.
+    try:
+        with open("/proc/self/status") as status:
+            return 1024 * next(int(line.split()[1]) for line in status if line[:6] == "VmHWM:")
+    except (OSError, StopIteration):
+        return 0
 
 
 if __name__ == "__main__":

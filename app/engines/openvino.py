@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from math import ceil
@@ -10,6 +11,7 @@ from queue import Empty, LifoQueue
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from app.engines import BATCH_ON_CPU, EngineError
@@ -35,6 +37,7 @@ _CORES_OF_ONE = 2
 _WAIT_SECONDS = 60.0
 # Fewer arenas of malloc take less memory, and threads wait for each other there.
 _THREADS_PER_ARENA = 2
+log = structlog.get_logger()
 
 
 class OpenVinoEngine:
@@ -87,9 +90,16 @@ class OpenVinoEngine:
         if self.batch > 1:
             planned += [(self.batch, 1)] * threads
         sizes = sorted({size for size, _ in planned})
+        began = time.monotonic()
         try:
+            # No more than these: a container may use fewer cores than its machine has.
+            limited = {**options, "INFERENCE_NUM_THREADS": threads}
+            blobs, peak = compile_apart(content, sizes, limited)
+            took = round(time.monotonic() - began, 3)
+            log.info("compiled", file=file, seconds=took, megabytes=peak // 1_000_000)
             # As tensors, of which networks share one: of bytes, each would make a copy.
-            tensors = [_tensor(each) for each in compile_apart(content, sizes, options)]
+            tensors = [_tensor(each) for each in blobs]
+            del blobs
             limit_arenas(max(threads // _THREADS_PER_ARENA, 1))
             compiled = dict(zip(sizes, tensors, strict=True))
             networks = _at_once(
