@@ -114,12 +114,12 @@ def serve(
     if cores >= _MANY_CORES and not check:
         log.info("several processes may answer more", cores=cores, setting=f"{PREFIX}PROCESSES")
     _tune(settings, processes=1)
-    app = create_app(settings)
     if check:
+        app = create_app(settings.share())
         facts = app.state.networks.current.facts
         print(f"ok: {facts.name} {facts.version} on {settings.host}:{settings.port}")
         return
-    _serve(Server(app, settings))
+    _serve(Server(create_app(settings), settings))
 
 
 def _serve(server: Server, listener: socket | None = None) -> None:
@@ -253,7 +253,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="The service's answer.")] = False,
 ) -> None:
     """Answer for image files, as the service would; exits with 1 if one could not be used."""
-    settings = load_settings()
+    settings = load_settings().share()  # fewer threads may have another engine
     configure_logs("ERROR")
     _tune(settings, processes=1)
     # Nobody waits at the other end of a connection.

@@ -4,9 +4,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 from app import cli
 from app.load import Measured
+from app.main import create_app
 from app.settings import Settings
 from models.turns import NotItsTurn, in_turn
 from tests.conftest import ROOT
@@ -44,6 +46,22 @@ def test_predict_answers_as_the_service_does(run, picture: Path, client) -> None
     assert status == 0
     (found,), (expected,) = answer["results"], served["results"]
     assert found == {**expected, "filename": str(picture)}
+
+
+def test_what_is_checked_and_predicts_has_the_threads_of_one_of_several_processes(
+    run, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMTL_THREADS", "4")
+    monkeypatch.setenv("MMTL_PROCESSES", "2")
+    threads: list[int] = []
+
+    def create(settings: Settings) -> FastAPI:
+        threads.append(settings.threads)
+        return create_app(settings)
+
+    monkeypatch.setattr(cli, "create_app", create)
+    assert run("serve", "--check")[0] == run("predict", picture)[0] == 0
+    assert threads == [2, 2]
 
 
 def test_predict_takes_more_images_than_one_request(
