@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from models.bundle import Bundle, save_bundle
+from models.bundle import Bundle, Manifest, save_bundle
 from models.recalibration import CARD, METRICS
 from training.data.manifest import DataError
 from training.evaluate import Report
@@ -105,9 +105,17 @@ shipped bundle's is docs/evaluation/report.html.
 
 - Its seven diagnoses are all it knows: an invasive squamous cell carcinoma, for one, has no class.
 - The heat map shows what raised and lowered this network's logit, not where a lesion is malignant.
-
+{_in_integers(manifest)}
 Data fingerprint `{manifest.training_data.fingerprint[:16]}`, artifact
 `{report["artifact_sha256"][:16]}`.
+"""
+
+
+def _in_integers(manifest: Manifest) -> str:
+    if all(artifact.precision != "int8" for artifact in manifest.artifacts):
+        return ""
+    return """- These figures are of ONNX Runtime. A CPU that multiplies bfloat16 numbers may run
+  integers in OpenVINO, which answers a little differently: docs/int8.md.
 """
 
 
