@@ -66,9 +66,11 @@ mkdir "$work/image"
 mount --bind "$root" "$work/image"
 mount -o remount,ro,bind "$work/image"
 mount --bind "$work/secrets" "$work/image/mnt"
-# As in any container: what the CPU can do, and so which engine it gets, stands in /proc.
+# As in any container: what the CPU can do, and so which engine it gets, stands in /proc. /tmp is that
+# of docker-compose.yml.
 mount --bind /proc "$work/image/proc"
-trap 'umount "$work/image/proc" "$work/image/mnt" "$work/image" || true; cleanup' EXIT
+mount -t tmpfs -o size=256m,mode=1777,noexec,nosuid,nodev tmpfs "$work/image/tmp"
+trap 'umount "$work/image/tmp" "$work/image/proc" "$work/image/mnt" "$work/image" || true; cleanup' EXIT
 settings=(PATH=/opt/mmtl/bin:/usr/bin:/bin MMTL_HOST=127.0.0.1 MMTL_PORT=$port MMTL_KEYS=/mnt/keys.json)
 chroot --userspec=10001:10001 "$work/image" env -i "${settings[@]}" mmtl serve 2> "$work/log" &
 served=$!
@@ -92,4 +94,5 @@ curl --fail --silent -H "Authorization: Bearer $key" "http://127.0.0.1:$port/met
 curl --fail --silent -H "Authorization: Bearer $key" -X POST "http://127.0.0.1:$port/admin/reload" | jq -c .
 kill -TERM $served
 wait $served
+! grep -E "passed over|weights not shared" "$work/log" || { echo "it did not get what it asked for"; exit 1; }
 say "ended with 0 on SIGTERM: all is well"
