@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,12 +34,25 @@ def taken(name: str) -> bool:
     return True
 
 
-def open_faulty_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
+class FaultyEngine:
     """The service's engine, whose later runs obey."""
+
+    def __init__(self, engine: Engine):
+        # Not in the engine's place: the two would be in a cycle, and a network that has retired
+        # would stay in memory until garbage is collected.
+        self._engine = engine
+        self.run = with_faults(engine.run)
+        self.run_alone = with_faults(engine.run_alone)
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the engine's."""
+        return getattr(self._engine, name)
+
+
+def open_faulty_engine(bundle: Bundle, settings: Settings) -> tuple[Artifact, Engine]:
+    """As the service opens one."""
     artifact, engine = open_engine(bundle, settings)
-    for name in ("run", "run_alone"):
-        setattr(engine, name, with_faults(getattr(engine, name)))
-    return artifact, engine
+    return artifact, cast(Engine, FaultyEngine(engine))
 
 
 def with_faults(run: Run) -> Run:
