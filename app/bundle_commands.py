@@ -10,6 +10,7 @@ from rich.table import Table
 from app.console import NOTICE, fail, show
 from app.engines import load_engine
 from app.settings import load_settings
+from app.telemetry import configure_logs
 from models.bundle import MANIFEST, Artifact, Bundle, load_bundle
 from models.recalibration import (
     change_prevalence,
@@ -33,6 +34,7 @@ def verify(
 ) -> None:
     """Check hashes, shapes and golden predictions of the artifacts that are there."""
     settings = load_settings()
+    configure_logs("WARNING")
     bundle = load_bundle(folder, signed_by or settings.bundle_signed_by)
     for artifact in bundle.manifest.artifacts:
         if not bundle.path(artifact).is_file():

@@ -16,6 +16,7 @@ import numpy as np
 
 from app.engines import load_engine
 from app.settings import Settings
+from app.telemetry import configure_logs
 from models.bundle import Artifact, load_bundle
 from models.cores import multiplies_bfloat16, processor
 from training import metrics
@@ -73,6 +74,7 @@ def compare(
 
 def main(run: Path, folder: Path) -> int:
     """Print the page; 1 where a limit is passed."""
+    configure_logs("WARNING")  # not into the page
     records, _ = Run(run).load_data()
     tested = [r for r in held_out(records, Split.TEST) if r.dataset == "HAM10000"]
     tested = [r for r in tested if r.melanoma is not None]

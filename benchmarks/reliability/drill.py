@@ -34,6 +34,7 @@ import numpy as np
 from app.engines import open_engine
 from app.keys import create_key
 from app.settings import Settings
+from app.telemetry import configure_logs
 from benchmarks.reliability.garbage import BOUNDARY, garbage
 from models.bundle import Bundle, load_bundle, melanoma_probability, save_bundle
 from models.images import decode
@@ -375,6 +376,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
     arguments = parser.parse_args()
+    configure_logs("WARNING")
     drill = Drill(arguments.data)
     status = drill.run(arguments.minutes)
     tally = drill.tally

@@ -21,6 +21,7 @@ import numpy as np
 
 from app.engines import open_engine
 from app.settings import load_settings
+from app.telemetry import configure_logs
 from models.bundle import load_bundle
 from models.images import decode
 
@@ -29,6 +30,7 @@ _WARM_UP_SECONDS = 0.5
 
 def main(seconds: float, threads: int, batch: int, paths: list[str]):
     """Every thread takes a batch of images, decodes them and runs the network on them."""
+    configure_logs("WARNING")  # not beside the line that is read
     settings = load_settings()
     bundle = load_bundle(settings.bundle)
     _, engine = open_engine(bundle, settings)
