@@ -77,7 +77,8 @@ class Settings(BaseSettings):
 
     threads: int = Field(0, ge=0)
     """Threads of the runtime on the CPU, and of the decoder; 0 takes the container's CPU quota
-    (cgroup v2). They run an image that is alone on two of them, where there are two."""
+    (cgroup v2). ONNX Runtime and OpenVINO run an image that is alone on two of them, where there
+    are two."""
 
     max_batch: int = Field(8, ge=1, le=256)
     """Most images in one run of the network; on a CPU it takes four at most, or (OpenVINO, with
