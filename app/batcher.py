@@ -23,7 +23,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from app.engines import Engine
+from app.engines import Engine, one_line
 from app.telemetry import Metrics
 from models.bundle import Outputs
 from models.turns import NotItsTurn, is_anyones_turn, skip_turn
@@ -34,6 +34,10 @@ T = TypeVar("T")
 _MUCH = 1_000_000
 # How often it is looked whether a large image's turn has come.
 _TURN_SECONDS = 0.05
+# Longest that a worker that is to stop is waited for, while it finishes one piece of work.
+_LAST_SECONDS = 2.0
+# Failures in a row, after each of which a blank image failed, too: it is not the images' fault.
+_MOST_FAILURES = 3
 # As CUDA, ONNX Runtime and torch say it.
 _OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate memory", re.IGNORECASE)
 log = structlog.get_logger()
@@ -161,6 +165,7 @@ class Batcher:
         self._draining = False
         self._closed = False
         self._failed = False
+        self._failures = 0
         self._warm = threading.Event()
         # The first one warms the engine up for all.
         self._workers = [
@@ -206,31 +211,47 @@ class Batcher:
 
     def start(self) -> None:
         """Start the workers; the engine is warmed up before it is ready."""
-        for worker in self._workers:
-            worker.start()
+        try:
+            for worker in self._workers:
+                worker.start()
+        except RuntimeError:  # no thread is to be had
+            self.close(0)
+            raise
 
     def drain(self) -> None:
         """Admit no more requests, and answer those that have begun. Safe in a signal handler."""
         self._draining = True
 
     def close(self, timeout: float | None = None) -> None:
-        """Take no more images, run those that wait, and stop the workers."""
+        """Take no more images, run those that wait, and stop the workers.
+
+        Args:
+            timeout: Seconds for those that wait; what is being worked on then is finished, unless
+                it hangs.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._join(timeout)
+        self._refuse_all(Draining())
+        # Where the interpreter ends while one is in a runtime's C++, that aborts the process.
+        if not self._join(_LAST_SECONDS):
+            skip_turn()  # it may hang in its turn
+
+    def _join(self, timeout: float | None) -> bool:
+        """Wait for the workers' end; whether all have ended, or not begun."""
         deadline = None if timeout is None else time.monotonic() + timeout
         for worker in self._workers:
             if worker.is_alive():
                 worker.join(None if deadline is None else max(deadline - time.monotonic(), 0))
-        self._refuse_all(Draining())
-        if any(worker.is_alive() for worker in self._workers):
-            skip_turn()  # it may hang in its turn
+        return not any(worker.is_alive() for worker in self._workers)
 
     def retire(self, timeout: float) -> None:
         """Close when the requests that are admitted have been answered, or the time is up."""
         deadline = time.monotonic() + timeout
         with self._emptied:
             self._emptied.wait_for(lambda: self._admitted == 0, timeout)
+            self._closed = True  # before another request gets in
         self.close(max(deadline - time.monotonic(), 0))
 
     def abandon(self) -> None:
@@ -454,12 +475,16 @@ class Batcher:
             else:
                 log.error("inference failed", error="NotFinite", reason="an output is not finite")
                 job.fail(InferenceFailed())
+        if finite.all():
+            self._failures = 0
+        else:
+            self._suspect()
 
     def _try_again(self, jobs: list[_Job], error: Exception, again: bool) -> None:
         """A batch that failed in halves; one image once more."""
         self._metrics.failed_runs.inc()
         log.warning(
-            "run failed", images=len(jobs), error=type(error).__name__, reason=str(error)[:200]
+            "run failed", images=len(jobs), error=type(error).__name__, reason=one_line(error)
         )
         half = len(jobs) // 2
         if half:
@@ -473,6 +498,26 @@ class Batcher:
         else:
             log.error("inference failed", error=type(error).__name__)
             jobs[0].fail(InferenceFailed())
+            self._suspect()
+
+    def _suspect(self) -> None:
+        """See after a failure whether the network still runs at all: give it up, where not.
+
+        A GPU that has fallen off the bus fails for every image, and nobody else would notice.
+        """
+        try:
+            outputs = self._engine.run(np.zeros((1, *self._input_size, 3), np.uint8))
+            runs = all(bool(np.isfinite(values).all()) for values in outputs.values())
+        except Exception:
+            runs = False
+        self._failures = 0 if runs else self._failures + 1
+        if self._failures < _MOST_FAILURES:
+            return
+        log.error("network fails", failures=self._failures)
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+        self._refuse_all(NotReady())
 
     def _refuse_all(self, reason: Refused) -> None:
         with self._changed:

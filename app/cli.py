@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import isfinite
@@ -79,7 +80,8 @@ def _in_a_sentence() -> Iterator[None]:
     except _EXPECTED as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename2 or error.filename or 'a file'}: {error.strerror}.")
+        where = error.filename2 or error.filename
+        fail(f"{f'{where}: ' if where else ''}{error.strerror or error}.")
 
 
 @cli.command()
@@ -119,7 +121,18 @@ def serve(
         facts = app.state.networks.current.facts
         print(f"ok: {facts.name} {facts.version} on {settings.host}:{settings.port}")
         return
-    _serve(Server(create_app(settings), settings))
+    # Until it takes signals itself: what it loads just now may be the old bundle.
+    asked: list[int] = []
+    signal.signal(signal.SIGHUP, lambda number, _: asked.append(number))
+    app = create_app(settings)
+
+    def reload_if_asked() -> None:
+        if asked:
+            app.state.networks.begin_reload()
+
+    server = Server(app, settings)
+    server.on_start = reload_if_asked
+    _serve(server)
 
 
 def _serve(server: Server, listener: socket | None = None) -> None:
@@ -144,6 +157,7 @@ def _serve_beside(place: Place) -> None:
     with _in_a_sentence():
         whole = load_settings()
         settings = whole.share()
+        tempfile.tempdir = str(place.folder)  # which is removed, however this process ends
         _tune(settings, whole.processes)
         configure_logs(settings.log_level, place.number)
         said = False

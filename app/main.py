@@ -62,7 +62,7 @@ def create_app(
 
     async def tell_reload(_: str) -> bytes:
         try:
-            await asyncio.to_thread(networks.reload)
+            await asyncio.wrap_future(networks.begin_reload())
         except ReloadError as error:
             return str(error).encode()
         return RELOADED

@@ -1,8 +1,8 @@
-"""The served network: loaded, succeeded by a reload, replaced when a worker dies or hangs."""
+"""The served network: loaded, succeeded by a reload, replaced when it dies, hangs or only fails."""
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from app.telemetry import Metrics
 from models.bundle import Artifact, Bundle, load_bundle
 from models.cores import available_cores
 from models.memory import give_back
+from models.threads import begin
 
 # How often the workers are looked at.
 _WATCH_SECONDS = 0.5
@@ -24,6 +25,8 @@ _WATCH_SECONDS = 0.5
 _MOST_REPLACEMENTS = 3
 # Longest that loading another one in its place may take.
 _LOAD_SECONDS = 120.0
+# Longest that one that is being loaded is waited for at the end, while it does not hang.
+_LAST_SECONDS = 5.0
 log = structlog.get_logger()
 
 
@@ -66,6 +69,7 @@ class Networks:
         self._draining = False
         self._replacements = 0
         self._retiring: list[Network] = []
+        self._loading: Future[Network] | None = None
         # Called when the network cannot be replaced: the process should end, and be started anew.
         self.on_failure: Callable[[], None] = lambda: None
         self.current = self._load()
@@ -94,6 +98,9 @@ class Networks:
         """Stop; what is still queued is run first, for so many seconds at most."""
         self._stopped.set()
         self.current.batcher.close(longest)
+        # Where the interpreter ends while another is in a runtime's C++, that aborts the process.
+        if (loading := self._loading) is not None:
+            wait([loading], _LAST_SECONDS)
 
     @contextmanager
     def reserve(self, count: int, begun: bool = False) -> Iterator[Network]:
@@ -132,7 +139,7 @@ class Networks:
         try:
             if self._draining or self._stopped.is_set():
                 raise ReloadError("The service is shutting down.")
-            old, self.current = self.current, self._load_warm()
+            old, self.current = self.current, self._load_apart()
         except Exception as error:  # each runtime raises types of its own
             self._switching.release()
             raise self._refused(error) from None
@@ -142,8 +149,20 @@ class Networks:
         self._announce()
         log.info("reloaded", before=old.facts.version, now=self.current.facts.version)
         self._retiring.append(old)
-        threading.Thread(target=self._retire, name="mmtl-retire", daemon=True).start()
+        try:
+            begin(self._retire)
+        except RuntimeError:  # no thread is to be had just now
+            self._retire()
         return self.current
+
+    def begin_reload(self) -> "Future[Network]":
+        """`reload`, in a thread of its own: a file system may hang."""
+        try:
+            return begin(self.reload)
+        except RuntimeError as error:  # no thread is to be had just now
+            refused: Future[Network] = Future()
+            refused.set_exception(self._refused(error))
+            return refused
 
     def _refused(self, error: Exception) -> ReloadError:
         reason = str(error) or type(error).__name__
@@ -194,10 +213,7 @@ class Networks:
             if self._replacements > _MOST_REPLACEMENTS:
                 return False
             try:
-                # Not in this thread: what made the worker hang may make this hang, too.
-                loading: Future[Network] = Future()
-                threading.Thread(target=self._load_into, args=[loading], daemon=True).start()
-                self.current = loading.result(_LOAD_SECONDS)
+                self.current = self._load_apart()
             except Exception as error:
                 log.error("network not replaced", error=type(error).__name__, reason=str(error))
                 return False
@@ -210,11 +226,23 @@ class Networks:
         log.warning("network replaced", version=self.current.facts.version)
         return True
 
-    def _load_into(self, loading: "Future[Network]") -> None:
-        try:
-            loading.set_result(self._load_warm())
-        except Exception as error:
-            loading.set_exception(error)
+    def _load_apart(self) -> Network:
+        """A warm one, loaded in another thread, as a runtime or a file system may hang.
+
+        Raises:
+            EngineError: It takes too long, failed while it was warmed up, or is not wanted any
+                more; else as `__init__`.
+        """
+        self._loading = loading = begin(self._load_warm)
+        if loading not in wait([loading], _LOAD_SECONDS).done:
+            loading.add_done_callback(_close_late)
+            raise EngineError(f"The network was not loaded in {_LOAD_SECONDS:.0f} seconds.")
+        self._loading = None  # which would hold it in memory
+        network = loading.result()
+        if self._stopped.is_set():
+            network.batcher.close(0)
+            raise EngineError("The service is shutting down.")
+        return network
 
     def _load_warm(self) -> Network:
         network = self._load()
@@ -266,3 +294,9 @@ class Networks:
             network.engine_name,
             network.batcher.device,
         )
+
+
+def _close_late(loading: "Future[Network]") -> None:
+    """End a network that nobody waits for any more."""
+    if loading.exception() is None:
+        loading.result().batcher.close(0)

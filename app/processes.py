@@ -5,6 +5,7 @@ Python runs one thread of a process at a time, so that on many cores several pro
 (SO_REUSEPORT). At the start they listen when all are warm: the first would keep every connection.
 """
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -33,6 +34,8 @@ _LONGEST_PAUSE = 30.0
 _LONGEST_WAIT = 120.0
 # How often it is looked what is due; a signal does not end a wait.
 _LOOK_SECONDS = 0.5
+# Bytes of a path: a Unix socket's may have 107, with `/N.socket`.
+_LONGEST_FOLDER = 90
 # What a process says.
 WARM, LISTENS = "warm", "listens"
 log = structlog.get_logger()
@@ -83,8 +86,12 @@ def supervise(target: Target, count: int, host: str, port: int, patience: float)
 
     Raises:
         PortTaken: Somebody else listens there.
+        OSError: There is no folder for what the processes share.
     """
     with _reserve(host, port) as reserved, TemporaryDirectory(prefix="mmtl-") as folder:
+        if len(os.fsencode(folder)) > _LONGEST_FOLDER:
+            reason = "too long a path for Unix sockets in it; set TMPDIR to a shorter one"
+            raise OSError(errno.ENAMETOOLONG, reason, folder)
         address = (host, reserved.getsockname()[1])
         return _Supervisor(target, count, Path(folder), address, patience).run()
 
@@ -298,8 +305,11 @@ def _reserve(host: str, port: int) -> socket.socket:
 
 
 def _bound(address: tuple[str, int], *options: int) -> socket.socket:
-    made = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    is_six = ":" in address[0]
+    made = socket.socket(socket.AF_INET6 if is_six else socket.AF_INET)
     try:
+        if is_six:  # and nothing else, as asyncio has it
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         for option in options:
             made.setsockopt(socket.SOL_SOCKET, option, 1)
         made.bind(address)

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from math import ceil
@@ -21,7 +20,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app import problems
-from app.networks import Networks, ReloadError
+from app.networks import Networks
 from app.problems import Kind, Problem, respond
 from app.settings import Settings
 from app.telemetry import Metrics
@@ -294,7 +293,7 @@ class Server(uvicorn.Server):
         # The main thread alone gets signals, as uvicorn has it, too.
         if threading.current_thread() is threading.main_thread():
             loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, self._reload))
+            loop.add_signal_handler(signal.SIGHUP, self._networks.begin_reload)
         self.on_start()
 
     async def shutdown(self, sockets: Any = None) -> None:
@@ -311,10 +310,6 @@ class Server(uvicorn.Server):
         # Not uvicorn's own, which raises the signal again in the end: a drained stop is a good end.
         self.force_exit = self.should_exit
         self.should_exit = True
-
-    def _reload(self) -> None:
-        with suppress(ReloadError):  # which is logged
-            self._networks.reload()
 
     def _fail(self) -> None:
         self.failed = True

@@ -134,7 +134,7 @@ class Metrics:
         )
         self.replacements = Counter(
             "mmtl_network_replacements",
-            "Networks loaded anew because a worker had died or hung.",
+            "Networks loaded anew because a worker had died or hung, or every image failed.",
             registry=registry,
         )
         self.model_info = Gauge(

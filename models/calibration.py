@@ -80,7 +80,10 @@ def choose_threshold(
     needed = int(np.ceil(sensitivity * len(found) - 1e-9))
     last = found[max(needed, 1) - 1]
     below = probabilities[probabilities < last]
-    return float((last + below.max()) / 2) if below.size else float(last)
+    if not below.size:
+        return float(last)
+    halfway = float((last + below.max()) / 2)
+    return halfway if halfway > below.max() else float(last)  # numbers without one between them
 
 
 def log_odds(probability: float) -> float:

@@ -74,18 +74,33 @@ def _trim_now() -> None:
     trim_heaps()
 
 
+def _begin_anew() -> None:
+    if _due.locked():
+        _due.release()
+
+
+# A process that is forked has no timer that would release it.
+os.register_at_fork(after_in_child=_begin_anew)
+
+
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Let SIGINT wait for the block's end: Python drops what a collection's callbacks raise."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    """Let what stops a process wait for the block's end.
+
+    Python drops what a handler raises in a collection's callbacks.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    raising = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in raising:
+        signal.signal(number, lambda *arguments: came.append(arguments))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in raising.items():
+            signal.signal(number, handler)
         if came:
-            before(*came[0])
+            raising[signal.Signals(came[0][0])](*came[0])

@@ -1,9 +1,10 @@
-"""Threads that a library begins for its runs: which they are, and what cores they may run on."""
+"""Threads: work in one of its own; those that a library begins, and what cores they may run on."""
 
 import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -15,6 +16,36 @@ _OWN_NAME = Path("/proc/thread-self/comm")
 # PyDLL: the interpreter is not let go for it.
 _this_core = getattr(ctypes.PyDLL(None), "sched_getcpu", None)
 _numbers = count()
+
+
+def begin(work: Callable[[], _T]) -> Future[_T]:
+    """Do some work in a thread of its own, which keeps no process from ending if it hangs.
+
+    An executor's threads are waited for at the interpreter's end, without a limit.
+
+    Args:
+        work: Without arguments.
+
+    Returns:
+        Gets what the work gives, or raises.
+
+    Raises:
+        RuntimeError: No thread is to be had.
+    """
+    future: Future[_T] = Future()
+
+    def do() -> None:
+        try:
+            found = work()
+        except BaseException as error:
+            with suppress(InvalidStateError):  # nobody waits any more
+                future.set_exception(error)
+        else:
+            with suppress(InvalidStateError):
+                future.set_result(found)
+
+    threading.Thread(target=do, daemon=True).start()
+    return future
 
 
 def begun_by(work: Callable[[], _T]) -> tuple[_T, list[int]]:

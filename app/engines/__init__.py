@@ -24,7 +24,20 @@ from models.cores import available_cores, multiplies_bfloat16
 BATCH_ON_CPU = 4
 # Each takes memory of its own in OpenVINO; on more cores there should be several processes.
 _MOST_THREADS = 8
+# Characters of what a runtime says.
+_SAID_FIRST, _SAID_LAST, _CUT = 60, 160, " … "
 log = structlog.get_logger()
+
+
+def one_line(reason: object) -> str:
+    """What a runtime says, shortened: often a path of its source begins it, and the cause ends it.
+
+    Args:
+        reason: An error, or its text.
+    """
+    text = " ".join(str(reason).split())
+    short = text[:_SAID_FIRST] + _CUT + text[-_SAID_LAST:]
+    return text if len(text) <= len(short) else short
 
 
 class EngineError(Exception):
@@ -158,8 +171,7 @@ def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engin
         try:
             outputs = run(batch)
         except Exception as error:  # each runtime raises types of its own
-            reason = " ".join(str(error).split())[:200]
-            message = f"{artifact.file} does not take the declared input: {reason}"
+            message = f"{artifact.file} does not take the declared input: {one_line(error)}"
             raise BundleError(message) from None
         check_shapes(artifact, outputs, shapes)
         check_golden(bundle.manifest, artifact, outputs, engine.rounding)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +70,8 @@ def compile_apart(
             crashed.
         NetworkError: It is no network.
     """
+    from app.engines import one_line  # here, as the compiler needs nothing of ours
+
     # -P: modules are not looked for in this file's folder, where one is called as OpenVINO is.
     command = [sys.executable, "-P", __file__, json.dumps(sizes), json.dumps(options)]
     # No secrets, which it does not need. What is typed at a terminal to stop the service (Ctrl-C)
@@ -88,7 +89,7 @@ def compile_apart(
             finally:
                 compiler.kill()
     except (ImportError, RuntimeError) as error:  # as it says that its own files are missing
-        from models.entry import is_interrupt  # here, as the compiler needs nothing of ours
+        from models.entry import is_interrupt
 
         if is_interrupt(error):
             raise KeyboardInterrupt from None
@@ -129,11 +130,6 @@ def compile_here(content: bytes, size: int, options: Mapping[str, object]) -> by
     return exported.getvalue()
 
 
-def one_line(reason: object) -> str:
-    """The end of what OpenVINO says, which names the cause."""
-    return re.sub(r"\s+", " ", str(reason)).strip()[-200:]
-
-
 def _main() -> None:
     """From an ONNX network on standard input to compiled ones on standard output."""
     sizes, options = (json.loads(argument) for argument in sys.argv[1:])
@@ -149,7 +145,7 @@ def _main() -> None:
             out.write(_peak().to_bytes(_NUMBER))
             failed = False
         except Exception as error:  # of whatever its front end makes of the file
-            print(one_line(error), file=sys.stderr, flush=True)
+            print(error, file=sys.stderr, flush=True)
             failed = True
     os._exit(failed)  # to put all away would take a tenth as long again
 

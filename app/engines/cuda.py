@@ -9,7 +9,7 @@ import onnxruntime
 import structlog
 from onnxruntime import OrtValue
 
-from app.engines import EngineError
+from app.engines import EngineError, one_line
 from app.engines.graphs import Busy, Graphs, Pixels, Run, alone
 from app.engines.onnx import open_session
 from models.bundle import Outputs
@@ -98,7 +98,7 @@ class CudaEngine:
         except Busy:
             raise
         except Exception as error:  # an operator that CUDA has not, or a shape that is not known
-            log.warning("no CUDA graph", images=len(images), reason=str(error)[:200])
+            log.warning("no CUDA graph", images=len(images), reason=one_line(error))
             return None
         return run
 

@@ -1,6 +1,5 @@
 """ONNX Runtime on the CPU."""
 
-import re
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 
@@ -9,7 +8,7 @@ import onnxruntime
 import structlog
 from numpy.typing import NDArray
 
-from app.engines import BATCH_ON_CPU
+from app.engines import BATCH_ON_CPU, one_line
 from models.bundle import BundleError, Outputs
 from models.threads import begun_by, keep_off_this_core
 
@@ -136,8 +135,7 @@ def _opened(
             network, options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
     except Exception as error:  # ONNX Runtime raises types of its own, some of them private
-        reason = re.sub(r"\s+", " ", str(error))[:200]
-        raise BundleError(f"ONNX Runtime cannot load {file}: {reason}") from None
+        raise BundleError(f"ONNX Runtime cannot load {file}: {one_line(error)}") from None
     session._model_bytes = None  # kept for a fallback to other providers, which there is not
     inputs = session.get_inputs()
     if [(i.name, i.type) for i in inputs] != [("images", "tensor(uint8)")]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from functools import partial
 from math import ceil
 from queue import Empty, LifoQueue
 from typing import TYPE_CHECKING, TypeVar
@@ -14,11 +13,12 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from app.engines import BATCH_ON_CPU, EngineError
-from app.engines.compiler import CompilerError, compile_apart, core, one_line
+from app.engines import BATCH_ON_CPU, EngineError, one_line
+from app.engines.compiler import CompilerError, compile_apart, core
 from models.bundle import BundleError, Outputs
 from models.cores import has_amx
 from models.memory import limit_arenas
+from models.threads import begin
 
 if TYPE_CHECKING:
     from openvino import CompiledModel, InferRequest, Tensor
@@ -172,16 +172,5 @@ def _tensor(content: memoryview) -> Tensor:
 
 
 def _at_once(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-    """What some work gives for each item, in threads that keep no process alive if they hang."""
-
-    def do(item: _Item, future: Future[_Result]) -> None:
-        try:
-            future.set_result(work(item))
-        except BaseException as error:
-            future.set_exception(error)
-
-    started: list[Future[_Result]] = []
-    for item in items:
-        started.append(Future())
-        threading.Thread(target=do, args=[item, started[-1]], daemon=True).start()
-    return [future.result() for future in started]
+    """What some work gives for each item, each in a thread of its own."""
+    return [future.result() for future in [begin(partial(work, item)) for item in items]]

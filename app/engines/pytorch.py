@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.export.passes import move_to_device_pass
 
-from app.engines import BATCH_ON_CPU, EngineError
+from app.engines import BATCH_ON_CPU, EngineError, one_line
 from app.engines.graphs import Graphs, Run, alone
 from models.bundle import ArtifactFormat, BundleError, Outputs
 
@@ -80,7 +80,7 @@ class PytorchEngine:
         try:
             return self._graph(images)
         except RuntimeError as error:  # it waits for the CPU, as a traced program may
-            log.warning("no CUDA graph", images=len(images), reason=str(error)[:200])
+            log.warning("no CUDA graph", images=len(images), reason=one_line(error))
             return partial(_run, self._program, self.device)
 
     @torch.inference_mode()

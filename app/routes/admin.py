@@ -45,7 +45,7 @@ async def reload(request: Request) -> ModelFacts:
     """
     networks: Networks = request.app.state.networks
     try:
-        network = await asyncio.to_thread(networks.reload)
+        network = await asyncio.wrap_future(networks.begin_reload())
     except ReloadError as error:
         raise Problem(problems.RELOAD_REFUSED, str(error)) from None
     siblings: Siblings | None = request.app.state.siblings

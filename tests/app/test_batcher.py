@@ -395,6 +395,24 @@ async def test_an_old_batcher_ends_with_its_last_request(batcher: Batcher, engin
     assert not any(worker.is_alive() for worker in batcher._workers)
 
 
+async def test_no_request_gets_in_while_an_old_batcher_closes(
+    batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[bool] = []
+
+    def close(_: float) -> None:
+        try:
+            with batcher.reserve(1):
+                refused.append(False)
+        except Draining:
+            refused.append(True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batcher, "close", close)
+        batcher.retire(5)
+    assert refused == [True]
+
+
 async def test_beside_a_run_what_waits_is_decoded_before_another_run() -> None:
     engine = Engine()
     engine.runs_at_once, engine.helpers, engine.batch = 2, 0, 2
@@ -452,6 +470,46 @@ async def test_an_answer_that_is_not_finite_fails_alone(batcher: Batcher, engine
     assert good == 43
     assert isinstance(bad, InferenceFailed)
     await first
+
+
+@pytest.mark.parametrize("gives", ["errors", "infinity"])
+async def test_a_network_that_fails_for_blank_images_too_is_broken(
+    batcher: Batcher, monkeypatch: pytest.MonkeyPatch, gives: str
+) -> None:
+    def fail(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        if gives == "errors":
+            raise RuntimeError("an illegal memory access was encountered")
+        return {"first": np.full(len(images), np.inf, np.float32)}
+
+    monkeypatch.setattr(batcher._engine, "run", fail)
+    monkeypatch.setattr(batcher._engine, "run_alone", fail)
+    for _ in range(3):
+        assert not batcher.broken(60)
+        with pytest.raises(InferenceFailed):
+            await ask(batcher, 1)
+    until(lambda: batcher.broken(60))
+    with pytest.raises(NotReady):
+        await ask(batcher, 1)
+
+
+async def test_images_that_fail_alone_break_no_network(batcher: Batcher) -> None:
+    for value in [POISON] * 4 + [INFINITE] * 4:
+        with pytest.raises(InferenceFailed):
+            await ask(batcher, value)
+    assert await ask(batcher, 1) == 1
+
+
+async def test_failures_with_answers_between_them_break_no_network(
+    batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(4):
+        with monkeypatch.context() as failing:
+            failing.setattr(batcher._engine, "run", lambda _: refuse())
+            failing.setattr(batcher._engine, "run_alone", lambda _: refuse())
+            with pytest.raises(InferenceFailed):
+                await ask(batcher, 1)
+            until(lambda: not batcher._busy)
+        assert await ask(batcher, 1) == 1
 
 
 async def test_what_a_decoder_raises_reaches_its_caller_alone(batcher: Batcher) -> None:
@@ -541,6 +599,36 @@ async def test_closing_answers_what_waits_and_refuses_the_rest(
     engine.gate.set()
     assert await asyncio.gather(first, waiting) == [1, 60]
     await closing
+
+
+async def test_what_is_being_worked_on_is_finished_though_nothing_is_waited_for(
+    batcher: Batcher, engine: Engine
+) -> None:
+    first = await hold(engine, batcher)
+    waiting = asyncio.create_task(ask(batcher, 60))
+    await asyncio.sleep(0.01)
+    closing = asyncio.create_task(asyncio.to_thread(batcher.close, 0))
+    with pytest.raises(Draining):
+        await waiting
+    assert not closing.done()
+    engine.gate.set()
+    await asyncio.wait_for(closing, 5)
+    assert await first == 1
+    assert not any(worker.is_alive() for worker in batcher._workers)
+
+
+def test_workers_that_cannot_all_be_started_end(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher = Batcher(engine, (SIDE, SIDE), 2, 10, Metrics(4, ()), lambda _: {})
+    monkeypatch.setattr(batcher._workers[-1], "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        batcher.start()
+    assert not any(worker.is_alive() for worker in batcher._workers)
+
+
+def refuse() -> None:
+    raise RuntimeError("can't start new thread")
 
 
 async def test_closing_ends_every_worker_though_the_callers_have_gone(engine: Engine) -> None:

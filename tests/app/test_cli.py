@@ -1,5 +1,7 @@
+import errno
 import json
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from fastapi import FastAPI
 from app import cli
 from app.load import Measured
 from app.main import create_app
+from app.networks import Networks
 from app.settings import Settings
 from models.turns import NotItsTurn, in_turn
 from tests.conftest import ROOT
@@ -167,6 +170,43 @@ def test_check_validates_and_exits(run, monkeypatch: pytest.MonkeyPatch) -> None
         2,
         "mmtl: /nowhere is not a bundle: bundle.json cannot be read.\n",
     )
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_hangup_while_the_bundle_is_loaded_reloads_it_then(
+    run, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    reloaded: list[Networks] = []
+    before = signal.getsignal(signal.SIGHUP)
+
+    def create(settings: Settings) -> FastAPI:
+        app = create_app(settings)
+        if comes:
+            signal.raise_signal(signal.SIGHUP)
+        return app
+
+    monkeypatch.setattr("app.cli.create_app", create)
+    monkeypatch.setattr("app.cli._serve", lambda server: server.on_start())
+    monkeypatch.setattr(Networks, "begin_reload", lambda networks: reloaded.append(networks))
+    monkeypatch.setattr("gc.set_threshold", lambda _: None)
+    try:
+        assert run("serve")[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(reloaded) == comes
+
+
+def test_without_a_folder_for_what_processes_share_it_says_so(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: str) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setenv("MMTL_PROCESSES", "2")
+    monkeypatch.setattr("app.processes.TemporaryDirectory", refuse)
+    status, _, error = run("serve")
+    assert status == 2
+    assert error == "mmtl: No usable temporary directory found in ['/tmp'].\n"
 
 
 def test_processes_share_what_large_images_may_be_decoded_at_once(

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +16,7 @@ from app.engines.onnx import OnnxEngine
 from app.keys import create_key
 from app.networks import Network, Networks, ReloadError
 from app.settings import Settings
+from models.threads import begin
 from tests.bundles import make_bundle
 from tests.conftest import started
 from tests.lesions import flat
@@ -277,6 +278,85 @@ def test_a_network_that_cannot_be_started_leaves_no_worker_behind(
         workers[0].join(5)
         assert threading.active_count() == before
         assert predict(client).status_code == 200
+
+
+def test_a_reload_that_hangs_is_refused_and_what_it_gives_late_is_ended(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, release = Networks._load, threading.Event()
+    late: list[Network] = []
+
+    def load_late(networks: Networks) -> Network:
+        release.wait(10)
+        late.append(load(networks))
+        return late[-1]
+
+    monkeypatch.setattr(Networks, "_load", load_late)
+    monkeypatch.setattr("app.networks._LOAD_SECONDS", 0.1)
+    networks = client.app.state.networks
+    with pytest.raises(ReloadError, match="not loaded in"):
+        networks.begin_reload().result(10)
+    assert predict(client).status_code == 200
+    release.set()
+    until(lambda: late and late[0].batcher._closed)
+    until(lambda: not any(worker.is_alive() for worker in late[0].batcher._workers))
+    assert networks.current is not late[0]
+
+
+def test_a_network_that_is_loaded_while_the_service_ends_is_waited_for_and_ended(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, begun, loaded = Networks._load, threading.Event(), []
+
+    def load_slowly(networks: Networks) -> Network:
+        begun.set()
+        time.sleep(0.3)
+        loaded.append(load(networks))
+        return loaded[-1]
+
+    with started(settings) as client:
+        monkeypatch.setattr(Networks, "_load", load_slowly)
+        reloading = client.app.state.networks.begin_reload()
+        assert begun.wait(10)
+    assert loaded
+    with pytest.raises(ReloadError, match="shutting down"):
+        reloading.result(10)
+    assert not any(worker.is_alive() for worker in loaded[0].batcher._workers)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_without_a_thread_to_be_had_a_reload_is_refused_or_ends_the_old_network_itself(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[object] = []
+
+    def begin_at_most(count: int) -> None:
+        def begin_or_not(work: Callable[[], object]):
+            if len(begun) == count:
+                raise RuntimeError("can't start new thread")
+            begun.append(work)
+            return begin(work)
+
+        begun.clear()
+        monkeypatch.setattr("app.networks.begin", begin_or_not)
+
+    networks = client.app.state.networks
+    old = networks.current
+    begin_at_most(0)
+    with pytest.raises(ReloadError, match="can't start new thread"):
+        networks.begin_reload().result(10)
+    begin_at_most(1)
+    assert networks.reload() is networks.current is not old
+    assert not old.batcher.alive
+    begin_at_most(3)
+    networks.reload()
+    assert predict(client).status_code == 200
 
 
 def test_whatever_a_reload_meets_the_old_network_stays(

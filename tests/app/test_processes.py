@@ -275,6 +275,26 @@ def test_a_port_that_somebody_listens_on_is_a_clear_error() -> None:
             supervise(listen, 2, "127.0.0.1", port, 9.0)
 
 
+def test_folders_too_long_for_sockets_are_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 25)))
+    (tmp_path / ("long" * 25)).mkdir()
+    with pytest.raises(OSError, match="set TMPDIR"):
+        supervise(fail, 2, "127.0.0.1", 0, 1.0)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+def test_an_address_of_version_six_takes_no_other_connections(tmp_path: Path) -> None:
+    link, theirs = multiprocessing.Pipe()
+    with link, theirs, Place(0, tmp_path, ("::", 0), theirs).listener() as listener:
+        listener.listen()
+        port = listener.getsockname()[1]
+        socket.create_connection(("::1", port), 1).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), 1)
+
+
 def test_two_services_do_not_share_a_port_by_mistake(notes: Path) -> None:
     port = free_port()
     refused = []

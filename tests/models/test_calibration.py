@@ -70,6 +70,12 @@ def test_the_threshold_is_the_highest_that_is_sensitive_enough(rows: list, wante
     assert len(fewer) / len(found) < wanted
 
 
+@pytest.mark.parametrize("lower", [0.0, 0.5])
+def test_the_threshold_is_above_the_next_lower_probability_however_near_that_is(lower) -> None:
+    probabilities = np.array([lower, np.nextafter(lower, 1)])
+    assert choose_threshold(probabilities, np.array([1, 1], bool), 0.5) == probabilities[1]
+
+
 def test_the_threshold_keeps_off_every_image() -> None:
     probabilities = np.array([0.1, 0.2, 0.4, 0.5])
     assert choose_threshold(probabilities, np.array([0, 1, 0, 1], bool), 0.5) == pytest.approx(0.45)

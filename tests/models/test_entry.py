@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ ENDS = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
 FAILS = "raise ImportError('no such symbol') from ValueError()"
 
 
-def run(package: str, on_import: str) -> subprocess.CompletedProcess[str]:
+def run(package: str, on_import: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A package as a program, in which its command line cannot be imported."""
     interrupted = f"""
 import runpy, sys
@@ -21,7 +22,8 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 runpy.run_module("{package}", run_name="__main__")
 """
-    return subprocess.run([sys.executable, "-c", interrupted], capture_output=True, text=True)
+    command = [sys.executable, "-c", interrupted, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("package", ["app", "training"])
@@ -35,6 +37,12 @@ def test_the_service_ends_by_sigterm_as_by_ctrl_c_while_it_is_loaded() -> None:
     # Without a handler a signal ends a program, but not the first of a container.
     done = run("app", ENDS)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_a_hangup_does_not_end_the_service_while_it_is_loaded() -> None:
+    hangs_up = "import os, signal; os.kill(os.getpid(), signal.SIGHUP); raise KeyboardInterrupt"
+    assert run("app", hangs_up, "predict").returncode == -signal.SIGHUP
+    assert run("app", hangs_up, "serve").returncode == 130
 
 
 def test_what_else_fails_then_is_told() -> None:

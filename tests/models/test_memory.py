@@ -59,18 +59,23 @@ def test_cycles_are_collected() -> None:
     assert gone() is None
 
 
-def test_an_interrupt_in_a_callback_of_the_collection_is_not_lost() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_in_a_callback_of_the_collection_is_not_lost(
+    number: signal.Signals,
+) -> None:
     cycle = Cycle()
-    watched = weakref.ref(cycle, lambda _: signal.raise_signal(signal.SIGINT))
+    watched = weakref.ref(cycle, lambda _: signal.raise_signal(number))
+    before = signal.signal(number, signal.default_int_handler)
     gc.disable()
     try:
         del cycle
         with pytest.raises(KeyboardInterrupt):
             give_back()
+        assert signal.getsignal(number) is signal.default_int_handler
     finally:
         gc.enable()
+        signal.signal(number, before)
     assert watched() is None
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
@@ -99,6 +104,15 @@ def test_heaps_are_trimmed_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatch)
         memory.trim_heaps_soon(0.0)
     memory.trim_heaps_soon(0.0)
     assert trimmed.acquire(timeout=5)
+
+
+def test_a_process_that_is_forked_meanwhile_trims_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "trim_heaps", lambda: None)
+    memory.trim_heaps_soon(0.2)
+    child = os.fork()
+    if not child:
+        os._exit(memory._due.locked())
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def fail(_: threading.Timer) -> None:

@@ -2,13 +2,14 @@ import _thread
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
 
 import models.threads
-from models.threads import begun_by, keep_off_this_core
+from models.threads import begin, begun_by, keep_off_this_core
 
 HERE = os.sched_getaffinity(0)
 needs_two_cores = pytest.mark.skipif(len(HERE) < 2, reason="one core")
@@ -25,10 +26,10 @@ def ended() -> Iterator[threading.Event]:
 @pytest.fixture
 def waiting(ended: threading.Event) -> int:
     """A thread that waits, by the kernel's number."""
-    return begin(ended.wait)
+    return begin_as_a_library(ended.wait)
 
 
-def begin(work: Callable[[], object]) -> int:
+def begin_as_a_library(work: Callable[[], object]) -> int:
     """A thread as a library begins it, which gives it no name."""
     numbers: SimpleQueue[int] = SimpleQueue()
 
@@ -47,15 +48,15 @@ def test_threads_that_some_work_begins_are_told_from_those_of_others(
 
     def begin_another() -> None:
         go.wait()
-        begin(ended.wait)
+        begin_as_a_library(ended.wait)
         gone.set()
 
     def work() -> int:
         go.set()
         assert gone.wait(10)
-        return begin(ended.wait)
+        return begin_as_a_library(ended.wait)
 
-    begin(begin_another)
+    begin_as_a_library(begin_another)
     mine, begun = begun_by(work)
     assert begun == [mine]
 
@@ -97,3 +98,28 @@ def test_where_the_caller_has_one_core_a_thread_stays_where_it_may_be(waiting: i
     finally:
         os.sched_setaffinity(0, HERE)
     assert os.sched_getaffinity(waiting) == HERE
+
+
+def test_work_in_a_thread_of_its_own_gives_what_it_finds_or_raises() -> None:
+    assert begin(lambda: threading.current_thread().daemon).result(10) is True
+    with pytest.raises(ZeroDivisionError):
+        begin(lambda: 1 // 0).result(10)
+
+
+@pytest.mark.parametrize("work", [lambda: 1, lambda: 1 // 0])
+def test_who_no_longer_waits_for_such_work_costs_it_nothing(
+    ended: threading.Event, work: Callable[[], int]
+) -> None:
+    done = threading.Event()
+
+    def wait_and_work() -> int:
+        ended.wait(10)
+        done.set()
+        return work()
+
+    future = begin(wait_and_work)
+    assert future.cancel()
+    ended.set()
+    assert done.wait(10)
+    with pytest.raises(CancelledError):
+        future.result(10)

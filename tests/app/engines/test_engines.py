@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.engines import EngineError, compiler, load_engine, open_engine
+from app.engines import EngineError, compiler, load_engine, one_line, open_engine
 from app.engines.onnx import OnnxEngine
 from app.engines.openvino import OpenVinoEngine
 from app.settings import Settings
@@ -248,3 +248,12 @@ def test_a_gpu_is_taken_where_there_is_one_and_runs_floats() -> None:
     expected = OnnxEngine("model.onnx", bundle.read(artifact), 1, 4).run(images)
     for name, values in engine.run(images).items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-3, atol=1e-3)
+
+
+def test_what_a_runtime_says_keeps_its_beginning_and_its_cause() -> None:
+    assert one_line(ValueError("short,\n  on two lines")) == "short, on two lines"
+    said = one_line("FAIL : /onnxruntime/core/graph.cc " + "x" * 500 + " Failed to write the file")
+    assert said.startswith("FAIL : /onnxruntime/core/graph.cc")
+    assert said.endswith(" Failed to write the file")
+    assert len(said) < 250
+    assert one_line(said) == said
