@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import isfinite
@@ -28,7 +29,15 @@ from app.engines import EngineError
 from app.keys import KeysError
 from app.main import build_api, create_app
 from app.problems import NOT_FOUND, Problem
-from app.processes import LISTENS, WARM, Place, PortTaken, be_watched, supervise
+from app.processes import (
+    LISTENS,
+    WARM,
+    Place,
+    PortTaken,
+    be_watched,
+    check_address,
+    supervise,
+)
 from app.schemas import Failure, PredictResponse, Result, Success
 from app.server import Server
 from app.settings import PREFIX, Settings, SettingsError, load_settings
@@ -121,6 +130,7 @@ def serve(
         facts = app.state.networks.current.facts
         print(f"ok: {facts.name} {facts.version} on {settings.host}:{settings.port}")
         return
+    check_address(settings.host, settings.port)
     # Until it takes signals itself: what it loads just now may be the old bundle.
     asked: list[int] = []
     signal.signal(signal.SIGHUP, lambda number, _: asked.append(number))
@@ -140,7 +150,7 @@ def _serve(server: Server, listener: socket | None = None) -> None:
     logging.getLogger("uvicorn.access").disabled = True
     server.run(None if listener is None else [listener])
     if not server.started or server.failed:
-        raise SystemExit(1)  # the log says why: a port in use, most often
+        raise SystemExit(1)  # the log says why
 
 
 def _tune(settings: Settings, processes: int) -> None:
@@ -231,16 +241,25 @@ def bench(
         print(json.dumps(measured, indent=2))
     else:
         _print_loads(f"{url}, {f'{rate:g} images/s arriving' if rate else 'closed loop'}", measured)
-    statuses = {status for found in measured.values() for status in found["statuses"]}
+    statuses = sum((Counter(found["statuses"]) for found in measured.values()), Counter[str]())
     if not statuses:
         fail(
             "No request was sent in the measured time: none arrived, or all clients waited for "
             "earlier answers. Give more --seconds."
         )
     if "200" not in statuses:
-        fail(f"No request was answered with 200, but with {', '.join(sorted(statuses))}.")
+        fail(f"No request was answered with 200: {_in_words(statuses)}.")
     if not any(found["images_per_second"] for found in measured.values()):
         fail("No answer came in the measured time: give more --seconds.")
+    if failed := {status: n for status, n in statuses.items() if status not in ("200", "503")}:
+        fail(f"Some requests failed: {_in_words(failed)}.", status=1)
+
+
+def _in_words(statuses: Mapping[str, int]) -> str:
+    return ", ".join(
+        f"{count:,} x {'no answer, the connection ended' if status == 'broken' else status}"
+        for status, count in sorted(statuses.items())
+    )
 
 
 def _print_loads(title: str, measured: Mapping[int, Mapping[str, Any]]) -> None:
@@ -318,9 +337,8 @@ def _read(path: Path) -> Upload | Failure:
 
 def _print_table(answer: PredictResponse) -> None:
     table = Table(title=f"{answer.model.name} {answer.model.version}", caption=NOTICE)
-    table.add_column("image", overflow="fold")
-    for column in ("melanoma", "decision", "age", "site", "warnings"):
-        table.add_column(column)
+    for column in ("image", "melanoma", "decision", "age", "site", "warnings"):
+        table.add_column(column, overflow="fold")  # a warning that is cut off is none
     for result in answer.results:
         if isinstance(result, Success):
             found = result.prediction
@@ -330,7 +348,7 @@ def _print_table(answer: PredictResponse) -> None:
                 f"{found.melanoma.decision} ({found.melanoma.threshold:.3f})".replace("_", " "),
                 f"{found.age.label} ({found.age.years:.0f} years)",
                 found.site.label,
-                ", ".join(result.quality.warnings),
+                ", ".join(result.quality.warnings).replace("_", " "),
             )
         else:
             detail = result.error.detail

@@ -14,7 +14,7 @@ def show(table: Table) -> None:
     Console(markup=False, emoji=False).print(table)
 
 
-def fail(sentence: str) -> NoReturn:
-    """Say what is wrong, and exit with status 2."""
+def fail(sentence: str, status: int = 2) -> NoReturn:
+    """Say what is wrong, and exit."""
     print(f"mmtl: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)

@@ -184,7 +184,11 @@ class _Connection(asyncio.Protocol):
         self._answer(status)
 
     async def send(self, request: bytes) -> tuple[int, bool]:
-        """The status of the answer (0 where none came), and whether it has a `Retry-After`."""
+        """The status of the answer (0 where none came), and whether it has a `Retry-After`.
+
+        Raises:
+            TimeoutError: None came, and the connection is still there; it is closed.
+        """
         if self._transport is None:
             return 0, False
         self._parser = httptools.HttpResponseParser(self)
@@ -195,7 +199,7 @@ class _Connection(asyncio.Protocol):
             return await asyncio.wait_for(answered, _PATIENCE_SECONDS)
         except TimeoutError:
             self.close()
-            return 0, False
+            raise
 
     @property
     def open(self) -> bool:
@@ -263,7 +267,8 @@ async def run_load(
     measuring = asyncio.Event()
     unanswered = set(range(clients))
     cpu = 0.0
-    failed: LoadError | None = None
+    failed: Exception | None = None
+    heard = False
 
     def begin(at: float) -> None:
         nonlocal start, end
@@ -284,11 +289,21 @@ async def run_load(
         return connection
 
     async def ask(connection: _Connection, asked: float) -> tuple[_Connection, int]:
+        nonlocal heard
         status, retry_after = 0, False
-        with suppress(LoadError):  # of a service that has answered before, and may again
+        try:
             if not connection.open:
                 connection = await connect()
             status, retry_after = await connection.send(next(requests))
+        except LoadError:  # of a service that has answered before, and may again
+            pass
+        except TimeoutError:
+            if not heard:
+                raise LoadError(
+                    f"{target.host}:{target.port} takes connections, and answered nothing in "
+                    f"{_PATIENCE_SECONDS:.0f} seconds."
+                ) from None
+        heard = heard or status != 0
         answered = time.monotonic()
         measured.answers_in_all += 1
         if start <= answered <= end:
@@ -318,24 +333,30 @@ async def run_load(
         free: asyncio.LifoQueue[_Connection] = asyncio.LifoQueue()
 
         async def take(connection: _Connection, asked: float) -> None:
-            connection, _ = await ask(connection, asked)
-            free.put_nowait(connection)
+            try:
+                connection, _ = await ask(connection, asked)
+            finally:
+                free.put_nowait(connection)
 
         for connection in await asyncio.gather(*(connect() for _ in range(clients))):
             free.put_nowait(connection)
-        async with asyncio.TaskGroup() as group:
-            for asked in takewhile(lambda at: at < end, arrivals):
-                await asyncio.sleep(max(asked - time.monotonic(), 0))
-                try:
-                    # What waits at the end is sent for as long again, and no longer.
-                    async with asyncio.timeout_at(loop.time() + end + seconds - time.monotonic()):
-                        connection = await free.get()
-                except TimeoutError:
-                    measured.unsent += asked >= start
-                    continue
-                group.create_task(take(connection, asked))
-        while not free.empty():
-            free.get_nowait().close()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for asked in takewhile(lambda at: at < end, arrivals):
+                    await asyncio.sleep(max(asked - time.monotonic(), 0))
+                    try:
+                        # What waits at the end is sent for as long again, and no longer.
+                        async with asyncio.timeout_at(
+                            loop.time() + end + seconds - time.monotonic()
+                        ):
+                            connection = await free.get()
+                    except TimeoutError:
+                        measured.unsent += asked >= start
+                        continue
+                    group.create_task(take(connection, asked))
+        finally:
+            while not free.empty():
+                free.get_nowait().close()
 
     async def meter() -> None:
         nonlocal cpu
@@ -356,7 +377,9 @@ async def run_load(
                     group.create_task(client(number))
             group.create_task(meter())
     except* LoadError as errors:  # what is raised in here is a group again in some Pythons
-        (failed, *_) = (error for error in errors.exceptions if isinstance(error, LoadError))
+        failed = errors
+        while isinstance(failed, ExceptionGroup):  # arrivals have a group of their own
+            failed = failed.exceptions[0]
     if failed is not None:
         raise failed
     measured.seconds = seconds

@@ -9,13 +9,13 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
 from app import problems
-from app.audit import AuditLog
+from app.audit import AuditError, AuditLog
 from app.engines import EngineError
-from app.keys import Keys
+from app.keys import Keys, KeysError
 from app.networks import Networks, ReloadError
 from app.predictor import Predictor
 from app.routes import admin, health, metrics, model, predict, web
-from app.settings import Settings
+from app.settings import PREFIX, Settings
 from app.siblings import RELOADED, Siblings
 from app.spans import Spans
 from app.telemetry import Metrics, Telemetry
@@ -51,6 +51,18 @@ def create_app(
         app.audit.AuditError: The audit log cannot be written.
         app.spans.SpansError: Traces are asked for, and OpenTelemetry is not installed.
     """
+    # Before the network, which takes a while to load.
+    try:
+        keys = Keys(settings.keys, siblings.folder if siblings else None) if settings.keys else None
+    except KeysError as error:
+        raise KeysError(f"{PREFIX}KEYS: {error}") from None
+    tokens = tokens_of(settings)
+    try:
+        audit = (
+            AuditLog(settings.audit_log, settings.audit_log_bytes) if settings.audit_log else None
+        )
+    except AuditError as error:
+        raise AuditError(f"{PREFIX}AUDIT_LOG: {error}") from None
     measured = Metrics(settings.max_batch, problems.KINDS)
     measured.processes.set(1 if siblings is None else siblings.count)
     spans = Spans() if settings.traces else None
@@ -89,7 +101,7 @@ def create_app(
             if siblings is not None:
                 siblings.close()
             predictor.close(longest)
-            for last in (app.state.audit, spans):
+            for last in (audit, spans):
                 if last is not None:
                     last.close()
 
@@ -99,13 +111,9 @@ def create_app(
     app.state.predictor = predictor
     app.state.networks = networks
     app.state.metrics = measured
-    app.state.audit = (
-        AuditLog(settings.audit_log, settings.audit_log_bytes) if settings.audit_log else None
-    )
-    app.state.keys = (
-        Keys(settings.keys, siblings.folder if siblings else None) if settings.keys else None
-    )
-    app.state.tokens = tokens_of(settings)
+    app.state.audit = audit
+    app.state.keys = keys
+    app.state.tokens = tokens
     app.state.held = Held(settings.max_bytes_in_flight, settings.max_bytes)
     app.add_middleware(predict.Direct)
     app.add_middleware(
@@ -133,6 +141,8 @@ def build_api(lifespan: object = None) -> FastAPI:
         version=API_VERSION,
         description=DESCRIPTION,
         redoc_url=None,
+        # Behind TLS, it would send the picture again where it is told to, by plain HTTP.
+        redirect_slashes=False,
         lifespan=lifespan,
         # FastAPI would send spans of its own, which nobody has read for what they say of a patient.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},

@@ -130,6 +130,8 @@ class Predictor:
     ) -> tuple[ModelFacts, list[Result]]:
         """The result of each image, in order, all by one network, and which that was.
 
+        What becomes of them is counted by who answers: `count`.
+
         Args:
             uploads: The images.
             explain: With a heat map.
@@ -151,8 +153,6 @@ class Predictor:
                 ]
                 async with asyncio.timeout(self._deadline_seconds):
                     results = await _all(work)
-                for result in results:
-                    self._count(result)
                 return network.facts, results
         except* batching.Refused as refused:
             refusal = type(_first(refused))
@@ -236,6 +236,19 @@ class Predictor:
     def _spent(self, trace: Trace, stage: str, seconds: float) -> None:
         trace.spent(stage, seconds)
         self._metrics.stage(stage).observe(seconds)
+
+    def count(self, results: list[Result], answered: bool) -> None:
+        """Count what became of a request's images.
+
+        Args:
+            results: Theirs.
+            answered: Whether the caller gets them; else, the request was refused as a whole.
+        """
+        if not answered:
+            self._metrics.images.labels("refused").inc(len(results))
+            return
+        for result in results:
+            self._count(result)
 
     def _count(self, result: Result) -> None:
         metrics = self._metrics

@@ -286,6 +286,25 @@ class _Supervisor:
                 child.send(signal.SIGHUP)
 
 
+def check_address(host: str, port: int) -> None:
+    """See whether a service can listen there, before it loads anything.
+
+    Raises:
+        PortTaken: Somebody else does, or there is no such address here.
+    """
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            with socket.socket(family, kind, protocol) as made:
+                _set(made, socket.SO_REUSEADDR)
+                made.bind(address)
+    except UnicodeError:  # an empty part, or one longer than 63 letters
+        raise PortTaken(f"{host} is not the name of a host.") from None
+    except OSError as error:
+        raise PortTaken(f"{host}:{port} cannot be listened on: {error.strerror}.") from None
+
+
 def _reserve(host: str, port: int) -> socket.socket:
     """Bound and not listening: it gets no connection, and keeps the port from others.
 
@@ -305,15 +324,18 @@ def _reserve(host: str, port: int) -> socket.socket:
 
 
 def _bound(address: tuple[str, int], *options: int) -> socket.socket:
-    is_six = ":" in address[0]
-    made = socket.socket(socket.AF_INET6 if is_six else socket.AF_INET)
+    made = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     try:
-        if is_six:  # and nothing else, as asyncio has it
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        for option in options:
-            made.setsockopt(socket.SOL_SOCKET, option, 1)
+        _set(made, *options)
         made.bind(address)
     except OSError:
         made.close()
         raise
     return made
+
+
+def _set(made: socket.socket, *options: int) -> None:
+    if made.family == socket.AF_INET6:  # and nothing else, as asyncio has it
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    for option in options:
+        made.setsockopt(socket.SOL_SOCKET, option, 1)

@@ -17,7 +17,7 @@ import httptools
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app import problems
 from app.networks import Networks
@@ -70,6 +70,8 @@ class Protocol(HttpToolsProtocol):
         # Calls of on_body: bytes that caused none are not body.
         self._bodies = 0
         self._unread: asyncio.TimerHandle | None = None
+        # Requests that are not answered: uvicorn knows the last, and those whose turn has not come.
+        self._open: list[RequestResponseCycle] = []
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """A client has connected; the first bytes are waited for like a request's headers."""
@@ -84,6 +86,10 @@ class Protocol(HttpToolsProtocol):
         self._stop_timer()
         self._stop_unread()
         super().connection_lost(exc)
+        for cycle in self._open:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
@@ -151,6 +157,8 @@ class Protocol(HttpToolsProtocol):
             return
         self._start_timer(self._settings.upload_seconds + _MARGIN_SECONDS)
         super().on_headers_complete()
+        self._open = [cycle for cycle in self._open if not cycle.response_complete]
+        self._open.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """A part of a request's body; that of a refused one is dropped."""

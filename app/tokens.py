@@ -101,10 +101,11 @@ class Tokens:
                 leeway=_LEEWAY_SECONDS,
                 options={"require": ["exp", "iss", "aud", "sub"]},
             )
-        except jwt.InvalidTokenError:
+        except jwt.PyJWTError:  # of a key on another curve than the algorithm's, too
             return None
+        subject = f"{self._issuer} {claims['sub']}".encode(errors="surrogatepass")
         return Bearer(
-            "jwt-" + hashlib.sha256(f"{self._issuer} {claims['sub']}".encode()).hexdigest()[:16],
+            "jwt-" + hashlib.sha256(subject).hexdigest()[:16],
             tuple(scope for scope in SCOPES if _PREFIX + scope in _scopes(claims)),
         )
 

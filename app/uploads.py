@@ -15,6 +15,8 @@ from models.images import MEDIA_TYPES
 
 # Of a body that is one image; the last where its sender does not know which.
 RAW_TYPES = (*MEDIA_TYPES, "application/octet-stream")
+# Many call it so; what it is its bytes say.
+_MISNAMED_JPEG = "image/jpg"
 # A body that is refused is read on for so long, so that the caller gets to read the answer.
 _LINGER_SECONDS = 5.0
 _LINGER_BYTES = 512_000_000
@@ -169,10 +171,16 @@ async def _read(
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     try:
         await check_open()
+        coding = request.headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("", "identity"):
+            raise Problem(
+                problems.UNSUPPORTED_MEDIA_TYPE,
+                f"Send the body as it is: the Content-Encoding {coding[:20]} is not supported.",
+            )
         async with asyncio.timeout(settings.upload_seconds):
             if media_type == "multipart/form-data":
                 return await _read_form(request, body, settings)
-            if media_type in RAW_TYPES:
+            if media_type in (*RAW_TYPES, _MISNAMED_JPEG):
                 return [await _read_raw(body)]
         raise Problem(
             problems.UNSUPPORTED_MEDIA_TYPE,

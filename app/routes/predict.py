@@ -83,6 +83,8 @@ async def predict(
         predictor.check_open()
 
     opened = open_uploads(request, state.settings, state.held, check_open)
+    answered: tuple[ModelFacts, list[Result]] | None = None
+    answers = False
     try:
         async with opened as uploads:
             answered = await _while_connected(request, predictor.predict(uploads, explain, trace))
@@ -97,9 +99,14 @@ async def predict(
         if trace.key is not None or not asks(state):
             await _audit(state.audit, trace, [("", refused.kind.name)])
         raise
-    if state.audit is not None:
-        await _audit(state.audit, trace, outcomes)
-    return response
+    else:
+        if state.audit is not None:
+            await _audit(state.audit, trace, outcomes)
+        answers = True
+        return response
+    finally:
+        if answered is not None:
+            predictor.count(answered[1], answers)
 
 
 def _respond(

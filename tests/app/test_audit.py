@@ -8,10 +8,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 
 from app.audit import AuditError, AuditLog
 from app.keys import create_key
 from app.settings import Settings
+from app.telemetry import OUTCOMES
 from tests.conftest import started
 from tests.lesions import flat
 
@@ -70,11 +72,20 @@ def test_an_answer_for_which_there_is_no_room_is_written_down_as_refused(
         held._bytes, held._most = 1_000_000, 1_000_000 + len(flat(1))
         small = {"Content-Type": "image/png"}
         assert client.post("/predict", content=flat(1), headers=small).status_code == 503
+        assert counted(client) == {"refused": 1}
         held._bytes = 0
         held._most = 10  # of nothing else, anything may be held
         assert client.post("/predict", content=flat(1), headers=small).status_code == 200
         assert held._bytes == 0
     assert [line["outcome"] for line in lines(path)] == ["saturated", "ok"]
+
+
+def counted(client: TestClient) -> dict[str, float]:
+    """Images by what became of them, as the metrics have it; none of them was predicted."""
+    sample = client.app.state.metrics.registry.get_sample_value
+    assert sample("mmtl_melanoma_probability_count") == 0
+    found = {each: sample("mmtl_images_total", {"outcome": each}) for each in OUTCOMES}
+    return {outcome: count for outcome, count in found.items() if count}
 
 
 def test_what_cannot_be_written_down_is_not_answered(
@@ -90,6 +101,7 @@ def test_what_cannot_be_written_down_is_not_answered(
         assert answer.status_code == 503
         assert answer.json()["type"] == "urn:mmtl:problem:audit-unavailable"
         assert answer.headers["Retry-After"] == "30"
+        assert counted(client) == {"refused": 1}
         monkeypatch.undo()
         assert client.post("/predict", files={"files": flat(1)}).status_code == 200
 

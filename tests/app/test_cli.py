@@ -2,6 +2,7 @@ import errno
 import json
 import shutil
 import signal
+import socket
 from collections import Counter
 from pathlib import Path
 
@@ -150,7 +151,12 @@ def test_a_header_without_a_name_or_a_value_is_refused(run, header: str) -> None
             "No request was sent in the measured time: none arrived, or all clients waited for "
             "earlier answers. Give more --seconds.",
         ),
-        ({"503": 2, "401": 1}, 0, "No request was answered with 200, but with 401, 503."),
+        ({"503": 2, "401": 1}, 0, "No request was answered with 200: 1 x 401, 2 x 503."),
+        (
+            {"200": 9, "503": 2, "429": 3000, "broken": 1},
+            9,
+            "Some requests failed: 3,000 x 429, 1 x no answer, the connection ended.",
+        ),
     ],
 )
 def test_a_load_without_an_answer_says_why(
@@ -158,8 +164,9 @@ def test_a_load_without_an_answer_says_why(
 ) -> None:
     measured = Measured(1.0, images, statuses=Counter(statuses))
     monkeypatch.setattr("app.load.run", lambda *_, **__: measured)
-    status, _, told = run("bench", "http://127.0.0.1:9")
-    assert (status, told) == ((2, f"mmtl: {said}\n") if said else (0, ""))
+    status, _, told = run("bench", "http://127.0.0.1:9", "--clients", "1")
+    code = 1 if statuses.get("broken") else 2
+    assert (status, told) == ((code, f"mmtl: {said}\n") if said else (0, ""))
 
 
 def test_check_validates_and_exits(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +192,7 @@ def test_a_hangup_while_the_bundle_is_loaded_reloads_it_then(
             signal.raise_signal(signal.SIGHUP)
         return app
 
+    monkeypatch.setattr("app.cli.check_address", lambda *_: None)
     monkeypatch.setattr("app.cli.create_app", create)
     monkeypatch.setattr("app.cli._serve", lambda server: server.on_start())
     monkeypatch.setattr(Networks, "begin_reload", lambda networks: reloaded.append(networks))
@@ -194,6 +202,39 @@ def test_a_hangup_while_the_bundle_is_loaded_reloads_it_then(
     finally:
         signal.signal(signal.SIGHUP, before)
     assert len(reloaded) == comes
+
+
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        ("a..b", "a..b is not the name of a host."),
+        ("127.0.0.1", "cannot be listened on: Address already in use."),
+        ("192.0.2.1", "cannot be listened on: Cannot assign requested address."),  # RFC 5737
+    ],
+)
+def test_where_nobody_can_listen_nothing_is_loaded(
+    run, monkeypatch: pytest.MonkeyPatch, host: str, said: str
+) -> None:
+    monkeypatch.setattr("app.cli.create_app", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("MMTL_HOST", host)
+        monkeypatch.setenv("MMTL_PORT", str(taken.getsockname()[1]))
+        status, _, error = run("serve", "--insecure")
+    assert status == 2
+    assert error.endswith(said + "\n")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MMTL_KEYS", "/nowhere"), ("MMTL_AUDIT_LOG", "/nowhere/a")]
+)
+def test_a_file_that_cannot_be_used_is_named_with_its_setting(
+    run, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    status, _, error = run("serve", "--check")
+    assert status == 2
+    assert error.startswith(f"mmtl: {name}: {value} cannot be ")
 
 
 def test_without_a_folder_for_what_processes_share_it_says_so(

@@ -129,6 +129,17 @@ async def test_nobody_there_is_one_sentence() -> None:
         await run_load(Target("http://127.0.0.1:1", [b"x"]), 3, 0.1)
 
 
+async def test_a_service_that_never_answers_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(load, "_PATIENCE_SECONDS", 0.1)
+    async with server(OK, 0.5) as (url, _):
+        for rate in (None, 50.0):
+            with pytest.raises(LoadError, match="takes connections, and answered nothing"):
+                await run_load(Target(url, [b"x"]), 2, 5, rate=rate)
+        await asyncio.sleep(0.6)  # until it has seen that they are gone
+
+
 async def test_nobody_is_no_load() -> None:
     with pytest.raises(ValueError, match="one client at least"):
         await run_load(Target("http://127.0.0.1:1", [b"x"]), 0, 0.1)

@@ -108,7 +108,16 @@ def test_below_the_threshold(client: TestClient) -> None:
     assert body["results"][0]["prediction"]["melanoma"]["decision"] == "below_threshold"
 
 
-@pytest.mark.parametrize("content_type", ["image/png", "application/octet-stream"])
+def test_a_body_that_is_compressed_is_refused_by_the_name_of_its_coding(client) -> None:
+    sent = {"Content-Type": "image/png", "Content-Encoding": "gzip"}
+    refused = client.post("/predict", content=flat(1), headers=sent)
+    assert refused.status_code == 415
+    assert "Content-Encoding gzip" in refused.json()["detail"]
+    as_it_is = {**sent, "Content-Encoding": "Identity"}
+    assert client.post("/predict", content=flat(1), headers=as_it_is).status_code == 200
+
+
+@pytest.mark.parametrize("content_type", ["image/png", "image/jpg", "application/octet-stream"])
 def test_a_raw_body_has_no_file_name(client: TestClient, content_type: str) -> None:
     answer = client.post("/predict", content=flat(1), headers={"Content-Type": content_type})
     assert answer.status_code == 200

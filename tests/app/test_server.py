@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -365,6 +366,28 @@ def test_images_that_nobody_waits_for_any_more_are_counted(server: Server, port:
         until(lambda: outcomes("mmtl_images_total", {"outcome": "gone"}) == 1)
 
     in_turn(meanwhile)  # so that it is not answered
+
+
+@pytest.mark.parametrize("ahead", [0, 12])
+def test_who_goes_after_several_requests_at_once_is_gone_for_each(
+    server: Server, port: int, ahead: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = server.config.app.state
+    picture = flat(1, 2100, 2100)
+    outcomes = state.metrics.registry.get_sample_value
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    request = head + b"Content-Length: %d\r\n\r\n" % len(picture) + picture
+
+    def meanwhile() -> None:
+        with connect(port) as gone:
+            gone.sendall(request + request)
+            until(lambda: state.networks.current.batcher.admitted == 1)
+            with suppress(ConnectionError):  # of too many at once
+                gone.sendall(b"GET /model HTTP/1.1\r\nHost: x\r\n\r\n" * ahead)
+        until(lambda: outcomes("mmtl_images_total", {"outcome": "gone"}) == 1)
+
+    in_turn(meanwhile)  # so that it is not answered
+    assert not caplog.records
 
 
 def test_an_upload_that_had_begun_when_the_service_ends_is_answered(

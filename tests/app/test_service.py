@@ -47,6 +47,12 @@ def test_the_manifest_is_shown(client: TestClient) -> None:
     assert manifest["artifacts"][0]["file"] == "model.onnx"
 
 
+def test_a_slash_too_many_sends_no_picture_elsewhere(client: TestClient) -> None:
+    answer = client.post("/predict/", files={"files": b"x"}, follow_redirects=False)
+    assert answer.status_code == 404
+    assert answer.headers["Content-Type"] == "application/problem+json"
+
+
 def test_the_documentation_needs_no_other_host(client: TestClient) -> None:
     assert client.get("/", follow_redirects=False).headers["Location"] == "/docs"
     page = client.get("/docs").text

@@ -1,5 +1,6 @@
 """JWT bearer tokens: signed by the provider, for this service, and not of yesterday."""
 
+import base64
 import json
 import threading
 import time
@@ -162,6 +163,22 @@ def test_another_token_does_not(client: TestClient, name: str) -> None:
     refused = ask(client, UNFIT[name]())
     assert refused.status_code == 401
     assert refused.json()["type"] == "urn:mmtl:problem:unauthorized"
+
+
+@pytest.mark.parametrize("algorithm", ["ES384", "ES512"])
+def test_a_token_for_another_curve_than_the_key_s_does_not(
+    client: TestClient, algorithm: str
+) -> None:
+    header = {"alg": algorithm, "kid": "two", "typ": "JWT"}
+    parts = [json.dumps(part).encode() for part in (header, {"sub": "x"})]
+    forged = ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
+    refused = client.get("/model", headers={"Authorization": f"Bearer {forged}.AAAA"})
+    assert refused.status_code == 401
+
+
+def test_a_subject_that_no_utf_8_holds_is_one(client: TestClient) -> None:
+    given = {"Authorization": f"Bearer {token(sub=chr(0xD800))}"}
+    assert client.post("/predict", files={"files": flat(1)}, headers=given).status_code == 200
 
 
 def test_the_provider_may_change_its_keys_and_is_not_asked_too_often(
