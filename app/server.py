@@ -28,6 +28,10 @@ from app.trace import KEY, Trace
 
 # Beyond the upload's own time: the deadline of a request that is answered while it still arrives.
 _MARGIN_SECONDS = 10.0
+# For what a client still sends on a connection that is one too many; of so many such, or of such a
+# share of those that may be, whichever is more.
+_LINGER_SECONDS = 2.0
+_LINGERING, _LINGERING_SHARE = 4, 0.02
 # Requests that a client may send before the first is answered.
 _MOST_PIPELINED = 8
 _MALFORMED = Problem(
@@ -63,6 +67,7 @@ class Protocol(HttpToolsProtocol):
         self._metrics = metrics
         self._timer: asyncio.TimerHandle | None = None
         self._heard = False
+        self._lingers = False
         self._reading_headers = True
         self._header_bytes = 0
         # Whether the request offers another protocol, and so is parsed a second time, without that.
@@ -76,8 +81,10 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """A client has connected; the first bytes are waited for like a request's headers."""
         super().connection_made(transport)
-        if len(self.connections) > self._settings.max_connections:
-            self._refuse(_TOO_MANY)
+        most = self._settings.max_connections
+        if len(self.connections) > most:
+            beyond = len(self.connections) - most
+            self._refuse(_TOO_MANY, lingers=beyond <= max(most * _LINGERING_SHARE, _LINGERING))
             return
         self._start_timer(self._settings.header_seconds)
 
@@ -93,7 +100,7 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
-        if self.transport.is_closing():
+        if self._lingers or self.transport.is_closing():
             return
         self._heard = True
         bodies = self._bodies
@@ -236,7 +243,7 @@ class Protocol(HttpToolsProtocol):
         log.info("refused", request_id=request_id, problems=[kind.name])
         return request_id
 
-    def _refuse(self, problem: Problem) -> None:
+    def _refuse(self, problem: Problem, lingers: bool = False) -> None:
         self._stop_timer()
         if self.transport.is_closing():
             return
@@ -258,7 +265,13 @@ class Protocol(HttpToolsProtocol):
             *(name + b": " + value for name, value in answer.raw_headers),
         ]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
-        self.transport.close()
+        if lingers:
+            # A client that is cut off in mid-request sees a broken connection instead.
+            self._lingers = True
+            self.transport.write_eof()
+            self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+        else:
+            self.transport.close()
 
 
 class Server(uvicorn.Server):

@@ -9,7 +9,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from select import select
 
 import numpy as np
 import pytest
@@ -207,6 +208,28 @@ def test_connections_are_counted(port: int) -> None:
     connection.request("GET", "/health/live")
     assert connection.getresponse().status == 200
     connection.close()
+
+
+def test_who_sends_on_a_connection_too_many_gets_to_read_why(server: Server, port: int) -> None:
+    body = bytes(2_000_000)
+    with ExitStack() as held:
+        for _ in range(5):
+            held.enter_context(connect(port))
+        until(lambda: len(server.server_state.connections) == 5)
+        for _ in range(5):
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            client.request("POST", "/predict", body, {"Content-Type": "image/jpeg"})
+            assert client.getresponse().status == 503
+            client.close()
+            until(lambda: len(server.server_state.connections) == 5)
+        # Few are waited for.
+        for _ in range(4):
+            waits = held.enter_context(connect(port))
+            assert select([waits], [], [], 5)[0]
+        last = held.enter_context(connect(port))
+        assert status(last.recv(10_000)) == 503
+        assert last.recv(1) == b""
+        until(lambda: len(server.server_state.connections) == 9)
 
 
 def test_a_byte_between_two_requests_gains_no_time(port: int) -> None:
