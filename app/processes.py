@@ -296,7 +296,11 @@ def check_address(host: str, port: int) -> None:
         for family, kind, protocol, _, address in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         ):
-            with socket.socket(family, kind, protocol) as made:
+            try:
+                made = socket.socket(family, kind, protocol)
+            except OSError:  # a kernel without IPv6, which asyncio passes over, too
+                continue
+            with made:
                 _set(made, socket.SO_REUSEADDR)
                 made.bind(address)
     except UnicodeError:  # an empty part, or one longer than 63 letters
