@@ -222,7 +222,10 @@ def bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure how much a running service answers, and how fast, to size a host."""
+    """Measure how much a running service answers, and how fast, to size a host.
+
+    Exits with 1 if requests failed.
+    """
     if not isfinite(seconds) or not isfinite(rate or 0.0):
         fail("--seconds and --rate are finite numbers.")
     pairs = [entry.partition(":") for entry in header or []]

@@ -13,8 +13,8 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -292,7 +292,7 @@ def check_address(host: str, port: int) -> None:
     Raises:
         PortTaken: Somebody else does, or there is no such address here.
     """
-    try:
+    with _or_taken(host, port):
         for family, kind, protocol, _, address in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         ):
@@ -303,6 +303,12 @@ def check_address(host: str, port: int) -> None:
             with made:
                 _set(made, socket.SO_REUSEADDR)
                 made.bind(address)
+
+
+@contextmanager
+def _or_taken(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
     except UnicodeError:  # an empty part, or one longer than 63 letters
         raise PortTaken(f"{host} is not the name of a host.") from None
     except OSError as error:
@@ -315,7 +321,7 @@ def _reserve(host: str, port: int) -> socket.socket:
     Raises:
         PortTaken: Somebody else listens there.
     """
-    try:
+    with _or_taken(host, port):
         with _bound((host, port), socket.SO_REUSEADDR) as alone:
             address = (host, alone.getsockname()[1])
         try:
@@ -323,8 +329,6 @@ def _reserve(host: str, port: int) -> socket.socket:
             return _bound(address, socket.SO_REUSEPORT)
         except OSError:  # connections of a service before, which the kernel remembers for a minute
             return _bound(address, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
-    except OSError as error:
-        raise PortTaken(f"{host}:{port} cannot be listened on: {error.strerror}.") from None
 
 
 def _bound(address: tuple[str, int], *options: int) -> socket.socket:
