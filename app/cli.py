@@ -236,10 +236,11 @@ def bench(
         [path.read_bytes() for path in images or []] or load.draw_images(),
         [(name.strip(), value.strip()) for name, _, value in pairs],
     )
-    measured = {
-        count: load.run(target, count, seconds, rate=rate).summary()
-        for count in clients or ([load.OPEN_CLIENTS] if rate else [1, 8, 32])
-    }
+    measured: dict[int, dict[str, Any]] = {}
+    for count in clients or ([load.OPEN_CLIENTS] if rate else [1, 8, 32]):
+        found = measured[count] = load.run(target, count, seconds, rate=rate).summary()
+        if found["statuses"] and "200" not in found["statuses"]:
+            break  # nor would it answer more clients
     if as_json:
         print(json.dumps(measured, indent=2))
     else:

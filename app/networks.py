@@ -73,7 +73,6 @@ class Networks:
         # Called when the network cannot be replaced: the process should end, and be started anew.
         self.on_failure: Callable[[], None] = lambda: None
         self.current = self._load()
-        give_back()
         self._announce()
         metrics.queue_depth.set_function(lambda: self.current.batcher.admitted)
         metrics.queue_limit.set(settings.queue_size)
@@ -181,6 +180,7 @@ class Networks:
 
     def _watch(self) -> None:
         try:
+            give_back()  # what loading took; here, as nobody waits for it
             self._replace_what_breaks()
         except BaseException as error:  # nobody would look after the network any more
             log.error("watch died", error=type(error).__name__, reason=str(error))

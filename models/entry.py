@@ -11,11 +11,13 @@ def enter(module: str) -> None:
         SystemExit: Ctrl-C was pressed (130).
     """
     try:
-        # What modules make stays: to look for what nobody needs takes a tenth of their time.
+        # What modules make stays: to look for what nobody needs takes a tenth of their time, and
+        # later as long again, over and over.
         gc.disable()
         try:
             imported = import_module(module)
         finally:
+            gc.freeze()
             gc.enable()
         imported.main()
     except (KeyboardInterrupt, ImportError) as error:

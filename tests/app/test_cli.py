@@ -175,6 +175,19 @@ def test_a_load_without_an_answer_says_why(
     assert (found, told) == (status, f"mmtl: {said}\n" if said else "")
 
 
+def test_who_answers_no_client_is_not_asked_by_more(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def refuse(_: object, clients: int, *__: object, **___: object) -> Measured:
+        asked.append(clients)
+        return Measured(1.0, statuses=Counter({"404": 3}))
+
+    monkeypatch.setattr("app.load.run", refuse)
+    status, _, told = run("bench", "http://127.0.0.1:9")
+    assert (status, told) == (2, "mmtl: No request was answered with 200: 3 x 404.\n")
+    assert asked == [1]
+
+
 def test_check_validates_and_exits(run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("serve", "--check")[:2] == (0, "ok: test 1.2.3 on 127.0.0.1:8000\n")
     monkeypatch.setenv("MMTL_BUNDLE", "/nowhere")

@@ -45,6 +45,18 @@ def test_a_hangup_does_not_end_the_service_while_it_is_loaded() -> None:
     assert run("app", hangs_up, "serve").returncode == 130
 
 
+def test_what_is_imported_is_not_looked_through_for_cycles_later() -> None:
+    program = """
+import gc, sys, types
+from models.entry import enter
+sys.modules["command"] = command = types.ModuleType("command")
+command.main = lambda: print(gc.isenabled(), len(gc.get_objects()) < gc.get_freeze_count())
+enter("command")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "True True\n"
+
+
 def test_what_else_fails_then_is_told() -> None:
     done = run("app", FAILS)
     assert done.returncode == 1
