@@ -32,6 +32,9 @@ _MARGIN_SECONDS = 10.0
 # share of those that may be, whichever is more.
 _LINGER_SECONDS = 2.0
 _LINGERING, _LINGERING_SHARE = 4, 0.02
+# Answered on such a connection, too: who holds all others would make this service look dead, and
+# have it started anew.
+_ALWAYS_ANSWERED = (b"/health/live", b"/health/ready", b"/metrics")
 # Requests that a client may send before the first is answered.
 _MOST_PIPELINED = 8
 _MALFORMED = Problem(
@@ -57,14 +60,23 @@ class Protocol(HttpToolsProtocol):
     Args:
         settings: The limits.
         metrics: Told of what is refused, which the application never sees.
+        spare: The server's connections that are too many, the oldest first.
         arguments: Uvicorn's own.
         named: Likewise.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, *arguments: Any, **named: Any):
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        spare: dict["Protocol", None],
+        *arguments: Any,
+        **named: Any,
+    ):
         super().__init__(*arguments, **named)
         self._settings = settings
         self._metrics = metrics
+        self._spare = spare
         self._timer: asyncio.TimerHandle | None = None
         self._heard = False
         self._lingers = False
@@ -82,9 +94,11 @@ class Protocol(HttpToolsProtocol):
         """A client has connected; the first bytes are waited for like a request's headers."""
         super().connection_made(transport)
         most = self._settings.max_connections
-        if len(self.connections) > most:
-            beyond = len(self.connections) - most
-            self._refuse(_TOO_MANY, lingers=beyond <= max(most * _LINGERING_SHARE, _LINGERING))
+        if len(self.connections) - len(self._spare) > most:
+            if len(self._spare) >= max(most * _LINGERING_SHARE, _LINGERING):
+                next(iter(self._spare))._give_way()
+            self._spare[self] = None
+            self._start_timer(_LINGER_SECONDS)
             return
         self._start_timer(self._settings.header_seconds)
 
@@ -92,6 +106,7 @@ class Protocol(HttpToolsProtocol):
         """It has gone."""
         self._stop_timer()
         self._stop_unread()
+        self._spare.pop(self, None)
         super().connection_lost(exc)
         for cycle in self._open:
             if not cycle.response_complete:
@@ -100,7 +115,7 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
-        if self._lingers or self.transport.is_closing():
+        if self._refused:
             return
         self._heard = True
         bodies = self._bodies
@@ -108,7 +123,7 @@ class Protocol(HttpToolsProtocol):
             self._header_bytes += len(data)
         self._unset_keepalive_if_required()
         self._parse(data)
-        if self.transport.is_closing():
+        if self._refused:
             return
         if not self._reading_headers and self._bodies == bodies:
             self._header_bytes += len(data)  # extensions of chunks, or trailers
@@ -149,7 +164,7 @@ class Protocol(HttpToolsProtocol):
         """From here on the request is answered; its body has its own time."""
         self._reading_headers = False
         self._header_bytes = 0
-        if self.transport.is_closing():
+        if self._refused:
             return
         if self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers):
             self._offered = True
@@ -159,11 +174,19 @@ class Protocol(HttpToolsProtocol):
             self._refuse(_TOO_LARGE)
             return
         if len(self.pipeline) >= _MOST_PIPELINED:
-            self._note(problems.SATURATED)
+            self._note(problems.MALFORMED_REQUEST)
             self.transport.abort()
             return
+        spare = self in self._spare
+        if spare:
+            if self.url.partition(b"?")[0] not in _ALWAYS_ANSWERED:
+                self._refuse(_TOO_MANY, lingers=True)
+                return
+            self.headers.append((b"connection", b"close"))  # which uvicorn says in the answer, too
         self._start_timer(self._settings.upload_seconds + _MARGIN_SECONDS)
         super().on_headers_complete()
+        if spare:
+            self.cycle.keep_alive = False
         self._open = [cycle for cycle in self._open if not cycle.response_complete]
         self._open.append(self.cycle)
 
@@ -171,7 +194,7 @@ class Protocol(HttpToolsProtocol):
         """A part of a request's body; that of a refused one is dropped."""
         self._bodies += 1
         self._header_bytes = 0  # a client may send each chunk's size by itself
-        if self.transport.is_closing() or self.cycle.response_complete:
+        if self._refused or self.cycle.response_complete:
             return
         # Uvicorn would copy it here, and once more for who receives it, though it is alone mostly.
         if not self.cycle.body:
@@ -187,7 +210,7 @@ class Protocol(HttpToolsProtocol):
         self._stop_timer()
         self._reading_headers = True
         self._header_bytes = 0
-        if not self.transport.is_closing():
+        if not self._refused:
             super().on_message_complete()
 
     def pause_writing(self) -> None:
@@ -210,6 +233,11 @@ class Protocol(HttpToolsProtocol):
         self.transport.abort()
 
     @property
+    def _refused(self) -> bool:
+        """Whether no more is read."""
+        return self._lingers or self.transport.is_closing()
+
+    @property
     def _answered(self) -> bool:
         """Whether no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
@@ -229,12 +257,20 @@ class Protocol(HttpToolsProtocol):
             self._timer = None
 
     def _too_slow(self) -> None:
-        if not self._heard:  # a probe of the port, or a browser's spare connection: no request
+        if self in self._spare and self._reading_headers:
+            self._refuse(_TOO_MANY)
+        elif not self._heard:  # a probe of the port, or a browser's spare connection: no request
             self.transport.close()
         elif self._reading_headers:
             self._refuse(_TOO_SLOW)
         else:  # an answer may be under way
             self.transport.close()
+
+    def _give_way(self) -> None:
+        """Another connection takes the place of this one, of those that are too many."""
+        del self._spare[self]
+        self._refuse(_TOO_MANY)
+        self.transport.close()
 
     def _note(self, kind: Kind) -> str:
         """Count and log a refusal, under an id that is new."""
@@ -245,7 +281,7 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse(self, problem: Problem, lingers: bool = False) -> None:
         self._stop_timer()
-        if self.transport.is_closing():
+        if self._refused:
             return
         request_id = self._note(problem.kind)
         if not self._answered:
@@ -292,7 +328,7 @@ class Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
-                http=partial(Protocol, settings, app.state.metrics),  # type: ignore[arg-type]  # called like the class
+                http=partial(Protocol, settings, app.state.metrics, {}),  # type: ignore[arg-type]  # called like the class
                 ws="none",
                 log_config=None,
                 access_log=False,

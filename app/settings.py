@@ -115,7 +115,7 @@ class Settings(BaseSettings):
     """Most bytes of a request's headers; more answer 431."""
 
     max_connections: int = Field(1_000, ge=1)
-    """Most connections at once; more answer 503."""
+    """Most connections at once; more answer 503, but for `/health/*` and `/metrics`."""
 
     max_pixels: int = Field(100_000_000, ge=1)
     """Most pixels of a JPEG of one scan, which is never decoded in full."""
