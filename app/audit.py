@@ -39,7 +39,7 @@ class AuditLog:
     """
 
     def __init__(self, path: Path, most: int):
-        self._path = path
+        self._path = path.resolve()  # where it is turned, it stays on the disk that a link names
         self._most = most
         self._lock = threading.Lock()
         self._sync: threading.Timer | None = None
@@ -79,9 +79,14 @@ class AuditLog:
             except OSError as error:
                 raise AuditError(f"{self._path} cannot be written: {error.strerror}.") from None
             if self._sync is None:
-                self._sync = threading.Timer(_SYNC_SECONDS, self._bring_to_disk)
-                self._sync.daemon = True
-                self._sync.start()
+                timer = threading.Timer(_SYNC_SECONDS, self._bring_to_disk)
+                timer.daemon = True
+                try:
+                    timer.start()
+                except RuntimeError:  # no thread is to be had just now
+                    self._sync_to_disk(self._file)
+                else:
+                    self._sync = timer
 
     def close(self) -> None:
         """Bring everything to the disk."""

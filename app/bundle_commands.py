@@ -117,8 +117,9 @@ def recalibrate_bundle(
         float | None, typer.Option(help="Share of melanoma among the images to come.")
     ] = None,
     sensitivity: Annotated[
-        float, typer.Option(help="Of the new threshold, with --outcomes; from 0.5 to 1.")
-    ] = 0.9,
+        float | None,
+        typer.Option(help="Of the new threshold, with --outcomes; from 0.5 to 1 (by default 0.9)."),
+    ] = None,
     version: Annotated[
         str | None, typer.Option(help="Of the new bundle; by default the next patch version.")
     ] = None,
@@ -129,6 +130,9 @@ def recalibrate_bundle(
         fail("Give either --outcomes or --prevalence.")
     if out.resolve() == folder.resolve():
         fail("--out is the bundle itself: a clinic may want the one before back.")
+    if sensitivity is not None and outcomes is None:
+        fail("--sensitivity takes --outcomes: a new prevalence moves nobody over the threshold.")
+    sensitivity = 0.9 if sensitivity is None else sensitivity
     if not 0.5 <= sensitivity <= 1:
         fail("--sensitivity is a share from 0.5 to 1, such as 0.9.")
     before = _artifact(bundle, artifact)

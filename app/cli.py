@@ -126,7 +126,11 @@ def serve(
         log.info("several processes may answer more", cores=cores, setting=f"{PREFIX}PROCESSES")
     _tune(settings, processes=1)
     if check:
+        made = settings.audit_log is not None and not settings.audit_log.exists()
         app = create_app(settings.share())
+        if made and settings.audit_log is not None:  # the service's user may be another one
+            app.state.audit.close()
+            settings.audit_log.unlink()
         facts = app.state.networks.current.facts
         print(f"ok: {facts.name} {facts.version} on {settings.host}:{settings.port}")
         return
@@ -224,7 +228,8 @@ def bench(
 ) -> None:
     """Measure how much a running service answers, and how fast, to size a host.
 
-    Exits with 1 if requests failed.
+    An arriving image (--rate) waits for one of 128 connections. Exits with 1 if some requests
+    failed, with 2 if none was answered; 503, which a full service answers, is no failure.
     """
     if not isfinite(seconds) or not isfinite(rate or 0.0):
         fail("--seconds and --rate are finite numbers.")
@@ -286,15 +291,19 @@ def _print_loads(title: str, measured: Mapping[int, Mapping[str, Any]]) -> None:
 @cli.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
-    explain: Annotated[bool, typer.Option("--explain", help="With heat maps (JSON).")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="With heat maps; takes --json.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The service's answer.")] = False,
 ) -> None:
     """Answer for image files, as the service would; exits with 1 if one could not be used."""
+    if explain and not as_json:
+        fail("--explain gives heat maps, which a table does not show: add --json.")
     settings = load_settings().share()  # fewer threads may have another engine
     configure_logs("ERROR")
     _tune(settings, processes=1)
     # Nobody waits at the other end of a connection.
-    settings = settings.model_copy(update={"deadline_seconds": _DAY_SECONDS})
+    settings = settings.model_copy(update={"deadline_seconds": _DAY_SECONDS, "audit_log": None})
     answer = asyncio.run(_predict(settings, images, explain))
     if as_json:
         print(answer.model_dump_json(exclude_unset=True, indent=2))

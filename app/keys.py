@@ -99,6 +99,7 @@ def create_key(path: Path, name: str, scopes: Sequence[Scope], per_minute: int |
         )
     except ValidationError as error:
         raise KeysError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}.") from None
+    path = path.resolve()  # a link stays one, to what the service reads
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path):
         keys = read_keys(path) if path.exists() else ()
@@ -114,16 +115,28 @@ def revoke_key(path: Path, name: str) -> Key:
     """Revoke the active key of a name, or of an id; a running service notices within a second.
 
     Raises:
-        KeysError: There is none.
+        KeysError: There is none, or one of that name and another of that id.
     """
+    path = path.resolve()  # a link stays one, to what the service reads
     with _alone(path):
         keys = read_keys(path)
-        for key in keys:
-            if name in (key.name, key.id) and key.revoked is None:
-                ended = key.model_copy(update={"revoked": datetime.now(UTC).replace(microsecond=0)})
-                _save(path, tuple(ended if each is key else each for each in keys))
-                return ended
-    raise KeysError(f"{path} has no active key named {name!r}; `mmtl keys list` shows them.")
+        meant = [key for key in keys if name in (key.name, key.id) and key.revoked is None]
+        if not meant:
+            raise KeysError(
+                f"{path} has no active key named {name!r}; `mmtl keys list` shows them."
+            )
+        if len(meant) > 1:
+            raise KeysError(
+                f"{path} has a key named {name!r}, and another one with that id: revoke the one "
+                f"that is meant by its {' or '.join(_other_than(name, key) for key in meant)}."
+            )
+        ended = meant[0].model_copy(update={"revoked": datetime.now(UTC).replace(microsecond=0)})
+        _save(path, tuple(ended if each is meant[0] else each for each in keys))
+        return ended
+
+
+def _other_than(name: str, key: Key) -> str:
+    return f"id {key.id}" if key.name == name else f"name {key.name!r}"
 
 
 @contextmanager

@@ -118,11 +118,12 @@ class Settings(BaseSettings):
     """Most connections at once; more answer 503, but for `/health/*` and `/metrics`."""
 
     max_pixels: int = Field(100_000_000, ge=1)
-    """Most pixels of a JPEG of one scan, which is never decoded in full."""
+    """Most pixels of a JPEG of one scan, which is decoded at a smaller scale."""
 
     max_pixels_in_full: int = Field(30_000_000, ge=1)
-    """Most pixels of any other image. Of large ones, one a core is decoded at a time, while a third
-    of the memory (cgroup v2) holds them at twenty bytes a pixel; at least one in each process."""
+    """Most pixels of any other image, and of a JPEG that is too long and thin for that. Of large
+    ones, one a core is decoded at a time, while a third of the memory (cgroup v2) holds them at
+    twenty bytes a pixel; at least one in each process."""
 
     cors_origins: tuple[str, ...] = ()
     """Origins that browsers may call from, as a JSON list: `["https://viewer.example"]`."""

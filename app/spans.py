@@ -3,7 +3,6 @@
 Where the spans go is OpenTelemetry's own environment: OTEL_EXPORTER_OTLP_ENDPOINT and its kin.
 """
 
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SpansError(Exception):
-    """OpenTelemetry is not installed."""
+    """OpenTelemetry is not installed, or its own settings do not fit."""
 
 
 class Spans:
@@ -27,23 +26,28 @@ class Spans:
         exporter: Where they go; None for OTLP over HTTP.
 
     Raises:
-        SpansError: OpenTelemetry is not installed.
+        SpansError: OpenTelemetry is not installed, or its own settings do not fit.
     """
 
     def __init__(self, exporter: "SpanExporter | None" = None):
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.resources import OTELResourceDetector, Resource
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ModuleNotFoundError as error:
             raise SpansError(
                 f"MMTL_TRACES needs {error.name}: install the extra `tracing`."
             ) from None
-        self._provider = TracerProvider(
-            resource=Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "mmtl")})
-        )
-        self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter()))
+        named = Resource.create({"service.name": "mmtl"}).merge(OTELResourceDetector().detect())
+        self._provider = TracerProvider(resource=named)
+        try:
+            processor = BatchSpanProcessor(exporter or OTLPSpanExporter())
+        except ValueError as error:
+            raise SpansError(
+                f"OpenTelemetry does not take its variables OTEL_*: {error}."
+            ) from None
+        self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("mmtl")
 
     def begin(self, method: str, headers: Headers) -> "Span":
@@ -82,9 +86,11 @@ class Spans:
         self._provider.shutdown()
 
 
-def traceparent(span: "Span") -> str:
-    """As W3C Trace Context has it."""
+def traceparent(span: "Span") -> str | None:
+    """As W3C Trace Context has it; None where OpenTelemetry is switched off (OTEL_SDK_DISABLED)."""
     found = span.get_span_context()
+    if not found.is_valid:
+        return None
     return f"00-{found.trace_id:032x}-{found.span_id:016x}-{found.trace_flags:02x}"
 
 

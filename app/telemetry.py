@@ -235,8 +235,8 @@ class Telemetry:
                         f"{name};dur={1000 * seconds:.1f}" for name, seconds in spent.items()
                     ),
                 }
-                if span is not None:
-                    added["traceparent"] = traceparent(span)
+                if span is not None and (sent := traceparent(span)) is not None:
+                    added["traceparent"] = sent
                 message["headers"] = [
                     *message["headers"],
                     *((name.encode(), value.encode()) for name, value in added.items()),

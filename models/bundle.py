@@ -358,6 +358,7 @@ def save_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes | Pa
         BundleError: `folder` is something else than a bundle, or a file does not fit the manifest.
     """
     check_replaceable(folder)
+    folder = folder.resolve()  # a link stays one
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     old = new.with_suffix(".old")

@@ -47,6 +47,9 @@ _TIFF_COMPRESSIONS = {1, 5, 7, 8, 32773, 32946, 50000}
 _MOST_STRIPS = 65_536
 _DAMAGED = "The image is damaged or cut short: its pixels cannot be decoded. Take a whole copy."
 _ORIENTATION_TAG = 0x0112
+# Of TIFF 6.0; and where a PNG's header says how many bits a channel has (ISO/IEC 15948).
+_BITS_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 258, 262, 0
+_PNG_DEPTH = 24
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -66,8 +69,10 @@ _PARSE_ERRORS = (
     KeyError,
     IndexError,
     EOFError,
-    OverflowError,
     MemoryError,
+    AssertionError,
+    AttributeError,
+    ArithmeticError,
     struct.error,
     zlib.error,
     RuntimeError,
@@ -100,9 +105,10 @@ class Limits:
 
     Attributes:
         max_bytes: The encoded size, in bytes.
-        max_pixels: Width times height of a JPEG of one scan, which is never decoded in full.
-        max_pixels_in_full: Width times height of every other image: other formats, and JPEG of
-            several scans (progressive), whose coefficients are all held whatever the scale.
+        max_pixels: Width times height of a JPEG of one scan, which is decoded at a smaller scale.
+        max_pixels_in_full: Pixels that are held: of other formats and of JPEG of several scans
+            (progressive), whose coefficients are all held whatever the scale, width times height;
+            of a JPEG of one scan, those of its scale, of which a long thin one has none.
     """
 
     max_bytes: int = 50 * MEGA
@@ -186,13 +192,12 @@ def decode(
         # A phone's MPO is a JPEG with previews appended; its first frame is the photograph.
         image_format = "JPEG" if image.format == "MPO" else str(image.format)
         in_full = image_format != "JPEG" or has_several_scans(data)
-        _check_size(image, image_format, in_full, limits)
-        if not in_full:
-            return _fit(image, image_format, data, height, width)
+        held = _held_pixels(image.size, in_full, height, width)
+        _check_size(image, image_format, in_full, held, limits)
 
         def whole() -> DecodedImage:
             try:
-                if image_format == "JPEG" and most_scans(bytes(data)) > MOST_SCANS:
+                if in_full and image_format == "JPEG" and most_scans(bytes(data)) > MOST_SCANS:
                     raise ImageTooLargeError(
                         f"The JPEG has more than {MOST_SCANS} scans. Save it anew."
                     )
@@ -200,14 +205,17 @@ def decode(
             finally:
                 image.close()  # with its pixels
 
-        return in_turn(whole, wait) if image.width * image.height > _LARGE else whole()
+        return in_turn(whole, wait) if held > _LARGE else whole()
 
 
 def _fit(
     image: Image.Image, image_format: str, data: bytes | memoryview, height: int, width: int
 ) -> DecodedImage:
     if image.mode in ("I", "F"):
-        raise UnsupportedImageError("Images of 32 bits a channel are not supported; send 8 or 16.")
+        raise UnsupportedImageError(
+            "Images of 32 bits a channel, or of signed ones, are not supported; send 8 or 16, "
+            "unsigned."
+        )
 
     try:
         several = image.format not in ("MPO", "TIFF") and getattr(image, "is_animated", False)
@@ -234,7 +242,7 @@ def _fit(
                 image.draft("RGB", target)
             image.decodermaxblock = _READ_AT_ONCE  # type: ignore[attr-defined]  # an ImageFile
         resized = _laid_on_white(
-            _to_channels(image).resize(
+            _to_channels(image, data).resize(
                 target, Image.Resampling.BILINEAR, box=_centred_box(image.size)
             )
         )
@@ -245,12 +253,23 @@ def _fit(
     return DecodedImage(np.asarray(resized), shown_width, shown_height, image_format)
 
 
-def _check_size(image: Image.Image, image_format: str, in_full: bool, limits: Limits) -> None:
+def _held_pixels(size: tuple[int, int], in_full: bool, height: int, width: int) -> int:
+    """How many of an image are in memory at once: at most, however it is turned."""
+    fits = 1 if in_full else min(size) // max(height, width)
+    scale = max((each for each in (2, 4, 8) if each <= fits), default=1)
+    return size[0] * size[1] // scale**2
+
+
+def _check_size(
+    image: Image.Image, image_format: str, in_full: bool, held: int, limits: Limits
+) -> None:
     width, height = image.size
     most = min(limits.max_pixels, limits.max_pixels_in_full) if in_full else limits.max_pixels
+    several = in_full and image_format == "JPEG"
+    kind = "JPEG of several scans (progressive)" if several else image_format
+    if width * height <= most and held > max(limits.max_pixels_in_full, _LARGE):
+        most, kind = limits.max_pixels_in_full, f"{kind} as long and thin as that"
     if width * height > most:
-        several = in_full and image_format == "JPEG"
-        kind = "JPEG of several scans (progressive)" if several else image_format
         raise ImageTooLargeError(
             f"The image has {width} x {height} = {width * height / MEGA:,.1f} megapixels; "
             f"at most {most / MEGA:g} are accepted for {kind}."
@@ -282,13 +301,41 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_channels(image: Image.Image) -> Image.Image:
+def _to_channels(image: Image.Image, data: bytes | memoryview) -> Image.Image:
     """As RGB, or RGBA where something is transparent; not copied where it is that already."""
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return _of_sixteen_bits(image)
+    if image.format == "PNG" and "transparency" in image.info:
+        _scale_transparent_colour(image, depth=data[_PNG_DEPTH])
+    if image.mode == "La":  # which knows no way to RGBA
+        image = image.convert("LA")
     mode = "RGBA" if image.has_transparency_data else "RGB"
     image.load()
     return image if image.mode == mode else image.convert(mode)
+
+
+def _of_sixteen_bits(image: Image.Image) -> Image.Image:
+    """Grey ones. Pillow leaves to others what a TIFF or PNG says of its values."""
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    shift = tags.get(_BITS_TAG, (16,))[0] - 8  # a TIFF may have twelve bits
+    grey = (values >> shift).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO:
+        grey = ~grey
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
+        return Image.fromarray(np.stack([grey, grey, grey, alpha], axis=2), "RGBA")
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _scale_transparent_colour(image: Image.Image, depth: int) -> None:
+    """Give the one colour that is transparent in eight bits, as Pillow gives the pixels alone."""
+    colour = image.info["transparency"]
+    if isinstance(colour, int) and image.mode == "L" and depth < 8:
+        image.info["transparency"] = colour * 255 // (2**depth - 1)
+    elif isinstance(colour, tuple) and depth > 8:
+        image.info["transparency"] = tuple(each >> 8 for each in colour)
 
 
 def _laid_on_white(image: Image.Image) -> Image.Image:

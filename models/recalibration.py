@@ -59,7 +59,7 @@ def read_outcomes(
         Logits, float [N], and outcomes, bool [N].
 
     Raises:
-        CalibrationError: The table does not fit; the message names row and column.
+        CalibrationError: The table does not fit; the message names line and column.
     """
     values, outcomes = [], []
     try:
@@ -73,13 +73,14 @@ def read_outcomes(
                         f"{path}: the column {needed} is missing. Separated by commas, it has "
                         f"{', '.join(there) or 'none'}."
                     )
-            for number, row in enumerate(reader, start=2):
+            for row in reader:
+                number = reader.line_num
                 said = (row[OUTCOME] or "").strip().lower()
                 if not said:
                     continue
                 if said not in _TRUTHS:
                     raise CalibrationError(
-                        f"{path}, row {number}, column {OUTCOME}: {said!r} is not 1 or 0."
+                        f"{path}, line {number}, column {OUTCOME}: {said!r} is not 1 or 0."
                     )
                 outcomes.append(_TRUTHS[said])
                 values.append(_number(row[column], path, number, column))
@@ -212,15 +213,15 @@ def _depends_on_threshold(metric: str) -> bool:
     return any(word in metric for word in ("sensitivity", "specificity"))
 
 
-def _number(cell: str | None, path: Path, row: int, column: str) -> float:
+def _number(cell: str | None, path: Path, line: int, column: str) -> float:
     try:
         value = float(cell or "")
     except ValueError:
         value = np.nan
     if not np.isfinite(value):
-        raise CalibrationError(f"{path}, row {row}, column {column}: {cell!r} is not a number.")
+        raise CalibrationError(f"{path}, line {line}, column {column}: {cell!r} is not a number.")
     if column == PROBABILITY and not 0 <= value <= 1:
-        raise CalibrationError(f"{path}, row {row}, column {column}: {cell!r} is not in 0 to 1.")
+        raise CalibrationError(f"{path}, line {line}, column {column}: {cell!r} is not in 0 to 1.")
     return value
 
 

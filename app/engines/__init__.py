@@ -24,6 +24,9 @@ from models.cores import available_cores, multiplies_bfloat16
 BATCH_ON_CPU = 4
 # Each takes memory of its own in OpenVINO; on more cores there should be several processes.
 _MOST_THREADS = 8
+# A tensor's entry for the file that holds it (`TensorProto.external_data` of onnx.proto): the bytes
+# of a protocol buffer's message whose first field is that name.
+_OUTSIDE = b"\n\x08location\x12"
 # Characters of what a runtime says.
 _SAID_FIRST, _SAID_LAST, _CUT = 60, 160, " … "
 log = structlog.get_logger()
@@ -192,17 +195,17 @@ def _load(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
         bfloat16 = settings.precision == "auto" and multiplies_bfloat16()
         size = bundle.manifest.input.height, bundle.manifest.input.width
         return OpenVinoEngine(
-            artifact.file, bundle.read(artifact), size, threads, bfloat16, settings.max_batch
+            artifact.file, _read_onnx(bundle, artifact), size, threads, bfloat16, settings.max_batch
         )
     if artifact.format == "onnx" and _on_cpu(settings):
         from app.engines.onnx import OnnxEngine
 
-        return OnnxEngine(artifact.file, bundle.read(artifact), threads, settings.max_batch)
+        return OnnxEngine(artifact.file, _read_onnx(bundle, artifact), threads, settings.max_batch)
     if artifact.format == "onnx":
         from app.engines.cuda import CudaEngine
 
         number = 0 if settings.device == "auto" else int(settings.device.removeprefix("cuda:"))
-        return CudaEngine(artifact.file, bundle.read(artifact), number, settings.max_batch)
+        return CudaEngine(artifact.file, _read_onnx(bundle, artifact), number, settings.max_batch)
     if not settings.trust_torch:
         raise EngineError(
             f"{artifact.file} is code, and runs only where you say that you trust it: "
@@ -223,6 +226,16 @@ def _load(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
         threads,
         settings.max_batch,
     )
+
+
+def _read_onnx(bundle: Bundle, artifact: Artifact) -> bytes:
+    content = bundle.read(artifact)
+    if _OUTSIDE in content:
+        raise BundleError(
+            f"{artifact.file} keeps weights in a file of their own, which no hash is of: save it "
+            "with all of them inside."
+        )
+    return content
 
 
 def check_shapes(

@@ -151,6 +151,41 @@ def test_a_full_file_is_kept_and_another_begun(path: Path) -> None:
     assert kept == [str(number) for number in range(20)]
 
 
+def test_a_full_file_behind_a_link_stays_beside_its_successor(path: Path, tmp_path: Path) -> None:
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    path.symlink_to(volume / "audit.jsonl")
+    audit = AuditLog(path, 1)
+    for _ in range(2):
+        audit.write("r", None, MODEL, [("i", "ok")])
+    audit.close()
+    assert path.is_symlink()
+    assert len(lines(path)) == 1
+    assert len([*volume.iterdir()]) == 2
+
+
+def test_a_thread_that_is_not_to_be_had_costs_no_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit = AuditLog(path, 1_000_000)
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", synced.append)
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", refuse)
+        audit.write("r", None, MODEL, [("i", "ok")])
+    assert len(synced) == 1
+    audit.write("r", None, MODEL, [("i", "ok")])
+    until_synced = threading.Event()
+    monkeypatch.setattr("os.fsync", lambda _: until_synced.set())
+    assert until_synced.wait(5)
+    audit.close()
+    assert len(lines(path)) == 2
+
+
 def test_a_file_that_was_moved_away_is_followed_by_another(path: Path) -> None:
     log = AuditLog(path, 10_000)
     log.write("one", None, MODEL, [("a", "ok")])

@@ -121,6 +121,24 @@ def test_a_file_that_cannot_be_read_costs_the_others_nothing(
     assert run("predict", tmp_path)[0] == 1
 
 
+def test_heat_maps_are_not_made_for_a_table(run, picture: Path) -> None:
+    status, _, error = run("predict", "--explain", picture)
+    assert (status, "add --json" in error) == (2, True)
+
+
+def test_an_audit_log_is_begun_by_the_service_alone(
+    run, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "audit.jsonl"
+    monkeypatch.setenv("MMTL_AUDIT_LOG", str(log))
+    assert run("serve", "--check")[0] == 0
+    assert run("predict", picture)[0] == 0
+    assert not log.exists()
+    log.write_text("{}\n")
+    assert run("serve", "--check")[0] == 0
+    assert log.read_text() == "{}\n"
+
+
 def test_a_name_that_is_no_text_is_shown_all_the_same(run, picture: Path) -> None:
     odd = picture.with_name("picture\udcff.png")
     try:
@@ -328,13 +346,21 @@ def test_a_bundle_is_recalibrated_into_another_one_and_compared(
     assert "artifacts[model.onnx].calibration.slope" in output
     assert run("bundle", "diff", new, new)[:2] == (0, "The bundles are the same.\n")
     assert run("bundle", "verify", new)[0] == 0
+    fitted = ("bundle", "recalibrate", bundle_folder, "--outcomes", table, "-o", new)
+    status, _, error = run(*fitted, "--sensitivity", "nan")
+    assert (status, "--sensitivity is a share from 0.5 to 1" in error) == (2, True)
+    link = tmp_path / "link"
+    link.symlink_to(new)
     arguments = ("bundle", "recalibrate", bundle_folder, "--prevalence", "0.02", "-o")
+    assert run(*arguments, link, "--version", "8.0.0")[0] == 0
+    assert link.is_symlink()
+    assert "test 8.0.0" in run("bundle", "inspect", new)[1]
     assert run(*arguments, new, "--version", "9.0.0")[0] == 0
     assert "test 9.0.0" in run("bundle", "inspect", new)[1]
     for wrong, sentence in (
         ((bundle_folder,), "--out is the bundle itself"),
         ((new, "--version", "x"), "--version is of the form 1.2.3"),
-        ((new, "--sensitivity", "nan"), "--sensitivity is a share from 0.5 to 1"),
+        ((new, "--sensitivity", "0.99"), "--sensitivity takes --outcomes"),
         ((new, "--prevalence", "2"), "--prevalence is a share between 0 and 1"),
         ((new, "--outcomes", table), "Give either --outcomes or --prevalence"),
     ):

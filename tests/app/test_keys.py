@@ -80,6 +80,29 @@ def test_keys_that_are_made_at_once_are_all_kept(path: Path) -> None:
     assert sum(key.revoked is None for key in found) == 8
 
 
+def test_a_link_stays_one_to_the_file_that_the_service_reads(path: Path, tmp_path: Path) -> None:
+    key = create_key(path, "tool", ("predict",), None)
+    link = tmp_path / "elsewhere" / "keys.json"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    other = create_key(link, "other", ("predict",), None)
+    revoke_key(link, "tool")
+    assert link.is_symlink()
+    keys = Keys(path)
+    assert (keys.find(key), keys.find(other) is None) == (None, False)
+
+
+def test_a_key_named_as_another_one_s_id_is_not_taken_for_it(path: Path) -> None:
+    create_key(path, "tool", ("predict",), None)
+    (first,) = read_keys(path)
+    create_key(path, first.id, ("predict",), None)
+    second = read_keys(path)[1]
+    with pytest.raises(KeysError, match=f"by its name 'tool' or id {second.id}"):
+        revoke_key(path, first.id)
+    assert revoke_key(path, second.id) == read_keys(path)[1]
+    assert revoke_key(path, first.id).name == "tool"
+
+
 def test_a_quota_is_a_minute_s_requests_and_refills(path: Path, clock) -> None:
     key = create_key(path, "tool", ("predict",), 3)
     running = Keys(path)

@@ -8,6 +8,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from starlette.datastructures import Headers
 
 from app.settings import Settings
 from app.spans import Spans, SpansError
@@ -109,6 +111,42 @@ def test_a_bucket_names_a_trace_of_it(settings: Settings, collected: list[Span])
     assert named
     assert all('route="/predict"' in line for line in named)
     assert openmetrics.text.endswith("# EOF\n")
+
+
+def test_opentelemetry_s_own_variables_hold(
+    settings: Settings, collected: list[Span], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = settings.model_copy(update={"traces": True})
+    with monkeypatch.context() as patch:
+        patch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "1")
+        with pytest.raises(SpansError, match=r"its variables OTEL_\*: max_export"):
+            Spans()
+    with monkeypatch.context() as patch:
+        patch.setenv("OTEL_SDK_DISABLED", "true")
+        with started(traced) as client:
+            answer = client.post("/predict", files={"files": flat(1)})
+            assert (answer.status_code, "traceparent" in answer.headers) == (200, False)
+    assert not collected
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "name"),
+    [
+        ("OTEL_SERVICE_NAME", "ours", "ours"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "service.name=theirs,a=b", "theirs"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "a=b", "mmtl"),
+    ],
+)
+def test_the_service_has_the_name_that_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, name: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    exporter = InMemorySpanExporter()
+    spans = Spans(exporter)
+    spans.begin("GET", Headers()).end()
+    spans.close()
+    (span,) = exporter.get_finished_spans()
+    assert span.resource.attributes["service.name"] == name
 
 
 @pytest.mark.parametrize("others", ["false", "true"])

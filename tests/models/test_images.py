@@ -1,4 +1,6 @@
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -99,6 +101,22 @@ def test_a_damaged_exif_block_does_not_refuse_the_picture() -> None:
     assert decode(data, 32, 32).pixels.shape == (32, 32, 3)
 
 
+def test_a_jpeg_too_long_and_thin_for_a_smaller_scale_waits_as_what_is_held_in_full() -> None:
+    long = encode(np.full((100, 60_000, 3), 90, np.uint8), "JPEG")
+    assert decode(long, 32, 32, wait=False).width == 60_000
+
+    def meanwhile() -> None:
+        decode(long, 32, 32, wait=False)  # at a half of its size
+        with pytest.raises(NotItsTurn):
+            decode(long, 64, 64, wait=False)
+
+    in_turn(meanwhile)
+    few = Limits(max_pixels_in_full=5_000_000)
+    assert decode(long, 32, 32, few).width == 60_000
+    with pytest.raises(ImageTooLargeError, match="at most 5 are accepted for JPEG as long"):
+        decode(long, 64, 64, few)
+
+
 def test_what_is_wider_than_4_to_3_loses_its_ends() -> None:
     wide = np.zeros((60, 200, 3), np.uint8)
     wide[:, 60:140] = 200  # the middle 4:3 box
@@ -119,6 +137,61 @@ def test_other_colour_modes_become_rgb(mode: str) -> None:
     image = Image.fromarray(draw_lesion(5)).convert(mode)
     image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
     assert decode(buffer.getvalue(), 32, 32).pixels.shape == (32, 32, 3)
+
+
+def png(depth: int, colour: int, rows: np.ndarray, **chunks: bytes) -> bytes:
+    """A PNG of rows of bytes, in that colour type, with further chunks."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    channels = {0: 1, 2: 3, 3: 1}[colour]
+    height, width = len(rows), rows.shape[1] * 8 // depth // channels
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = {"IHDR": head, **chunks, "IDAT": pixels, "IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(n.encode(), d) for n, d in parts.items())
+
+
+def test_a_palette_that_is_missing_is_damage() -> None:
+    with pytest.raises(CorruptImageError):
+        decode(png(8, 3, np.zeros((64, 64), np.uint8)), 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "left", "right", "transparent", "shown"),
+    [
+        (4, 0, [0x55], [0xAA], [0, 5], [170, 170, 170]),
+        (8, 0, [50], [200], [0, 50], [200, 200, 200]),
+        (16, 0, [40, 7], [200, 7], [40, 7], [200, 200, 200]),
+        (16, 2, [9, 7] * 3, [200, 0, 90, 0, 30, 0], [9, 7] * 3, [200, 90, 30]),
+    ],
+)
+def test_a_transparent_colour_is_one_at_any_depth(
+    depth: int, colour: int, left: list, right: list, transparent: list, shown: list
+) -> None:
+    rows = np.tile(np.array(left * 32 + right * 32, np.uint8), (48, 1))
+    found = decode(png(depth, colour, rows, tRNS=bytes(transparent)), 48, 64).pixels
+    assert (found[:, :30] == 255).all()
+    assert (found[:, -30:] == shown).all()
+
+
+def grey_tiff(values: np.ndarray, bits: int, white_is_zero: bool = False) -> bytes:
+    """One strip of packed bytes, 64 pixels wide."""
+    entries = [(256, 64), (257, 48), (258, bits), (259, 1), (262, 0 if white_is_zero else 1)]
+    entries += [(273, 8 + 2 + 12 * 9 + 4), (277, 1), (278, 48), (279, values.nbytes)]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, 9) + directory + bytes(4) + values.tobytes()
+
+
+def test_a_grey_tiff_says_how_many_bits_it_has_and_which_end_is_white() -> None:
+    sixteen = np.full((48, 64), 10_000, "<u2")
+    assert decode(grey_tiff(sixteen, 16), 48, 64).pixels[0, 0, 0] == 39
+    assert decode(grey_tiff(sixteen, 16, white_is_zero=True), 48, 64).pixels[0, 0, 0] == 216
+    twelve = np.tile(np.array([0x80, 0x08, 0x00], np.uint8), 48 * 32)
+    assert decode(grey_tiff(twelve, 12), 48, 64).pixels[0, 0, 0] == 128
 
 
 def test_sixteen_bit_greyscale_keeps_its_range() -> None:

@@ -89,8 +89,11 @@ def test_the_new_bundle_says_so_and_the_old_one_stays(bundle_folder: Path, tmp_p
     [
         ("logit,melanoma\n1,1\n", "melanoma_probability is missing. .* has logit, melanoma"),
         ("melanoma_logit;melanoma\n1;1\n", "it has melanoma_logit;melanoma"),
-        ("melanoma_logit,melanoma\n1,maybe\n", "row 2, column melanoma: 'maybe' is not 1 or 0"),
-        ("melanoma_logit,melanoma\n1,1\nhigh,0\n", "row 3, column melanoma_logit: 'high' is not"),
+        ("melanoma_logit,melanoma\n1,maybe\n", "line 2, column melanoma: 'maybe' is not 1 or 0"),
+        (
+            "melanoma_logit,melanoma\n1,1\n\nhigh,0\n",
+            "line 4, column melanoma_logit: 'high' is not",
+        ),
         ("melanoma_logit,melanoma\nnan,0\n", "'nan' is not a number"),
         ("melanoma_logit,melanoma\n0.9,1\n0.1,0\n", "holds probabilities; call it melanoma_prob"),
         ("melanoma_probability,melanoma\n1.2,0\n", "column melanoma_probability: '1.2' is not in"),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from app.engines import EngineError, compiler, load_engine, one_line, open_engine
@@ -12,7 +13,7 @@ from app.engines.openvino import OpenVinoEngine
 from app.settings import Settings
 from models.bundle import Bundle, BundleError, Outputs, Precision, load_bundle, save_bundle
 from tests.app.engines import load, needs_gpu, needs_no_cuda, needs_openvino, runtimes
-from tests.bundles import SIDE, expected_outputs, make_bundle
+from tests.bundles import SIDE, expected_outputs, make_bundle, make_manifest
 
 
 @runtimes
@@ -65,6 +66,16 @@ def test_a_file_that_is_no_network_is_refused(runtime: str, content: bytes) -> N
             OnnxEngine("model.onnx", content, 2, 4)
         else:
             OpenVinoEngine("model.onnx", content, (SIDE, SIDE), 1, bfloat16=False, max_batch=4)
+
+
+def test_a_network_whose_weights_lie_outside_of_it_is_refused(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "whole")
+    model = onnx.load(tmp_path / "model.onnx")
+    part = tmp_path / "model.onnx"
+    onnx.save_model(model, part, save_as_external_data=True, location="weights", size_threshold=0)
+    bundle = save_bundle(tmp_path / "parted", make_manifest(part), {part.name: part})
+    with pytest.raises(BundleError, match="in a file of their own, which no hash is of"):
+        open_engine(bundle, Settings(device="cpu"))
 
 
 def test_a_file_that_was_changed_after_its_bundle_was_verified_is_not_run(tmp_path: Path) -> None:
