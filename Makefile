@@ -47,7 +47,8 @@ default-bundle: $(VENV)/.dev
 	$(VENV)/bin/mmtl-train quantize --run $(RUN) --bundle models/default
 	$(VENV)/bin/mmtl-train evaluate $(DATA) --run $(RUN) --bundle models/default --publish \
 		--out docs/evaluation
-	$(VENV)/bin/python benchmarks/targets.py > docs/targets.md
+	$(VENV)/bin/python benchmarks/targets.py > docs/targets.md.part
+	mv docs/targets.md.part docs/targets.md
 
 # Bundles that shipped before, out of this repository's history: teachers (configs/distilled.toml).
 shipped_0.2.0 := fa6b4c0
@@ -76,18 +77,19 @@ bench-serve-gpu: $(VENV)/.dev
 secrets: docker/secrets/service/keys.json docker/secrets/grafana_password
 docker/secrets/service/keys.json: | $(VENV)/.cpu
 	@mkdir -p $(@D)
-	@$(VENV)/bin/mmtl keys create prometheus --scope metrics --file $@.part \
-		| tr -d '\n' > docker/secrets/metrics_key
-	@$(VENV)/bin/mmtl keys create administrator --scope predict --scope admin --file $@.part \
-		| tr -d '\n' > docker/secrets/administrator_key
-	@chmod 600 docker/secrets/administrator_key
+	@rm -f $@.part
+	@$(VENV)/bin/mmtl keys create prometheus --scope metrics --file $@.part > docker/secrets/metrics_key
+	@umask 077; $(VENV)/bin/mmtl keys create administrator --scope predict --scope admin --file $@.part \
+		> docker/secrets/administrator_key
+	@chmod 755 $(@D)
 	@chmod 644 $@.part docker/secrets/metrics_key
 	@mv $@.part $@
 	@echo "docker/secrets: service/keys.json, metrics_key (Prometheus), administrator_key (you)"
 docker/secrets/grafana_password:
 	@mkdir -p $(@D)
-	@$(PYTHON) -c "import secrets; print(secrets.token_urlsafe(18), end='')" > $@
-	@chmod 644 $@
+	@$(PYTHON) -c "import secrets; print(secrets.token_urlsafe(18), end='')" > $@.part
+	@chmod 644 $@.part
+	@mv $@.part $@
 	@echo "docker/secrets/grafana_password: of Grafana's user admin"
 
 ## Known vulnerabilities of what an image holds; says so where no advisories can be reached.

@@ -255,7 +255,7 @@ def test_alerts_fire_for_a_service_that_is_broken(
     try:
         prometheus.until("mmtl_ready")
         assert prometheus.until("count(mmtl_network_replacements_total)") == 1
-        assert not prometheus.get("alerts")["alerts"]
+        until(lambda: not prometheus.get("alerts")["alerts"])  # nor is the target missing any more
         hangs.set()
         assert post("/predict", flat(1)) == 503
         until(lambda: post("/predict", flat(1)) == 200)
