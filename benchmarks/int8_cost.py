@@ -68,7 +68,8 @@ def compare(
         and compared["ECE"].value <= MOST_ECE
         and max(flips, strange) <= MOST_FLIPS
     )
-    print("That is little enough." if kept else "That is too much.")
+    # Not by the intervals' ends: so few images do not tell as little as that apart.
+    print(f"By the figures themselves, that is {'little enough' if kept else 'too much'}.")
     return kept
 
 

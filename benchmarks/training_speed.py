@@ -12,8 +12,9 @@ one asks for another; mmtl's is what it takes unless told otherwise (`precision`
 with `precision = "float32"`. With `--ablations`, "memory given back" is mmtl without
 training/memory.py, "PyTorch's gradients" mmtl without training/gradients.py, and "timm, in
 bfloat16" timm's loop under torch.autocast.
-"The step alone" is mmtl's network on images that are there already: no input could make an epoch
-faster. With EfficientNet-Lite0 the step takes most of an epoch here, with MobileNetV3-Small the
+"The step alone" is mmtl's network on images that are there already, in turns of its own: but for
+what a shared machine differs by from one turn to the next, no input could make an epoch faster.
+With EfficientNet-Lite0 the step takes most of an epoch here, with MobileNetV3-Small the
 input. The input alone is the same epochs without a network: what two cores can feed to a GPU.
 """
 

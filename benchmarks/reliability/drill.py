@@ -35,6 +35,7 @@ from app.engines import open_engine
 from app.keys import create_key
 from app.settings import Settings
 from app.telemetry import configure_logs
+from benchmarks.reliability.attacks import conditions
 from benchmarks.reliability.garbage import BOUNDARY, garbage
 from models.bundle import Bundle, load_bundle, melanoma_probability, save_bundle
 from models.images import decode
@@ -154,7 +155,7 @@ class Drill:
         self.tally = Tally()
         self.lock = threading.Lock()
         self.over = threading.Event()
-        self.stopping = False
+        self.stopping = self.reloaded = False
         self.memory: list[tuple[float, float]] = []
         self.events: list[tuple[float, str]] = []
 
@@ -327,6 +328,7 @@ class Drill:
         self.wait_until(0.2, minutes)
         self.point(successor)
         status = self.get("/admin/reload", "POST")
+        self.reloaded = status == 200
         self.event(f"reload of the successor by POST: {status}")
         self.wait_until(0.35, minutes)
         (self.work / "fail").touch()
@@ -381,7 +383,9 @@ def main() -> None:
     status = drill.run(arguments.minutes)
     tally = drill.tally
     left = {name: (drill.work / name).exists() for name in ("fail", "hang")}
+    not_taken = [name for name, there in left.items() if there]
     result = {
+        **conditions(),
         "minutes": arguments.minutes,
         "events": drill.events,
         "images": len(drill.images),
@@ -393,7 +397,7 @@ def main() -> None:
         "wrong": tally.wrong[:20],
         "wrong_in_all": len(tally.wrong),
         "slowest_seconds": tally.worst,
-        "faults_not_taken": [name for name, there in left.items() if there],
+        "faults_not_taken": not_taken,
         "exit_status": status,
         "megabytes": phases(drill.memory, drill.events),
         "megabytes_every_ten_seconds": [round(mb) for _, mb in drill.memory[::10]],
@@ -401,7 +405,7 @@ def main() -> None:
     }
     (OUT / "drill.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    raise SystemExit(bool(tally.wrong) or status != 0)
+    raise SystemExit(bool(tally.wrong or not_taken or status) or not drill.reloaded)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ and a run that was interrupted goes on there; the page of this kind of CPU is wr
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -64,7 +65,7 @@ MEASURED = (
 SHORT_QUEUE = 32
 LIMIT_BATCH = 8
 # Of measuring: figures of another one do not belong beside these.
-METHOD = "each load to all systems in turn"
+METHOD = "each load to all systems in turn, open loops after a new start"
 _T = TypeVar("_T")
 
 
@@ -102,9 +103,9 @@ def systems(network: Path, side: int) -> dict[str, System]:
         ours = {"MMTL_PORT": str(port), "MMTL_BUNDLE": str(network.parent), **variables}
         return System("mmtl", ("mmtl", "serve"), ours, port)
 
-    def other(environment: str, *command: str) -> System:
+    def other(environment: str, *command: str, **variables: str) -> System:
         port = next(ports)
-        return System(environment, (*command, str(port)), shared, port)
+        return System(environment, (*command, str(port)), {**shared, **variables}, port)
 
     uvicorn = ("uvicorn", "fastapi_app:app", "--log-level", "warning")
     return {
@@ -113,6 +114,7 @@ def systems(network: Path, side: int) -> dict[str, System]:
         "mmtl, int8 in ONNX Runtime": mmtl(MMTL_PRECISION="int8"),
         "mmtl, short queue": mmtl(MMTL_QUEUE_SIZE=str(SHORT_QUEUE)),
         "FastAPI": other("fastapi", *uvicorn, "--port"),
+        page.SCALED: other("fastapi", *uvicorn, "--port", SCALED="1"),
         "LitServe": other("litserve", "python", f"{peers}/litserve_app.py"),
         "BentoML": other("bentoml", "bentoml", "serve", "bentoml_app:Service", "--port"),
         "Ray Serve": other("ray", "python", f"{peers}/ray_app.py"),
@@ -123,11 +125,11 @@ def systems(network: Path, side: int) -> dict[str, System]:
 def loads_of(name: str, crowd: int) -> list[Load]:
     """What a system is measured with: few clients first, as BentoML goes on waiting after many.
 
-    The open loops come last: they are shares of a closed one.
+    The open loops come last, on systems that are started anew: they are shares of a closed one.
     """
     every = [Load(mix, crowd) for mix in MIXES]
     arrivals = [Load("mixed", OPEN_CLIENTS, share) for share in OPEN_LOADS]
-    if name == "nothing":
+    if name in ("nothing", page.SCALED):
         return every
     if name.startswith("limit"):
         return [Load("mixed", 1), *every]
@@ -146,7 +148,8 @@ def make_images(data: Path, folder: Path) -> dict[str, list[Path]]:
     for path in originals:
         with Image.open(path) as image:
             width = image.width
-            small = folder / path.name
+            # By what it is made of: another folder may have another file of that name.
+            small = folder / f"{_hash([path])}.jpg"
             if not small.exists():
                 part = small.with_suffix(".part")
                 thumbnail = image.convert("RGB").resize((600, 450), Image.Resampling.LANCZOS)
@@ -158,11 +161,21 @@ def make_images(data: Path, folder: Path) -> dict[str, list[Path]]:
         elif width >= 3000:
             mixes["full size"].append(path)
     if not all(mixes[name] for name in MIXES[:3]):
-        raise SystemExit(f"{data}/originals holds no images: give the data folder.")
+        raise SystemExit(
+            f"{data}/originals needs *.jpg files less than 1,100 pixels wide (medium images) and "
+            "ones of 3,000 or more (full size)."
+        )
     most = max(len(mixes[name]) for name in MIXES[:3])
     for i in range(most):
         mixes["mixed"] += [mixes[name][i % len(mixes[name])] for name in MIXES[:3]]
     return mixes
+
+
+def _hash(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def send(
@@ -232,10 +245,22 @@ def measure(
     loads = {name: loads_of(name, crowd) for name in names}
     found: dict[str, Any] = {name: {"loads": {}} for name in names}
     running: dict[str, Process] = {}
+    anew = set[str]()
+
+    def start(name: str) -> float:
+        log = run / f"{name.replace(', ', '-').replace(' ', '-')}.log"
+        running[name] = Process(served[name], log)
+        seconds = running[name].wait(mixes["small"][0].read_bytes())
+        running[name].pause()
+        return seconds
 
     def give(name: str, load: Load) -> dict[str, Any]:
         if name in bare:
             return run_bare(bare[name], load, mixes[load.mix], batch)
+        if load.share and name not in anew:
+            running[name].stop()
+            start(name)
+            anew.add(name)
         closed = found[name]["loads"].get(f"{load.mix}, {crowd} clients")
         rate = max(load.share * closed["images_per_second"], 0.1) if load.share else None
         running[name].resume()
@@ -245,12 +270,9 @@ def measure(
             running[name].pause()
 
     with ExitStack() as stack:
+        stack.callback(lambda: [process.stop() for process in running.values()])
         for name in rotated(list(served), repeat):
-            log = run / f"{name.replace(', ', '-').replace(' ', '-')}.log"
-            running[name] = process = Process(served[name], log)
-            stack.callback(process.stop)
-            found[name]["ready_seconds"] = process.wait(mixes["small"][0].read_bytes())
-            process.pause()
+            found[name]["ready_seconds"] = start(name)
         what = f"repeat {repeat + 1}, {names[0] if len(names) == 1 else f'{len(names)} systems'}"
         bar = tqdm(total=sum(map(len, loads.values())), desc=what, unit="load")
         for number, load in enumerate(dict.fromkeys(chain(*loads.values()))):
@@ -268,9 +290,11 @@ def rotated(several: Sequence[_T], by: int) -> list[_T]:
     return [*several[by:], *several[:by]]
 
 
-def conditions(bundle: Bundle) -> dict[str, Any]:
+def conditions(bundle: Bundle, mixes: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
     """Of a figure: figures that differ in one do not belong on one page."""
     return {
+        "images": {mix: _hash(files) for mix, files in mixes.items()},
+        "cores": CORES,
         "code": fingerprint(*MEASURED),
         "network": {one.file: one.sha256[:16] for one in bundle.manifest.artifacts},
         "machine": f"{CORES} cores ({processor()}), Python {platform.python_version()}",
@@ -359,7 +383,8 @@ def main() -> None:
         bare = {name: known[name.replace("limit", "mmtl")] for name in names if name not in known}
         return measure(served, bare, mixes, arguments.run, repeat)
 
-    rows = collect(arguments.run, arguments.repeats, [names], conditions(bundle), measure_group)
+    facts = conditions(bundle, mixes)
+    rows = collect(arguments.run, arguments.repeats, [names], facts, measure_group)
     if not arguments.only:
         page.write(arguments.out, arguments.name, rows, bundle, mixes)
 

@@ -11,15 +11,15 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.serving import compare
 from benchmarks.serving.compare import MIXES
-from benchmarks.serving.page import PEERS, Results, counts, latency, row, span
-from benchmarks.serving.process import ON_GPU, ROOT, System, make_environment
+from benchmarks.serving.page import PEERS, Results, counts, latency, row, span, write_all
+from benchmarks.serving.process import ON_GPU, ROOT, System, fingerprint, make_environment
 from models.bundle import Bundle, load_bundle
 from models.cores import processor
 
@@ -77,20 +77,29 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=compare.SECONDS, help="Of each load.")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--page", action="store_true", help="Write of what is measured already.")
-    parser.add_argument("--only", nargs="*", help="Systems to measure, and to write of.")
+    parser.add_argument("--only", nargs="*", help="Systems to measure; the page is not written.")
     arguments = parser.parse_args()
     bundle = load_bundle(arguments.bundle.resolve())
     network = bundle.path(bundle.artifact("onnx", "fp32"))
     known = systems(network, bundle.manifest.input.width, arguments.processes)
-    names = [name for name in (*known, LIMIT) if name in (arguments.only or (*known, LIMIT))]
+    every = (*known, LIMIT)
+    names = [name for name in every if name in (arguments.only or every)]
+    if arguments.only and not arguments.page:
+        _measure(known, names, bundle, arguments)
+        return
     if arguments.page:
         rows = [json.loads(line) for line in (arguments.run / "results.jsonl").open()]
     else:
         rows = _measure(known, names, bundle, arguments)
-    results = Results([found for found in rows if found["system"] in names])
-    (arguments.out / "performance-gpu.json").write_text(json.dumps(results.rows, indent=1) + "\n")
-    text = "\n".join(_lines(results, names, bundle)) + "\n"
-    (arguments.out / "performance-gpu.md").write_text(text)
+    results = Results(rows)
+    text = "\n".join(_lines(results, every, bundle)) + "\n"
+    write_all(
+        arguments.out,
+        {
+            "performance-gpu.json": json.dumps(results.rows, indent=1) + "\n",
+            "performance-gpu.md": text,
+        },
+    )
     print(text)
 
 
@@ -98,13 +107,14 @@ def _measure(
     known: dict[str, System], names: list[str], bundle: Bundle, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     compare.SECONDS = arguments.seconds
-    facts = compare.conditions(bundle)
+    mixes = compare.make_images(arguments.data.resolve(), arguments.run / "images")
+    facts = compare.conditions(bundle, mixes)
     facts |= {
+        "code": fingerprint(*compare.MEASURED, Path(__file__)),
         "machine": machine(),
         "processes": arguments.processes,
-        "method": "one system after the other",
+        "method": "one system after the other, open loops after a new start",
     }
-    mixes = compare.make_images(arguments.data.resolve(), arguments.run / "images")
     for name in {known[name].environment for name in names if name != LIMIT}:
         make_environment(name)
 
@@ -118,7 +128,7 @@ def _measure(
     return compare.collect(arguments.run, arguments.repeats, one_by_one, facts, measure_one)
 
 
-def _lines(results: Results, names: list[str], bundle: Bundle) -> Iterator[str]:
+def _lines(results: Results, names: Sequence[str], bundle: Bundle) -> Iterator[str]:
     measured = {row["system"] for row in results.rows}
     served = [name for name in (OURS, ALONE, *PEERS) if name in measured]
     missing = [name for name in names if name not in measured]
@@ -160,7 +170,8 @@ def _lines(results: Results, names: list[str], bundle: Bundle) -> Iterator[str]:
     if LIMIT in measured:
         alone = results.median(LIMIT, "mixed, 1 clients", "p50_ms")
         yield row([f"{LIMIT} (one image at a time)", f"{alone:.0f}", "", "", ""])
-    yield "\n## Arrivals by chance (Poisson), at a share of each system's own capacity\n"
+    rate = f"each system's rate with {CROWD} clients"
+    yield f"\n## Arrivals by chance (Poisson), at a share of {rate}\n"
     yield row(["", "load", "images/s", "p50 / p95 / p99 ms", "refused (503)", "failed", "unsent"])
     yield row(["---"] * 7)
     for name in served:
