@@ -86,7 +86,8 @@ def attacks(found: dict[str, Any]) -> str:
     failed = found["good_requests_failed"]
     return f"""`python -m benchmarks.reliability.attacks`: {machine(found)};
 eight clients send good images, one in four of 24 megapixels, while each attack runs from four
-processes, after as long without it. All share this machine's cores: a part of the clients' time is the attackers' own work.
+processes, after as long without it. All share this machine's cores: a part of the clients' time is
+the attackers' own work.
 
 | attack | answers | MB quiet | MB attacked | ratio | p99 quiet, ms | p99 attacked, ms | ratio \
 | images/s quiet | images/s attacked |
