@@ -116,6 +116,7 @@ def find_source(
     offline: bool = False,
     random: bool = False,
     seed: int = 0,
+    only: bool = False,
 ) -> tuple[Source, Backbone]:
     """Where a backbone's weights are to be had: the folder first, then a package, then a download.
 
@@ -127,6 +128,7 @@ def find_source(
         offline: Take a download only if it is on this machine already.
         random: Do without weights.
         seed: Of random ones.
+        only: Take nothing but what is in the folder.
 
     Returns:
         The source, and the backbone with the normalisation that these weights want.
@@ -148,6 +150,8 @@ def find_source(
         digest = sha256_of(path)
         source = Source("file", f"{path.name} {digest[:16]}", path, str(note.get("note", "")))
         return source, replace(backbone, mean=mean, std=std)
+    if only:
+        raise WeightsError(f"weights_dir: {path} does not exist.")
     package = PACKAGES.get(backbone.name)
     if package and (path := _packaged(package)):
         return Source("package", f"{package} {version(package)}", path), backbone
@@ -253,7 +257,7 @@ def _note(path: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        note = tomllib.loads(path.read_text(encoding="utf-8")).get(name, {})
+        note = tomllib.loads(path.read_text(encoding="utf-8-sig")).get(name, {})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not TOML: {error}.") from None
     if not isinstance(note, dict):

@@ -200,14 +200,16 @@ def evaluate(
         Path | None, typer.Option(help="A table of predictions, instead of a bundle.")
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="That was frozen for --predictions.")
-    ] = 0.5,
+        float | None,
+        typer.Option(min=0, max=1, help="That was frozen for --predictions (by default 0.5)."),
+    ] = None,
     against: Annotated[
         Path | None, typer.Option(help="A bundle or a table to compare with, on the same images.")
     ] = None,
     against_threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="That was frozen for a table in --against.")
-    ] = 0.5,
+        float | None,
+        typer.Option(min=0, max=1, help="That was frozen for a table in --against (0.5)."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The report's folder.")] = Path(
         "runs/report"
     ),
@@ -217,6 +219,7 @@ def evaluate(
 ) -> None:
     """Measure a bundle or a table of predictions on held-out images; write a report."""
     from training.card import check_publishable, save_figures
+    from training.data.layouts import read_datasets
     from training.data.manifest import fingerprint, load_manifest
     from training.predictions import Predictions, load_predictions, predict, save_predictions
     from training.release import evaluate_model, held_out
@@ -224,18 +227,28 @@ def evaluate(
 
     if out.exists() and not out.is_dir():
         raise DataError(f"--out is a folder for the report; {out} is a file.")
+    if predictions is not None and predictions.is_dir():
+        raise DataError(f"--predictions is a table; a bundle such as {predictions} is --bundle.")
+    for option, value, table in (
+        ("--threshold", threshold, predictions),
+        ("--against-threshold", against_threshold, against),
+    ):
+        if value is not None and (table is None or table.is_dir()):
+            raise DataError(f"{option} is of a table of predictions; a bundle has its own.")
     records = load_manifest(manifest or Run(run).manifest)
     tested = held_out(records, split)
+    if data is not None:  # before every image is predicted
+        read_datasets([data])
     used = None if predictions is not None else load_bundle(bundle)
     if publish and used is None:
         raise DataError("--publish writes into a bundle; a table of predictions is none.")
     if publish and used is not None:
         check_publishable(used, str(split), fingerprint(records))
 
-    def read(path: Path, at: float) -> Predictions:
+    def read(path: Path, at: float | None) -> Predictions:
         if path.is_dir():
             return predict(load_bundle(path), tested)
-        return load_predictions(path, tested, at)
+        return load_predictions(path, tested, 0.5 if at is None else at)
 
     other = read(against, against_threshold) if against else None
     found = predict(used, tested) if used else read(predictions or bundle, threshold)

@@ -1,6 +1,7 @@
 """The frozen configuration of a run: defaults, a TOML file, flags; checked before anything runs."""
 
 import tomllib
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -52,7 +53,8 @@ class Config(BaseModel):
         freeze_batch_norm: Keep the statistics of the backbone's batch norm as they were
             pretrained; needed where they were folded into the weights.
         patience: Epochs without a better validation AUROC before training stops.
-        ema_decay: Of the averaged weights that are evaluated and kept, per step.
+        ema_decay: Of the averaged weights that are evaluated and kept, per step; less in the first
+            steps.
         trunk_channels: Of the features that the heads share.
         drop_path: Stochastic depth of the backbone, where it has it, in training.
         imbalance: What is done about rare melanoma: images drawn so that classes are equal,
@@ -113,6 +115,10 @@ class Config(BaseModel):
     def _sizes_fit(self) -> Self:
         if self.sizes and max(self.sizes) > self.size:
             raise ValueError(f"sizes: {max(self.sizes)} is larger than size ({self.size})")
+        if len(self.sizes) > self.epochs:
+            raise ValueError(
+                f"sizes: {len(self.sizes)} of them take more than {self.epochs} epochs"
+            )
         return self
 
     @model_validator(mode="after")
@@ -157,19 +163,20 @@ def configure(path: Path | None = None, **flags: Any) -> Config:
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is not TOML: {error}.") from None
     given = {name: value for name, value in flags.items() if value is not None}
-    return parse_config(values | given, str(path or "the configuration"))
+    return parse_config(values | given, str(path or "the configuration"), given)
 
 
-def parse_config(values: dict[str, Any], where: str) -> Config:
+def parse_config(values: dict[str, Any], where: str, options: Collection[str] = ()) -> Config:
     """A configuration of these values and the defaults.
 
     Args:
         values: By field.
         where: They are from, for the error.
+        options: Those that are from the command line instead.
 
     Raises:
         DataError: A name or a value is none of a configuration.
@@ -181,6 +188,8 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
         if not first["loc"]:  # of several fields together
             raise DataError(f"{where}: {first['msg'].removeprefix('Value error, ')}.") from None
         name = ".".join(str(part) for part in first["loc"])
+        if first["loc"][0] in options:
+            where = "the command line"
         if first["type"] == "extra_forbidden":
             near = get_close_matches(name, Config.model_fields, 1)
             hint = (

@@ -48,7 +48,14 @@ from training.network import MultiTaskNetwork, ServedEnsemble, ServedNetwork
 from training.ood import choose_ood_threshold, fit_feature_distance, middle_features
 from training.run import Run, rows
 from training.runners import eager, onnx_runner, open_runner, run_batches, torchscript
-from training.state import belongs, identity_of, is_finished, load_tensors
+from training.state import (
+    belongs,
+    check_best,
+    identity_of,
+    is_finished,
+    load_tensors,
+    of_another_version,
+)
 from training.tasks import DIAGNOSES
 
 AGE_EDGES = (30.0, 45.0, 60.0, 75.0)
@@ -201,10 +208,13 @@ def load_fitted(run: Run, records: list[Record]) -> MultiTaskNetwork:
     Raises:
         DataError: The run has none, or was fitted on other data than `records`.
     """
-    if not (run.best.is_file() and run.checkpoint.is_file()):
+    if not run.checkpoint.is_file():
         raise DataError(f"{run.folder} is not fitted. Run `mmtl-train fit` first.")
     config = run.load_config()
     saved = load_tensors(run.checkpoint)
+    if missing := [name for name in ("identity", "best", "epoch", "stale") if name not in saved]:
+        raise of_another_version(run.checkpoint, f"it has no {missing[0]}")
+    check_best(run, saved["best"])
     if not belongs(saved, identity_of(config, records)):
         raise DataError(
             f"{run.folder} was fitted on other data than its manifest names. "
@@ -216,7 +226,10 @@ def load_fitted(run: Run, records: list[Record]) -> MultiTaskNetwork:
             "best network so far is taken; `mmtl-train fit` goes on with it."
         )
     network = build_network(config, pretrained=False)
-    network.load_state_dict(load_tensors(run.best))
+    try:
+        network.load_state_dict(load_tensors(run.best))
+    except RuntimeError:
+        raise of_another_version(run.best, "it is of another network") from None
     return network.eval()
 
 

@@ -2,6 +2,9 @@
 
 import csv
 import math
+import os
+import shutil
+import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -51,7 +54,7 @@ def build_network(config: Config, pretrained: bool = True) -> MultiTaskNetwork:
     source = None
     if pretrained:
         folder, notes = (Path(x) if x else None for x in (config.weights_dir, config.weights_notes))
-        source, entry = find_source(entry, folder, notes)
+        source, entry = find_source(entry, folder, notes, only=folder is not None)
     backbone, channels, mean, std = build_feature_map(entry, source, config.drop_path, config.size)
     return MultiTaskNetwork(backbone, channels, config.trunk_channels, mean, std)
 
@@ -153,6 +156,7 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
     check_shareable(network, config, len(train), team)
     state = State(network, loss, config, len(train), team.device)
     if config.compile:
+        check_compiler(team.device)
         state.network.compile()
     identity = identity_of(config, records, teachers)
     state.resume(run, identity)
@@ -183,7 +187,7 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
             state.advance(scores["validation_auroc"])
             row = {
                 "epoch": state.epoch,
-                "learning_rate": float(state.scheduler.get_last_lr()[0]),
+                "learning_rate": state.learning_rate,
                 **losses,
                 **scores,
                 "seconds": time.monotonic() - started,
@@ -196,6 +200,20 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
             scalars.add(row)
             tqdm.write("  ".join(f"{name} {value}" for name, value in state.history[-1].items()))
     return state.best
+
+
+def check_compiler(device: torch.device) -> None:
+    """Whether torch.compile finds what it needs.
+
+    Raises:
+        DataError: On a CPU, it needs a C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise DataError(
+            f"compile needs a C++ compiler on a CPU, and there is no {compiler}: install one, or "
+            "prepare a run without compile."
+        )
 
 
 def check_shareable(network: MultiTaskNetwork, config: Config, images: int, team: Team) -> None:

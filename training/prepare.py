@@ -17,6 +17,7 @@ from training.distillation import open_teachers
 from training.feature_maps import build_feature_map
 from training.lineage import check_fitted, inheritance, keep_inheritance
 from training.run import Run, rows, to_learn_from
+from training.state import belongs, identity_of, load_tensors
 from training.zoo import choose
 
 
@@ -67,6 +68,7 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     divided = assign_fixed(records, components(records, pairs, listed), config.test_on)
     manifest = [divided[i] for i in used]
     check_splits(manifest, config)
+    check_unfitted(run, config, manifest)
     keep_inheritance(run, inheritance(config, manifest))
     run.save_config(config)
     save_manifest(run.manifest, manifest)
@@ -95,6 +97,7 @@ def prepare_manifest(
     check_network(config)
     known = inheritance(config, used)
     run.check_config(config)
+    check_unfitted(run, config, used)
     files_key(used, config.size, config.size)
     run.manifest.unlink(missing_ok=True)
     keep_inheritance(run, known)
@@ -102,6 +105,21 @@ def prepare_manifest(
     run.save_config(config)
     save_manifest(run.manifest, used)
     return _count(used)
+
+
+def check_unfitted(run: Run, config: Config, records: Sequence[Record]) -> None:
+    """Whether a run was not fitted to other data before: what it has learned from would be lost.
+
+    Raises:
+        DataError: It was.
+    """
+    if run.checkpoint.is_file() and not belongs(
+        load_tensors(run.checkpoint), identity_of(config, records)
+    ):
+        raise DataError(
+            f"{run.folder} was fitted to other data. Choose another folder with --run, or delete "
+            "its checkpoint.pt and best.pt."
+        )
 
 
 def check_splits(records: list[Record], config: Config) -> None:
@@ -138,7 +156,7 @@ def check_network(config: Config) -> None:
         check_fitted(Run(Path(config.start_from)))
     (backbone,) = choose([config.backbone])
     folder, notes = (Path(x) if x else None for x in (config.weights_dir, config.weights_notes))
-    find_source(backbone, folder, notes)
+    find_source(backbone, folder, notes, only=folder is not None)
     for size in {config.size, *config.sizes}:
         build_feature_map(backbone, None, size=size)
 

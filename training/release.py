@@ -6,6 +6,7 @@ from pathlib import Path
 
 from models.bundle import Bundle, Metric
 from training import paper
+from training.data.components import with_components
 from training.data.layouts import Dataset, balanced, ham10000, image_files, read_datasets
 from training.data.manifest import DataError, Record, fingerprint
 from training.data.vocabulary import Split
@@ -142,7 +143,16 @@ def _cautions(
             "learned from these images, or from the same lesions, is not known; "
             "mmtl-train data audit can tell."
         )
-    elif split is not Split.TEST:
+    elif split is Split.TEST:
+        linked = with_components(records)
+        learned = {r.component for r in linked if r.split in paper.LEARNED}
+        if shared := sum(r.component in learned for r in held_out(linked, split)):
+            cautions.append(
+                f"Of the {asked:,} images of this split, {shared:,} are of a lesion, a patient or "
+                "a picture that the network has learned from, or that stopped and calibrated it: "
+                "the figures are better than they would be on others."
+            )
+    else:
         cautions.append(
             f"These are images of the {split} split, which the network, its calibration or its "
             "threshold were fitted to: the figures are better than they would be on others."

@@ -59,7 +59,7 @@ def thumbnail(data: bytes) -> bytes:
     """A JPEG's copy at 200 pixels' width, as a viewer would save it."""
     with Image.open(BytesIO(data)) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
-        height = round(upright.height * THUMBNAIL_WIDTH / upright.width)
+        height = max(round(upright.height * THUMBNAIL_WIDTH / upright.width), 1)
         small = upright.resize((THUMBNAIL_WIDTH, height), Image.Resampling.LANCZOS)
     buffer = BytesIO()
     small.save(buffer, "JPEG", quality=90)

@@ -158,14 +158,16 @@ def to_learn_from(
         where: They are from, for the error.
 
     Raises:
-        DataError: There are none to train on, or the others do not have both classes.
+        DataError: Either do not have both classes; those to train on need none with teachers.
     """
     train = rows(records, Split.TRAIN)
     validation = rows(records, Split.VALIDATION, config.validate_on)
-    counts = Counter(records[row].melanoma for row in validation)
-    if not train or not counts[True] or not counts[False]:
-        raise DataError(
-            f"{where} must have training images, and validation images with and without melanoma; "
-            f"it has {len(train)}, {counts[True]} and {counts[False]}."
-        )
+    for name, chosen in (("training", train), ("validation", validation)):
+        counts = Counter(records[row].melanoma for row in chosen)
+        taught = name == "training" and config.teachers and len(chosen) > 1
+        if not (taught or (counts[True] and counts[False])):
+            raise DataError(
+                f"{where} must have {name} images with and without melanoma; of {len(chosen)} it "
+                f"has {counts[True]} and {counts[False]}."
+            )
     return train, validation

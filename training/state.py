@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -14,7 +16,7 @@ from models.bundle import Bundle
 from models.cores import has_amx
 from models.files import write_atomically
 from training.config import Config, Precision
-from training.data.manifest import DataError, Record, fingerprint, first_line
+from training.data.manifest import DataError, Record, fingerprint
 from training.losses import MultiTaskLoss
 from training.network import MultiTaskNetwork
 from training.run import Run
@@ -42,7 +44,7 @@ class State:
         self.config = config
         self.device = device
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own gap
-        averaging = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]  # torch's own gap
+        averaging = partial(_average, config.ema_decay)
         self.average = AveragedModel(self.network, multi_avg_fn=averaging, use_buffers=True)
         self.loss = loss.to(device)
         self.optimizer = torch.optim.AdamW(
@@ -71,6 +73,13 @@ class State:
         """Whether there is no epoch left, or no hope of a better one."""
         return is_finished(self.epoch, self.stale, self.config)
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the heads, in the last step."""
+        epoch = (self.scheduler.last_epoch - 1) / self.steps
+        share = warmup_cosine(epoch, self.config.warmup_epochs, self.config.epochs)
+        return self.config.learning_rate * share
+
     def advance(self, score: float) -> None:
         """Count a whole epoch with its validation AUROC."""
         self.epoch += 1
@@ -92,24 +101,37 @@ class State:
         if not run.checkpoint.is_file():
             return
         saved = load_tensors(run.checkpoint, self.device)
+        if missing := [n for n in ("identity", *self._PARTS, *self._PROGRESS) if n not in saved]:
+            raise of_another_version(run.checkpoint, f"it has no {missing[0]}")
         if not belongs(saved, identity):
             raise DataError(
                 f"{run.checkpoint} was made with another configuration or other data. "
                 "Choose another folder with --run, or delete it."
             )
-        if missing := [name for name in (*self._PARTS, *self._PROGRESS) if name not in saved]:
-            raise DataError(
-                f"{run.checkpoint} was made by another version of mmtl (it has no {missing[0]}). "
-                "Delete it and fit again."
-            )
-        for name in self._PARTS:
-            getattr(self, name).load_state_dict(saved[name])
+        try:
+            for name in self._PARTS:
+                getattr(self, name).load_state_dict(saved[name])
+        except (RuntimeError, ValueError, KeyError):
+            raise of_another_version(run.checkpoint, "its parts are others") from None
         for name in self._PROGRESS:
             setattr(self, name, saved[name])
+        check_best(run, self.best)
         tqdm.write(f"Resuming after epoch {self.epoch}.")
 
     _PARTS = ("network", "average", "loss", "optimizer", "scheduler")
     _PROGRESS = ("precision", "epoch", "best", "stale", "history")
+
+
+def _average(
+    decay: float, averages: list[Tensor], weights: list[Tensor], steps: Tensor | int
+) -> None:
+    """Move averages on by a step.
+
+    The first steps' weights would be most of the average for a thousand steps, which a small
+    dataset never takes: as in TensorFlow's ExponentialMovingAverage, few steps decay faster.
+    """
+    decay = min(decay, (1 + float(steps)) / (10 + float(steps)))
+    get_ema_multi_avg_fn(decay)(averages, weights, steps)  # type: ignore[no-untyped-call]  # torch's own gap
 
 
 def is_finished(epoch: int, stale: int, config: Config) -> bool:
@@ -140,9 +162,30 @@ def identity_of(
 
 def belongs(checkpoint: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is of this configuration (newer settings: default) and data."""
-    saved = checkpoint["identity"]
+    saved = checkpoint.get("identity", {"config": {}})
     saved = {**saved, "config": Config().model_dump() | saved["config"]}
     return all(saved.get(name) == value for name, value in identity.items())
+
+
+def of_another_version(path: Path, why: str) -> DataError:
+    """What to say of a file of weights that does not fit this program."""
+    return DataError(
+        f"{path} was made by another version of mmtl ({why}). Delete checkpoint.pt and best.pt "
+        "there, and fit again."
+    )
+
+
+def check_best(run: Run, best: float) -> None:
+    """Whether the weights of the best epoch are there, where there was one.
+
+    Raises:
+        DataError: They are not; a run that goes on might never write them.
+    """
+    if best > -math.inf and not run.best.is_file():
+        raise DataError(
+            f"{run.best}, the best network of {run.folder}, is gone. Delete {run.checkpoint}, too, "
+            "and fit again."
+        )
 
 
 def save_tensors(path: Path, values: Mapping[str, Any]) -> None:
@@ -172,10 +215,12 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, An
     """
     try:
         saved: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to call
+    except Exception:  # a damaged pickle raises whatever its bytes happen to call
         raise DataError(
-            f"{path} is damaged ({first_line(error)}). Delete it and fit again."
+            f"{path} is damaged. Delete checkpoint.pt and best.pt there, and fit again."
         ) from None
+    if not isinstance(saved, dict):
+        raise of_another_version(path, "it holds no tensors by name")
     return saved
 
 

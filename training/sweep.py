@@ -86,7 +86,7 @@ def load_recipes(path: Path) -> dict[str, Config]:
         DataError: The file or a recipe in it is none, or two are the same.
     """
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not TOML: {error}.") from None
     if unknown := sorted(set(given) - {"all", "recipes"}):
@@ -138,11 +138,9 @@ def sweep(
         run = Run(folder / name)
         run.save_config(config)
         try:
-            new = not run.manifest.is_file()
-            if new:
+            if not run.manifest.is_file():
                 _share_pixels(runs, run)
-            if new or first is None:  # which, where it is fitted, refuses data that has changed
-                prepare(run, config)
+            prepare(run, config)  # which, where it is fitted, refuses data that has changed
             fit(run, workers)
             answers = ask(run)
         # A RuntimeError is torch's, of too little memory for one.
@@ -159,11 +157,6 @@ def sweep(
             first = config, answers
         elif answers.images != first[1].images or answers.truth.tolist() != first[1].truth.tolist():
             raise DataError(f"{run.folder} validates on other images than the first recipe.")
-        elif _same_data(config, first[0]) and answers.data != first[1].data:
-            raise DataError(
-                f"{run.folder} was fitted on other data than the first recipe. Delete it, or "
-                "choose another folder with --run, and sweep again."
-            )
         changes = ", ".join(changed_fields(first[0], config))
         outcomes.append(_outcome(name, changes, run, answers, first[1]))
         _write(folder, outcomes, first[1], recipes, failed)

@@ -18,6 +18,14 @@ def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path: Pat
     assert (found.backbone, found.epochs, found.size) == ("resnet18", 3, Config().size)
 
 
+def test_a_spreadsheet_s_mark_is_no_mistake_and_an_option_is_not_the_file_s(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("epochs = 7\n", encoding="utf-8-sig")
+    assert configure(path).epochs == 7
+    with pytest.raises(DataError, match=r"the command line: size: .*\(found 8\)"):
+        configure(path, size=8)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -30,6 +38,7 @@ def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path: Pat
             "epochs = 2\nwarmup_epochs = 3.0",
             "warmup_epochs: the learning rate would never be reached in 2 epochs.",
         ),
+        ("epochs = 2\nsizes = [32, 48, 64]", "sizes: 3 of them take more than 2 epochs."),
         ("size = 64\nsizes = [32, 96]", "sizes: 96 is larger than size (64)."),
         ('train_on = ["a"]\ntest_on = ["b", "a"]', "test_on: a is in train_on, too."),
         ("epochs = ", "is not TOML"),

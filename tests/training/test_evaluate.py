@@ -237,7 +237,8 @@ def test_a_table_that_does_not_fit_is_named(tmp_path: Path, text: str, sentence:
 
 def test_the_papers_set_is_described_with_its_leaks() -> None:
     train = [
-        replace(r, lesion=f"IL_{n}") for n, r in enumerate(records(80, "balanced", Split.TRAIN))
+        replace(r, lesion=f"IL_{n}", component=f"train {r.component}")
+        for n, r in enumerate(records(80, "balanced", Split.TRAIN))
     ]
     val = [
         replace(r, image=f"v-{n}", lesion=f"IL_{n + 70}")

@@ -3,6 +3,7 @@
 import csv
 import resource
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,11 @@ from torch import nn
 from training.config import Config
 from training.data.manifest import DataError
 from training.draws import AugmentedImages, draw
-from training.fit import Step, _show, set_mode, start, train_one_epoch
+from training.fit import Step, _show, check_compiler, set_mode, start, train_one_epoch
 from training.losses import MultiTaskLoss
 from training.network import MultiTaskNetwork
 from training.run import Run
-from training.state import State, load_tensors, save_tensors
+from training.state import State, _average, load_tensors, save_tensors
 from training.tasks import TASKS, Targets
 from training.team import Team
 
@@ -235,3 +236,22 @@ def test_a_task_s_loss_is_the_mean_over_the_batches_that_have_its_labels() -> No
     losses = train_one_epoch(state, images, known, 0, Team())
     assert losses["train_sex"] > 0.2  # about ln 2; a quarter of it, were it of all batches
     assert "train_age" not in losses
+
+
+def test_the_average_forgets_the_first_weights_of_a_short_run() -> None:
+    averages, weights = [torch.zeros(3)], [torch.ones(3)]
+    for step in range(1, 90):
+        _average(0.998, averages, weights, torch.tensor(step))
+    assert averages[0].min() > 0.99
+    before = averages[0].clone()
+    _average(0.998, averages, [torch.zeros(3)], 100_000)
+    torch.testing.assert_close(averages[0], 0.998 * before)
+
+
+def test_a_compiler_that_is_missing_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    with pytest.raises(DataError, match=r"there is no /nonexistent/c\+\+: install one"):
+        check_compiler(torch.device("cpu"))
+    check_compiler(torch.device("cuda"))
+    monkeypatch.setenv("CXX", sys.executable)
+    check_compiler(torch.device("cpu"))

@@ -23,12 +23,12 @@ from training.card import save_figures
 from training.cli import cli
 from training.cli import main as run_command_line
 from training.config import Config
-from training.data.manifest import DataError, save_manifest
+from training.data.manifest import DataError, fingerprint, load_manifest, save_manifest
 from training.data.vocabulary import Split
 from training.export import bundle_name, export
 from training.fit import fit
 from training.predictions import predict
-from training.prepare import prepare
+from training.prepare import prepare, prepare_manifest
 from training.quantize import TRUNK_WEIGHT
 from training.release import evaluate_model, held_out
 from training.run import Run, rows
@@ -89,6 +89,40 @@ def test_a_manifest_brings_its_own_splits(
         cli(["prepare"], standalone_mode=False)
 
 
+def test_a_fitted_run_is_not_prepared_of_other_data(fitted: Run, tmp_path: Path) -> None:
+    # What it has learned from would not be known any more, to who goes on from it.
+    run = Run(tmp_path / "run")
+    shutil.copytree(fitted.folder, run.folder)
+    records = load_manifest(run.manifest)
+    prepare_manifest(records, run, run.load_config())
+    test = rows(records, Split.TRAIN)[0]
+    moved = [*records[:test], replace(records[test], split=Split.TEST), *records[test + 1 :]]
+    with pytest.raises(DataError, match="was fitted to other data"):
+        prepare_manifest(moved, run, run.load_config())
+    assert load_manifest(run.manifest) == records
+
+
+def test_there_is_something_to_learn_from(fitted: Run, tmp_path: Path) -> None:
+    records = load_manifest(fitted.manifest)
+    for melanoma in (False, None):
+        plain = [replace(r, melanoma=melanoma) if r.split is Split.TRAIN else r for r in records]
+        with pytest.raises(DataError, match="must have training images with and without melanoma"):
+            prepare_manifest(plain, Run(tmp_path / "run"), fitted.load_config())
+
+
+def test_a_test_split_that_was_learned_from_is_told_of(fitted_bundle: Path, fitted: Run) -> None:
+    records = load_manifest(fitted.manifest)
+    known = next(r for r in records if r.split is Split.TRAIN)
+    found = predict(load_bundle(fitted_bundle), held_out(records, Split.TEST))
+    for more, told in (([], False), ([replace(known, image="copy", split=Split.TEST)], True)):
+        bundle = load_bundle(fitted_bundle)
+        own = [*records, *more]
+        data = bundle.manifest.training_data.model_copy(update={"fingerprint": fingerprint(own)})
+        manifest = bundle.manifest.model_copy(update={"training_data": data})
+        report = evaluate_model(found, own, Split.TEST, bundle=replace(bundle, manifest=manifest))
+        assert any("1 are of a lesion, a patient" in each for each in report["cautions"]) is told
+
+
 def test_what_is_missing_is_said_in_a_sentence(tmp_path: Path, data: Path) -> None:
     run = Run(tmp_path / "run")
     with pytest.raises(DataError, match="is not a run folder"):
@@ -102,6 +136,7 @@ def test_what_is_missing_is_said_in_a_sentence(tmp_path: Path, data: Path) -> No
         ({"folds": 1000}, r"cannot be parted in 1000"),
         ({"folds": 180}, r"folds = 180 is too many: each network must have .* without melanoma"),
         ({"weights_dir": "nowhere"}, r"weights_dir: nowhere is not a folder"),
+        ({"weights_dir": str(tmp_path)}, r"weights_dir: .*lite0\.pth does not exist"),
     ):
         with pytest.raises(DataError, match=sentence):
             prepare(data, run, SMALL.model_copy(update=update))
@@ -329,6 +364,18 @@ def test_a_table_of_predictions_is_evaluated_and_compared(
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert any("images of this split have a prediction" in line for line in report["cautions"])
     assert report["sets"]["HAM10000"]["compared"]["differences"]["AUROC"]["value"] == 0
+    of_bundle = ["evaluate", *arguments, "--bundle", str(fitted_bundle)]
+    for wrong, sentence in (
+        ([*of_bundle, "--threshold", "0.9"], "--threshold is of a table of predictions"),
+        (
+            [*of_bundle, "--against", str(fitted_bundle), "--against-threshold", "0.9"],
+            "--against-threshold is of a table",
+        ),
+        (["evaluate", *arguments, "--predictions", str(fitted_bundle)], "--predictions is a table"),
+        ([*of_bundle, str(tmp_path / "report")], "holds no dataset in a layout"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            cli(wrong, standalone_mode=False)
     with pytest.raises(DataError, match="a table of predictions is none"):
         cli(["evaluate", *arguments, *theirs, "--publish"], standalone_mode=False)
     bundle = ["--bundle", str(fitted_bundle), "--split", "train"]

@@ -134,13 +134,31 @@ def test_a_damaged_file_is_named(fitted: Run, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     shutil.copytree(fitted.folder, run.folder)
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:1000])
-    with pytest.raises(DataError, match=r"checkpoint\.pt is damaged .* Delete it and fit again"):
+    with pytest.raises(
+        DataError, match=r"checkpoint\.pt is damaged\. Delete checkpoint\.pt and best\.pt"
+    ):
         fit(run, workers=0)
     whole = bytearray((fitted.checkpoint).read_bytes())
     for start in (40, 200, 500, 1500):  # within the pickle
         run.checkpoint.write_bytes(bytes(whole[:start] + b"\xff" * 30 + whole[start + 30 :]))
         with pytest.raises(DataError, match=r"checkpoint\.pt "):
             fit(run, workers=0)
+    torch.save({"epoch": 1}, run.checkpoint)
+    with pytest.raises(DataError, match=r"of another version|another version .*has no identity"):
+        fit(run, workers=0)
+    with pytest.raises(DataError, match="another version"):
+        load_networks(run, load_manifest(run.manifest))
+    shutil.copyfile(fitted.checkpoint, run.checkpoint)
+    torch.save({"other": torch.zeros(1)}, run.best)
+    with pytest.raises(DataError, match=r"best\.pt was made by another version .*another network"):
+        load_networks(run, load_manifest(run.manifest))
+    run.best.unlink()
+    for go_on in (
+        lambda: fit(run, workers=0),
+        lambda: load_networks(run, load_manifest(run.manifest)),
+    ):
+        with pytest.raises(DataError, match=r"is gone\. Delete .*checkpoint\.pt, too"):
+            go_on()
     run.cache.write_bytes(run.cache.read_bytes()[:1000])
     with pytest.raises(DataError, match=r"pixels\.npy is damaged"):
         fit(run, workers=0)

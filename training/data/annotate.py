@@ -42,10 +42,7 @@ def annotate(folder: Path, own: Sequence[Dataset], metadata: Sequence[Dataset]) 
             known.setdefault(record.image, []).append(record)
     records = [record for dataset in own for record in dataset.records if record.path]
     if not records:
-        records = [
-            Record(isic_id(path.name) or path.stem, str(path), folder.absolute().name)
-            for path in sorted(image_files(folder.absolute()))
-        ]
+        records = _bare(folder.absolute())
     if not records:
         raise DataError(f"{folder} holds no image files.")
     done, unmatched, disagreements = [], [], []
@@ -62,6 +59,17 @@ def annotate(folder: Path, own: Sequence[Dataset], metadata: Sequence[Dataset]) 
             ]
         done.append(record)
     return Annotation(done, len(done) - len(unmatched), unmatched, disagreements)
+
+
+def _bare(folder: Path) -> list[Record]:
+    """Images by ISIC id, the file that has no more than that in its name; others by their path."""
+    found: dict[str, Record] = {}
+    for path in sorted(image_files(folder), key=lambda path: (len(path.stem), path)):
+        own = path.relative_to(folder)
+        plain = own.with_suffix("").as_posix()
+        name = isic_id(path.name) or (own.as_posix() if plain in found else plain)
+        found.setdefault(name, Record(name, str(path), folder.name))
+    return sorted(found.values(), key=lambda record: record.path)
 
 
 def _fill(record: Record, source: Record) -> tuple[Record, list[str]]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.files import write_atomically
-from training.data.components import Bond, components, key_of
+from training.data.components import Bond, components, key_of, linked
 from training.data.duplicates import Duplicate
 from training.data.layouts import Dataset
 from training.data.manifest import Record
@@ -108,6 +108,7 @@ def audit(
     listed = [pair for d in (*first, *second, *knowing) for pair in d.pairs]
     near = compare(everything[: len(a) + len(b)]) if compare else []
     pairs = [(pair.one, pair.other) for pair in near]
+    known_links = linked((tuple(d.place.tables), d.records) for d in (*first, *second, *knowing))
 
     images = components(everything, by=("image",))
     by_image = _joined(side, images)
@@ -122,7 +123,7 @@ def audit(
     in_listed, listed_pairs = _listed_across(everything, side, listed)
     in_near, _ = _across(side, pairs)
     _, near_pairs = _across(side, [pair for pair in pairs if images[pair[0]] != images[pair[1]]])
-    whole = components(everything, pairs, listed, same_ids=same_ids)
+    whole = components(everything, [*pairs, *known_links], listed, same_ids=same_ids)
     by_any = _joined(side, whole)
     either = joined["lesion"] | joined["patient"]
     duplicate = in_listed | in_near

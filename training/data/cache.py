@@ -66,7 +66,11 @@ def build_cache(path: Path, records: Sequence[Record], height: int, width: int) 
         # Taken from the disk now, so that a disk too small is told before hours of decoding.
         if hasattr(os, "posix_fallocate"):  # not on macOS
             with partial.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+                try:
+                    os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+                except OSError as error:  # which does not say where
+                    error.filename = f"{path}, {partial.stat().st_size / 1e6:,.0f} MB"
+                    raise
 
     _fill(partial, pixels, records, start, note, key)
     partial.replace(path)

@@ -176,13 +176,15 @@ def split(
     --folds has no test part, and --paper and --clean have their own.
     """
     from training.data import splits
-    from training.data.components import components
+    from training.data.components import components, linked
     from training.data.duplicates import pair_up
 
     if (paper and clean) or (folds and (paper or clean)):
         raise DataError("Choose one of --paper, --clean and --folds.")
-    records, listed = gather(read_datasets(paths))
+    datasets = read_datasets(paths)
+    records, listed = gather(datasets)
     pairs = [(pair.one, pair.other) for pair in pair_up(records)] if pixels else []
+    pairs += linked((tuple(d.place.tables), d.records) for d in datasets)
     labels = components(records, pairs, listed, same_ids=same_ids)
     if folds:
         manifests = splits.fold(records, labels, folds, seed)
@@ -202,7 +204,10 @@ def _only(datasets: list[Dataset], part: Split | None) -> list[Dataset]:
     """The rows of one split."""
     if part is None:
         return datasets
-    return [replace(d, records=[r for r in d.records if r.split is part]) for d in datasets]
+    chosen = [replace(d, records=[r for r in d.records if r.split is part]) for d in datasets]
+    if not any(dataset.records for dataset in chosen):
+        raise DataError(f"{datasets[0].place.folder} has no rows of the split {part}.")
+    return chosen
 
 
 def _print_split(records: list[Record], path: Path) -> None:

@@ -1,7 +1,7 @@
 """Which images must stay together: the same image, lesion, patient or picture, across datasets."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -81,15 +81,26 @@ def names_of(records: Sequence[Record], labels: NDArray[np.int32]) -> list[str]:
     return [names[label] for label in numbers]
 
 
+def linked(manifests: Iterable[tuple[Hashable, Sequence[Record]]]) -> list[tuple[int, int]]:
+    """Positions of records that their manifests have put in one component.
+
+    Args:
+        manifests: Where each is from, and its records; positions are in all of them together.
+            A component that is named by an ISIC id is the same in every manifest.
+    """
+    first: dict[Hashable, int] = {}
+    pairs = []
+    rows = ((where, record) for where, records in manifests for record in records)
+    for row, (where, record) in enumerate(rows):
+        if record.component:
+            key = isic_id(record.component) or (where, record.component)
+            pairs.append((first.setdefault(key, row), row))
+    return pairs
+
+
 def with_components(records: Sequence[Record]) -> list[Record]:
     """The records, all with components: what a manifest links stays, and ids link the others."""
     if all(record.component for record in records):
         return list(records)
-    first: dict[str, int] = {}
-    linked = [
-        (first.setdefault(record.component, row), row)
-        for row, record in enumerate(records)
-        if record.component
-    ]
-    names = names_of(records, components(records, linked))
+    names = names_of(records, components(records, linked([("", records)])))
     return [replace(r, component=name) for r, name in zip(records, names, strict=True)]

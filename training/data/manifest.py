@@ -4,16 +4,19 @@ import csv
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from models.files import write_atomically
 from training.data.text import delimiter_of, encoding_of
 from training.data.vocabulary import Diagnosis, Sex, Site, Split
 
 OLDEST = 120
+_Word = TypeVar("_Word", bound=StrEnum)
 _TRUTHS = {"1": True, "0": False}
 _ISIC_ID = re.compile(r"ISIC(?:20\d\d)?_(\d{7})(?!\d)", re.IGNORECASE)
 
@@ -104,15 +107,24 @@ def load_manifest(path: Path) -> list[Record]:
             reader = csv.DictReader(file, delimiter=delimiter)
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise DataError(f"{path}: expected the columns {', '.join(COLUMNS)}.")
-            return [_parse(path, number, row) for number, row in enumerate(reader, start=2)]
+            records = [_parse(path, number, row) for number, row in enumerate(reader, start=2)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a CSV file in UTF-8: {error}.") from None
+    twice = Counter((record.dataset, record.image) for record in records)
+    if (most := max(twice, key=twice.__getitem__, default=None)) and twice[most] > 1:
+        raise DataError(f"{path}: the image {most[1]} of {most[0]} stands in {twice[most]} rows.")
+    return records
 
 
 def _parse(path: Path, number: int, row: dict[str, str]) -> Record:
     if None in row.values() or None in row:
         raise DataError(f"{path}, row {number}: it has more or fewer cells than the header.")
+    for name in ("image", "dataset"):
+        if not row[name]:
+            raise DataError(f"{path}, row {number}: it names no {name}.")
     try:
+        # File names may be any bytes (and are read as such); what else there is goes into reports.
+        "".join(cell for name, cell in row.items() if name not in ("image", "path")).encode()
         return Record(
             image=row["image"],
             path=row["path"],
@@ -120,17 +132,25 @@ def _parse(path: Path, number: int, row: dict[str, str]) -> Record:
             lesion=row["lesion"] or None,
             patient=row["patient"] or None,
             melanoma=_TRUTHS[row["melanoma"]] if row["melanoma"] else None,
-            diagnosis=Diagnosis(row["diagnosis"]) if row["diagnosis"] else None,
+            diagnosis=_one_of(Diagnosis, row["diagnosis"]),
             age=_age(row["age"]) if row["age"] else None,
-            sex=Sex(row["sex"]) if row["sex"] else None,
-            site=Site(row["site"]) if row["site"] else None,
-            split=Split(row["split"]) if row["split"] else None,
+            sex=_one_of(Sex, row["sex"]),
+            site=_one_of(Site, row["site"]),
+            split=_one_of(Split, row["split"]),
             component=row["component"],
         )
     except KeyError as error:
         raise DataError(f"{path}, row {number}: melanoma is 1, 0 or empty, not {error}.") from None
+    except UnicodeEncodeError:
+        raise DataError(f"{path}, row {number}: it is not in UTF-8.") from None
     except ValueError as error:
         raise DataError(f"{path}, row {number}: {error}.") from None
+
+
+def _one_of(words: type[_Word], cell: str) -> _Word | None:
+    if cell and cell not in set(words):
+        raise ValueError(f"{cell!r} is none of {', '.join(words)}")
+    return words(cell) if cell else None
 
 
 def _age(cell: str) -> float:

@@ -210,7 +210,8 @@ def _numbers(
     """Which of `parts` equal parts each record is in (Stratified, Group K-Fold of scikit-learn)."""
     if parts < 2 or len(set(names)) < parts:
         raise DataError(
-            f"{len(set(names)):,} components (lesions, patients) cannot be parted in {parts}."
+            f"{len(set(names)):,} components (lesions, patients) cannot be parted in {parts}"
+            + (", as shares are dealt out." if parts == _PARTS else ".")
         )
     strata, stratum = np.unique(
         [f"{record.dataset} {record.melanoma}" for record in records], return_inverse=True

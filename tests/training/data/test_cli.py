@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tests.training.data.drawn import LAYOUTS, isic, picture
 from tests.training.folders import write_table
 from training.cli import main
 from training.data.layouts import load_layouts
-from training.data.manifest import load_manifest
+from training.data.manifest import Record, load_manifest, save_manifest
 from training.data.vocabulary import Split
 
 
@@ -147,6 +148,35 @@ def test_a_manifest_that_split_wrote_is_read_back_and_audited_within(folder: Pat
     assert (found["rows_by_any"], found["rows_a"] + found["rows_b"] > 100) == (0, True)
     ones, twos = (folder / "clinic" / name for name in ("one", "two"))
     assert "50 lesion or patient ids are equal" in run(capsys, "audit", ones, twos)[1]
+
+
+def test_what_a_manifest_holds_together_stays_together(folder: Path, capsys) -> None:
+    many = [Record(f"m-{n}", "", "clinic", melanoma=n % 2 == 0) for n in range(100)]
+    for first in range(0, 60, 20):
+        many[first] = replace(many[first], component="one")
+    save_manifest(folder / "many.csv", many)
+    out = folder / "out.csv"
+    assert run(capsys, "split", folder / "many.csv", "-o", out)[0] == 0
+    assert len({r.split for r in load_manifest(out) if r.image in ("m-0", "m-20", "m-40")}) == 1
+    ends = [
+        replace(each, split=Split.TRAIN if row < 20 else Split.TEST)
+        for row, each in enumerate(many)
+    ]
+    save_manifest(out, ends)
+    told = ("audit", out, out, "--split-a", "train", "--split-b", "test", "--json")
+    assert json.loads(run(capsys, *told)[1])["rows_by_any"] == 2
+    status, _, err = run(capsys, "audit", out, out, "--split-a", "validation")
+    assert (status, "has no rows of the split validation" in err) == (2, True)
+
+
+def test_annotate_gives_every_picture_a_name_of_its_own(folder: Path, capsys) -> None:
+    for name in ("a/1.jpg", "b/1.jpg", f"{isic(3)}.jpg", f"b/{isic(3)}_downsampled.jpg"):
+        picture(folder / "bare" / name, len(name))
+    out = folder / "out.csv"
+    run(capsys, "annotate", folder / "bare", "--with", folder / "isic2019", "-o", out)
+    found = load_manifest(out)
+    assert [record.image for record in found] == [isic(3), "a/1", "b/1"]
+    assert found[0].path.endswith(f"{isic(3)}.jpg")
 
 
 def test_a_manifest_in_a_folder_does_not_hide_its_datasets(folder: Path, capsys) -> None:

@@ -182,7 +182,9 @@ def test_a_table_that_no_layout_claims_is_told_of(tmp_path: Path) -> None:
     unread = sorted(fault.message for fault in dataset.faults if fault.kind == "unread table")
     assert [str(table) in unread[0], "latin.csv" in unread[1]] == [True, True]
     (tmp_path / "latin.csv").write_bytes("imagé,sexe\na,f\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.csv holds no dataset .* not a CSV file in UTF-8"):
+    with pytest.raises(
+        DataError, match=r"latin\.csv holds no dataset .* It is empty, or no CSV in UTF-8"
+    ):
         read_datasets([tmp_path / "latin.csv"])
 
 

@@ -160,7 +160,7 @@ def read_datasets(paths: Iterable[Path]) -> list[Dataset]:
     for path in paths:
         found = list(find_places(path))
         if not found:
-            why = "" if path.is_dir() or read_header(path) else " It is not a CSV file in UTF-8."
+            why = "" if path.is_dir() or read_header(path) else " It is empty, or no CSV in UTF-8."
             raise DataError(
                 f"{path} holds no dataset in a layout that is known here.{why} Known are: "
                 f"{', '.join(layout.TITLE for layout in load_layouts())}."
@@ -188,12 +188,13 @@ def read_dataset(layout: Layout, place: Place) -> Dataset:
         if (first := image_of(row, PAIR_COLUMNS[0])) and (second := image_of(row, PAIR_COLUMNS[1]))
     ]
     if not records and not pairs and not faults:
-        raise DataError(f"{place.folder} has no rows ({layout.TITLE}).")
+        named = ", ".join(map(str, place.tables)) or place.folder
+        raise DataError(f"{named}: there are no rows ({layout.TITLE}).")
     for table in place.tables.keys() - faults.tables:
         faults.add(
             "unread table",
-            f"{table} is not read: it is not a CSV file in UTF-8, or lacks a column that "
-            f"{layout.TITLE} has.",
+            f"{table} is not read: it is not a CSV file in UTF-8, lacks a column that "
+            f"{layout.TITLE} has, or is one more of its tables.",
             fatal=False,
         )
     for record in records:
