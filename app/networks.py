@@ -69,7 +69,9 @@ class Networks:
         self._draining = False
         self._replacements = 0
         self._retiring: list[Network] = []
+        # The one that is being loaded, which `close` looks for: it has begun before it is noted.
         self._loading: Future[Network] | None = None
+        self._noting = threading.Lock()
         # Called when the network cannot be replaced: the process should end, and be started anew.
         self.on_failure: Callable[[], None] = lambda: None
         self.current = self._load()
@@ -98,7 +100,9 @@ class Networks:
         self._stopped.set()
         self.current.batcher.close(longest)
         # Where the interpreter ends while another is in a runtime's C++, that aborts the process.
-        if (loading := self._loading) is not None:
+        with self._noting:
+            loading = self._loading
+        if loading is not None:
             wait([loading], _LAST_SECONDS)
 
     @contextmanager
@@ -233,7 +237,8 @@ class Networks:
             EngineError: It takes too long, failed while it was warmed up, or is not wanted any
                 more; else as `__init__`.
         """
-        self._loading = loading = begin(self._load_warm)
+        with self._noting:
+            self._loading = loading = begin(self._load_warm)
         if loading not in wait([loading], _LOAD_SECONDS).done:
             loading.add_done_callback(_close_late)
             raise EngineError(f"The network was not loaded in {_LOAD_SECONDS:.0f} seconds.")
