@@ -127,10 +127,12 @@ def serve(
     _tune(settings, processes=1)
     if check:
         made = settings.audit_log is not None and not settings.audit_log.exists()
-        app = create_app(settings.share())
-        if made and settings.audit_log is not None:  # the service's user may be another one
-            app.state.audit.close()
-            settings.audit_log.unlink()
+        try:
+            app = create_app(settings.share())
+        finally:
+            if made and settings.audit_log is not None:  # the service's user may be another one
+                with suppress(OSError):
+                    settings.audit_log.unlink()
         facts = app.state.networks.current.facts
         print(f"ok: {facts.name} {facts.version} on {settings.host}:{settings.port}")
         return

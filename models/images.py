@@ -106,9 +106,9 @@ class Limits:
     Attributes:
         max_bytes: The encoded size, in bytes.
         max_pixels: Width times height of a JPEG of one scan, which is decoded at a smaller scale.
-        max_pixels_in_full: Pixels that are held: of other formats and of JPEG of several scans
-            (progressive), whose coefficients are all held whatever the scale, width times height;
-            of a JPEG of one scan, those of its scale, of which a long thin one has none.
+        max_pixels_in_full: Pixels that are held at once. Of other formats, and of JPEG of several
+            scans (progressive), whose coefficients are all held whatever the scale, that is width
+            times height; a JPEG of one scan holds as many only where it is long and thin.
     """
 
     max_bytes: int = 50 * MEGA

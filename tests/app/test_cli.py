@@ -133,6 +133,9 @@ def test_an_audit_log_is_begun_by_the_service_alone(
     monkeypatch.setenv("MMTL_AUDIT_LOG", str(log))
     assert run("serve", "--check")[0] == 0
     assert run("predict", picture)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setenv("MMTL_BUNDLE", "/nowhere")
+        assert run("serve", "--check")[0] == 2
     assert not log.exists()
     log.write_text("{}\n")
     assert run("serve", "--check")[0] == 0
