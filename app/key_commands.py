@@ -31,7 +31,13 @@ def create(
     scopes = tuple(each for each in SCOPES if each in (scope or ["predict"]))
     if unknown := set(scope or []) - set(SCOPES):
         fail(f"--scope {min(unknown)} is none of {', '.join(SCOPES)}.")
-    print(create_key(_key_file(file), name, scopes, per_minute))
+    path = _key_file(file)
+    key = create_key(path, name, scopes, per_minute)
+    try:
+        print(key, flush=True)
+    except OSError as error:  # a full disk, or nobody who reads
+        revoke_key(path, key.split("_")[1])
+        fail(f"The key could not be printed ({error.strerror}), and so was revoked: make another.")
 
 
 @cli.command("list")

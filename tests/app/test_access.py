@@ -1,3 +1,5 @@
+import errno
+import io
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,7 @@ from fastapi.testclient import TestClient
 
 from app.access import Exposed, check_exposure
 from app.cli import main
-from app.keys import create_key
+from app.keys import create_key, read_keys
 from app.settings import Settings
 from tests.bundles import make_bundle
 from tests.conftest import started
@@ -123,3 +125,20 @@ def test_keys_are_made_shown_and_revoked_on_the_command_line(
     assert "no active key" in run("revoke", "clinic tool")
     monkeypatch.delenv("MMTL_KEYS")
     assert "--file keys.json" in run("list")
+
+
+def test_a_key_that_nobody_saw_is_not_left_active(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class FullDisk(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sys.argv", ["mmtl", "keys", "create", "tool", "--file", str(path)])
+    monkeypatch.setattr("sys.stdout", FullDisk())
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "(No space left on device), and so was revoked" in capsys.readouterr().err
+    (key,) = read_keys(path)
+    assert key.revoked is not None

@@ -129,6 +129,16 @@ def test_transparency_is_laid_on_white() -> None:
     assert decode(encode(np.asarray(clear), "PNG"), 32, 32).pixels.min() == 255
 
 
+@pytest.mark.parametrize(("alpha", "shown"), [(0, [200, 30, 40]), (1, [255, 255, 255])])
+def test_a_bmp_whose_fourth_byte_was_left_at_0_is_opaque(alpha: int, shown: list[int]) -> None:
+    """Of BITMAPV4HEADER, with a mask for alpha."""
+    masks = [0xFF0000, 0xFF00, 0xFF, 0xFF000000]
+    fields = [108, 8, 8, 1 | 32 << 16, 3, 256, 0, 0, 0, 0, *masks, *[0] * 13]
+    head = b"BM" + struct.pack("<3I27I", 14 + 108 + 256, 0, 14 + 108, *fields)
+    pixels = bytes([40, 30, 200, 0]) * 63 + bytes([40, 30, 200, alpha])
+    assert decode(head + pixels, 8, 8).pixels[7, 0].tolist() == shown
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA"])
 def test_other_colour_modes_become_rgb(mode: str) -> None:
     from io import BytesIO

@@ -109,6 +109,11 @@ def benchmark(
 
     chosen = choose(only)
     if shard_text is not None:
+        if finetune or budget is not None:
+            raise DataError(
+                "--finetune and --budget are of the report, which --shard does not write: give "
+                "them in the last run, without --shard."
+            )
         chosen = shard(chosen, shard_text)
     records = _used(load_manifest(manifest), manifest, split, dataset)
 

@@ -23,7 +23,7 @@ from training.benchmark.report import save_report
 from training.benchmark.table import judge
 from training.cli import cli
 from training.cli import main as run_command_line
-from training.data.manifest import Record, load_manifest, save_manifest
+from training.data.manifest import DataError, Record, load_manifest, save_manifest
 from training.zoo import choose, load_zoo
 
 MMTL_TRAIN = str(Path(sys.executable).with_name("mmtl-train"))
@@ -201,6 +201,8 @@ def test_shards_fill_one_cache(drawn: Path, tmp_path: Path) -> None:
         assert "Without --shard: report." in result.output
     assert not (tmp_path / "report").exists()
     assert len(list((tmp_path / "features").glob("*.npz"))) == 3
+    with pytest.raises(DataError, match="without --shard"):
+        run(drawn, tmp_path, "--shard", "1/2", "--finetune", "1")
 
 
 def test_what_has_no_weights_is_listed_and_the_rest_goes_on(drawn: Path, tmp_path: Path) -> None:

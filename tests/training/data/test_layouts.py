@@ -154,6 +154,19 @@ def test_a_plain_table_is_read_by_its_usual_names(tmp_path: Path) -> None:
     assert (first.age, first.patient, first.dataset) == (61.0, "0", "plain")
 
 
+def test_a_name_that_two_pictures_have_is_refused(tmp_path: Path) -> None:
+    for name in ("test/1.png", "train/1.png", "2.png", "2.jpg", "3.png", "3.jpg"):
+        picture(tmp_path / name, 5)
+    rows = [{"image": name, "melanoma": "1"} for name in ("1", "2", "3.png", "train/1.png")]
+    write(tmp_path / "mine.csv", rows)
+    (dataset,) = read_datasets([tmp_path])
+    assert [fault.kind for fault in dataset.faults if fault.fatal] == ["ambiguous name"] * 2
+    with pytest.raises(DataError, match=r"row 2, column image: .*test/1\.png and .*train/1\.png"):
+        gather([dataset])
+    paths = [Path(record.path).relative_to(tmp_path) for record in dataset.records[2:]]
+    assert list(map(str, paths)) == ["3.png", "train/1.png"]
+
+
 def test_a_manifest_of_our_own_is_read_as_it_is(tmp_path: Path) -> None:
     records = [Record("a", "", "d", melanoma=True, split=Split.TEST, component="a")]
     save_manifest(tmp_path / "manifest.csv", records)

@@ -50,13 +50,13 @@ class Place:
         return [path for path, header in self.tables.items() if set(columns) <= header]
 
     @cached_property
-    def pictures(self) -> dict[str, Path]:
+    def pictures(self) -> dict[str, list[Path]]:
         """Image files below the folder, by ISIC id or else by name without suffix."""
-        found: dict[str, Path] = {}
+        found: dict[str, list[Path]] = {}
         # A file that is named by its id alone comes before `_downsampled` and other copies.
         for path in sorted(self.files, key=lambda path: (len(path.stem), path)):
             if not path.stem.lower().endswith(_NOT_PICTURES):
-                found.setdefault(isic_id(path.name) or path.stem, path)
+                found.setdefault(isic_id(path.name) or path.stem, []).append(path)
         return found
 
     @cached_property
@@ -66,7 +66,7 @@ class Place:
 
     def picture(self, image: str) -> str:
         """The path of an image, empty where there is none."""
-        return str(self.pictures.get(image, ""))
+        return str(self.pictures.get(image, [""])[0])
 
 
 class Layout(Protocol):

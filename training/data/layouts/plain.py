@@ -58,7 +58,7 @@ def _record(row: Row, image: str, place: Place) -> Record:
         )
     return Record(
         image=image if isic_id(image) else (named or image),
-        path=str(path if path.is_file() else "") if path else place.picture(image),
+        path=str(path if path.is_file() else "") if path else _picture(row, image, place),
         dataset=row.text("dataset") or place.name,
         lesion=row.text("lesion", "lesion_id"),
         patient=row.text("patient", "patient_id"),
@@ -69,6 +69,22 @@ def _record(row: Row, image: str, place: Place) -> Record:
         site=row.word(SITES, *_SITE),
         split=row.word({split.value: split for split in Split}, "split"),
     )
+
+
+def _picture(row: Row, image: str, place: Place) -> str:
+    """The path of the one picture that is called so."""
+    if isic_id(image):  # other files of that name are copies
+        return place.picture(image)
+    cell = row.text(*_IMAGE)
+    found = place.pictures.get(image, [])
+    found = [path for path in found if path.name == cell] or found
+    if len(found) > 1:
+        row.faults.add(
+            "ambiguous name",
+            f"{row.where(_IMAGE, cell)}: {found[0]} and {found[1]} are both called {image}. Name "
+            "the image by its path, relative to the table.",
+        )
+    return str(found[0]) if found else ""
 
 
 def _is_path(column: str, cell: str) -> bool:
