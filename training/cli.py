@@ -76,13 +76,26 @@ def prepare(
     ] = None,
 ) -> None:
     """Read the data, split it, cache its pixels and freeze the run's configuration."""
+    prepared = _preparation(data, manifest)
+    from training.data.components import shared
+    from training.data.manifest import load_manifest
+    from training.paper import LEARNED
+
     flags = {"backbone": backbone, "epochs": epochs, "size": size, "seed": seed}
     frozen = configure(config, **flags, learning_rate=learning_rate, train_on=train_on)
     if manifest is not None and train_on:
         raise DataError("--train-on is for a folder: a manifest says itself what is learned from.")
-    counts = _preparation(data, manifest)(Run(run), frozen)
+    counts = prepared(Run(run), frozen)
     for (dataset, split), images in sorted(counts.items()):
         print(f"{dataset:24} {split:12} {images:7,}")
+    records = load_manifest(Run(run).manifest)
+    for split, others in ((Split.VALIDATION, [Split.TRAIN]), (Split.TEST, list(LEARNED))):
+        if known := shared(records, split, others):
+            print(
+                f"Caution: {known:,} images of {split} are of a lesion, a patient or a picture of "
+                f"{' or '.join(others)}: figures on them are better than on others. "
+                "`mmtl-train data audit` shows them."
+            )
 
 
 @cli.command()
@@ -137,7 +150,7 @@ def _preparation(
         return lambda run, config: prepare(data, run, config)
     if manifest is not None and data is None:
         return lambda run, config: prepare_manifest(load_manifest(manifest), run, config)
-    raise DataError("Give a folder of datasets, or --manifest.")
+    raise DataError("Give either a folder of datasets, or --manifest.")
 
 
 @cli.command()
@@ -262,9 +275,11 @@ def evaluate(
 
 
 def print_figures(report: dict[str, Any]) -> None:
-    """The figures most looked for, by set."""
+    """What a reader must know, and the figures most looked for, by set."""
     from training.report import interval
 
+    for caution in report["cautions"]:
+        print(f"Caution: {caution}")
     for name, figures in report["sets"].items():
         print(f"{name}: {figures['images']:,} images, {figures['melanomas']:,} melanomas")
         for figure in ("AUROC", "sensitivity", "specificity"):

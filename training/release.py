@@ -6,7 +6,7 @@ from pathlib import Path
 
 from models.bundle import Bundle, Metric
 from training import paper
-from training.data.components import with_components
+from training.data.components import shared
 from training.data.layouts import Dataset, balanced, ham10000, image_files, read_datasets
 from training.data.manifest import DataError, Record, fingerprint
 from training.data.vocabulary import Split
@@ -144,11 +144,9 @@ def _cautions(
             "mmtl-train data audit can tell."
         )
     elif split is Split.TEST:
-        linked = with_components(records)
-        learned = {r.component for r in linked if r.split in paper.LEARNED}
-        if shared := sum(r.component in learned for r in held_out(linked, split)):
+        if known := shared(records, split, paper.LEARNED):
             cautions.append(
-                f"Of the {asked:,} images of this split, {shared:,} are of a lesion, a patient or "
+                f"Of the {asked:,} images of this split, {known:,} are of a lesion, a patient or "
                 "a picture that the network has learned from, or that stopped and calibrated it: "
                 "the figures are better than they would be on others."
             )

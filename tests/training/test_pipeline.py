@@ -71,6 +71,14 @@ def test_a_manifest_brings_its_own_splits(
     records, pixels = Run(run).load_data()
     assert pixels.shape == (len(records), 64, 64, 3)
     assert {record.split for record in records} >= {Split.TRAIN, Split.VALIDATION, Split.TEST}
+    assert "Caution" not in capsys.readouterr().out
+    leaking = [replace(r, image=f"{r.image}-2", split=Split.TEST, component="") for r in records]
+    taught = next(row for row, record in enumerate(records) if record.split is Split.TRAIN)
+    save_manifest(tmp_path / "leaking.csv", [*records, leaking[taught]])
+    told[2] = str(tmp_path / "leaking.csv")
+    cli([*told[:-1], str(tmp_path / "leaking"), "--epochs", "3"], standalone_mode=False)
+    assert "Caution: 1 images of test are of a lesion" in capsys.readouterr().out
+    told[2] = str(manifest)
     gone = Path(records[0].path)
     gone.rename(gone.with_suffix(".away"))
     with pytest.raises(DataError, match=gone.name):
@@ -85,7 +93,7 @@ def test_a_manifest_brings_its_own_splits(
         cli(told, standalone_mode=False)
     with pytest.raises(DataError, match="--train-on is for a folder"):
         cli([*told, "--train-on", "HAM10000"], standalone_mode=False)
-    with pytest.raises(DataError, match="Give a folder of datasets, or --manifest"):
+    with pytest.raises(DataError, match="Give either a folder of datasets, or --manifest"):
         cli(["prepare"], standalone_mode=False)
 
 

@@ -1,6 +1,7 @@
 """`mmtl-train data check | annotate | audit | split`."""
 
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -44,10 +45,16 @@ def check(paths: Paths, as_json: AsJson = False, pixels: Pixels = True) -> None:
         }
         print(json.dumps(found, indent=2))
     else:
-        table = Table(title="datasets")
-        columns = ("dataset", "layout", "images", "with pixels", "melanoma", *LABELS[1:], "faults")
-        for column in columns:
-            table.add_column(column, justify="left" if column in columns[:2] else "right")
+        table = Table(title="datasets", show_lines=True)
+        for column in ("dataset", "layout", "images", "with pixels", "melanoma", "known", "faults"):
+            # A number that is cut off would be another one; words take the room that is left.
+            number = column in ("images", "with pixels", "melanoma")
+            table.add_column(
+                column,
+                justify="right" if number else "left",
+                no_wrap=number and column != "melanoma",
+                overflow="fold",
+            )
         for item in checks:
             rows = max(item.rows, 1)
             table.add_row(
@@ -56,10 +63,10 @@ def check(paths: Paths, as_json: AsJson = False, pixels: Pixels = True) -> None:
                 f"{item.rows:,}",
                 f"{item.pictures:,}",
                 f"{item.melanomas:,} of {item.known['melanoma']:,}",
-                *(f"{item.known[label] / rows:.0%}" for label in LABELS[1:]),
+                "\n".join(f"{label} {item.known[label] / rows:.0%}" for label in LABELS[1:]),
                 f"{len(item.faults):,} ({item.fatal:,} to mend)" if item.faults else "",
             )
-        Console(markup=False).print(table, "Percentages: rows with a value.")
+        _show(table, "Percentages: of rows, those with a value.")
         for item in checks:
             told = [f"{item.dataset}: {fault}" for fault in item.faults]
             for line in told[: item.fatal]:
@@ -144,7 +151,7 @@ def audit(
     ):
         share = f"{rows_b / max(found.rows_b, 1):.1%}"
         table.add_row(name, shared, f"{rows_b:,}", share, f"{rows_a:,}")
-    Console(markup=False).print(table)
+    _show(table)
     if found.pictures_compared is not None:
         print(f"{found.pictures_compared:,} pictures were compared; rows without one were not.")
     if found.bare_ids_in_both:
@@ -225,7 +232,7 @@ def _print_split(records: list[Record], path: Path) -> None:
                 f"{sum(known):,}",
                 f"{sum(known) / len(known):.1%}" if known else "",
             )
-    Console(markup=False).print(table)
+    _show(table)
 
 
 def _print_some(lines: list[str]) -> None:
@@ -233,3 +240,8 @@ def _print_some(lines: list[str]) -> None:
         print(line)
     if len(lines) > _SHOWN:
         print(f"... and {len(lines) - _SHOWN:,} more.")
+
+
+def _show(*what: Table | str) -> None:
+    """Print to the terminal; to what is none, in lines that are not broken."""
+    Console(markup=False, width=None if sys.stdout.isatty() else 160).print(*what)

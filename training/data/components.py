@@ -1,7 +1,7 @@
 """Which images must stay together: the same image, lesion, patient or picture, across datasets."""
 
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -11,6 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from training.data.manifest import Record, isic_id
+from training.data.vocabulary import Split
 
 Bond = Literal["image", "lesion", "patient"]
 BONDS: tuple[Bond, ...] = ("image", "lesion", "patient")
@@ -100,7 +101,15 @@ def linked(manifests: Iterable[tuple[Hashable, Sequence[Record]]]) -> list[tuple
 
 def with_components(records: Sequence[Record]) -> list[Record]:
     """The records, all with components: what a manifest links stays, and ids link the others."""
-    if all(record.component for record in records):
-        return list(records)
     names = names_of(records, components(records, linked([("", records)])))
+    given = {record.component for record in records}
+    if "" not in given and len(given) == len(set(names)):
+        return list(records)  # ids link no more than the manifest does
     return [replace(r, component=name) for r, name in zip(records, names, strict=True)]
+
+
+def shared(records: Sequence[Record], split: Split, with_splits: Collection[Split]) -> int:
+    """Number of images of a split that are in one component with an image of others."""
+    linked = with_components(records)
+    theirs = {record.component for record in linked if record.split in with_splits}
+    return sum(record.component in theirs for record in linked if record.split is split)

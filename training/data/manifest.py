@@ -154,7 +154,10 @@ def _one_of(words: type[_Word], cell: str) -> _Word | None:
 
 
 def _age(cell: str) -> float:
-    age = float(cell)
+    try:
+        age = float(cell)
+    except ValueError:
+        age = -1.0
     if not 0 <= age <= OLDEST:
         raise ValueError(f"{cell!r} is not an age in years")
     return age

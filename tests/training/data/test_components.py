@@ -5,9 +5,10 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.data.components import components, names_of
+from training.data.components import components, names_of, shared, with_components
 from training.data.layouts import gather, read_datasets
 from training.data.manifest import Record
+from training.data.vocabulary import Split
 
 
 def isic(number: int) -> str:
@@ -54,6 +55,21 @@ def test_ids_of_one_clinic_can_be_said_to_mean_the_same() -> None:
 def test_equal_names_of_two_datasets_are_two_components() -> None:
     records = [Record("a", "", "A"), Record("a", "", "B"), Record("isic_0000001", "", "C")]
     assert names_of(records, components(records)) == ["A/a", "B/a", "ISIC_0000001"]
+
+
+def test_ids_join_what_a_manifest_parts_and_else_its_components_stay() -> None:
+    parted = [
+        Record("a", "", "A", lesion="1", split=Split.TRAIN, component="a"),
+        Record("b", "", "A", lesion="1", split=Split.TEST, component="b"),
+        Record("c", "", "A", lesion="2", split=Split.TEST, component="c"),
+        Record("d", "", "A", lesion="3", split=Split.VALIDATION, component="c"),
+    ]
+    found = [record.component for record in with_components(parted)]
+    assert found == ["A/a", "A/a", "A/c", "A/c"]
+    assert shared(parted, Split.TEST, [Split.TRAIN]) == 1
+    assert shared(parted, Split.TEST, [Split.TRAIN, Split.VALIDATION]) == 2
+    assert shared(parted, Split.VALIDATION, [Split.TRAIN]) == 0
+    assert with_components(parted[1:]) == parted[1:]
 
 
 def test_pairs_and_listed_duplicates_join() -> None:
