@@ -17,6 +17,8 @@ from pathlib import Path
 
 import structlog
 
+from app.schemas import ModelFacts
+
 # After which a line is brought to the disk: what a crash of the machine may lose (a crash of the
 # process loses nothing).
 _SYNC_SECONDS = 1.0
@@ -48,14 +50,18 @@ class AuditLog:
             self._open()
 
     def write(
-        self, request_id: str, key: str | None, model: str, images: Sequence[tuple[str, str]]
+        self,
+        request_id: str,
+        key: str | None,
+        model: ModelFacts | None,
+        images: Sequence[tuple[str, str]],
     ) -> None:
         """Add a line an image, in one piece.
 
         Args:
             request_id: Of the request.
             key: Id of the caller's key, where there are keys.
-            model: SHA-256 of the artifact.
+            model: That the images were given to, where they were.
             images: SHA-256 and outcome of each: `ok`, or the name of its problem. Of a request that
                 was refused as a whole, an empty SHA-256.
 
@@ -63,7 +69,13 @@ class AuditLog:
             AuditError: The disk is full, or the file cannot be written.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        fields = {"time": now, "request_id": request_id, "key": key, "model": model}
+        fields = {
+            "time": now,
+            "request_id": request_id,
+            "key": key,
+            "model": model.sha256 if model else "",
+            "manifest": model.manifest_sha256 if model else "",
+        }
         lines = "".join(
             json.dumps({**fields, "image": image, "outcome": outcome}) + "\n"
             for image, outcome in images

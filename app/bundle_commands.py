@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from app.console import NOTICE, fail, show
+from app.console import NOTICE, add_row, fail, printable, show
 from app.engines import load_engine
 from app.settings import load_settings
 from app.telemetry import configure_logs
-from models.bundle import MANIFEST, Artifact, Bundle, load_bundle
+from models.bundle import MANIFEST, Artifact, Bundle, check_replaceable, load_bundle
 from models.recalibration import (
     change_prevalence,
     differences,
@@ -70,31 +70,36 @@ def inspect(
     if as_json:
         print(manifest.model_dump_json(indent=2))
         return
-    table = Table(title=f"{manifest.name} {manifest.version}", caption=NOTICE, show_header=False)
-    table.add_row("description", manifest.description)
-    table.add_row("input", f"{manifest.input.height} x {manifest.input.width} pixels, RGB")
+    table = Table(
+        title=printable(f"{manifest.name} {manifest.version}"), caption=NOTICE, show_header=False
+    )
+    add_row(table, "description", manifest.description)
+    add_row(table, "input", f"{manifest.input.height} x {manifest.input.width} pixels, RGB")
     for task in manifest.tasks:
-        table.add_row(task.name, f"{task.kind}: {', '.join(task.labels)}")
+        add_row(table, task.name, f"{task.kind}: {', '.join(task.labels)}")
     point = manifest.operating_point
-    table.add_row(
+    add_row(
+        table,
         "threshold from",
         f"{point.criterion} on {point.dataset} ({point.images} images, {point.melanomas} "
         f"melanomas): sensitivity {point.sensitivity:.3f}, specificity {point.specificity:.3f}",
     )
-    table.add_row("prevalence", f"{manifest.prevalence:.3f}")
+    add_row(table, "prevalence", f"{manifest.prevalence:.3f}")
     for artifact in manifest.artifacts:
-        table.add_row(
+        add_row(
+            table,
             artifact.file,
             f"{artifact.format} {artifact.precision}, {artifact.bytes / 1e6:.1f} MB, "
             f"melanoma threshold {artifact.melanoma_threshold:.3f}",
         )
     for metric in manifest.metrics:
-        table.add_row(
+        add_row(
+            table,
             f"{metric.name}, {metric.dataset}",
             f"{metric.value:.3f} (95 % interval {metric.low:.3f} to {metric.high:.3f}, "
             f"{metric.images} images)",
         )
-    table.add_row("licence of the weights", manifest.training_data.licence)
+    add_row(table, "licence of the weights", manifest.training_data.licence)
     show(table)
 
 
@@ -123,6 +128,9 @@ def recalibrate_bundle(
     version: Annotated[
         str | None, typer.Option(help="Of the new bundle; by default the next patch version.")
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the place of a bundle that is in --out.")
+    ] = False,
 ) -> None:
     """Fit a bundle to a clinic: to its own outcomes, or just to its share of melanoma."""
     bundle = load_bundle(folder)
@@ -130,6 +138,10 @@ def recalibrate_bundle(
         fail("Give either --outcomes or --prevalence.")
     if out.resolve() == folder.resolve():
         fail("--out is the bundle itself: a clinic may want the one before back.")
+    check_replaceable(out)
+    if out.exists() and not replace:
+        fail(f"{out} holds a bundle already: choose another folder, or say --replace.")
+    replaced = [load_bundle(out).manifest.version] if out.exists() else []
     if sensitivity is not None and outcomes is None:
         fail("--sensitivity takes --outcomes: a new prevalence moves nobody over the threshold.")
     sensitivity = 0.9 if sensitivity is None else sensitivity
@@ -148,17 +160,24 @@ def recalibrate_bundle(
         manifest = change_prevalence(bundle.manifest, prevalence)
         how = f"to a prevalence of {prevalence:.2%}, from {bundle.manifest.prevalence:.2%}"
     if version is None:
-        major, minor, patch = manifest.version.split(".")
-        version = f"{major}.{minor}.{int(patch) + 1}"
+        major, minor, patch = max(map(_numbers, (manifest.version, *replaced)))
+        version = f"{major}.{minor}.{patch + 1}"
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
         fail("--version is of the form 1.2.3.")
     manifest = manifest.model_copy(update={"version": version})
+    signed = (out / SIGNATURE).exists()
     save_recalibrated(bundle, out, manifest, how)
+    if signed:
+        print(f"It is not signed, as the one before was: mmtl bundle sign {out}")
     after = manifest.artifacts[bundle.manifest.artifacts.index(before)]
     print(f"{out}: {manifest.name} {manifest.version}, {how}. Of {before.file}:")
     print(f"threshold {before.melanoma_threshold:.4f} -> {after.melanoma_threshold:.4f}")
     print(f"slope     {before.calibration.slope:.4f} -> {after.calibration.slope:.4f}")
     print(f"intercept {before.calibration.intercept:.4f} -> {after.calibration.intercept:.4f}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
 
 
 def _artifact(bundle: Bundle, file: str | None) -> Artifact:
@@ -178,11 +197,11 @@ def diff(
     second: Annotated[Path, typer.Argument(help="Another one.", metavar="B")],
 ) -> None:
     """Show in what two bundles differ; exits with 1 if they do."""
-    table = Table(title=f"A = {first}, B = {second}")
+    table = Table(title=printable(f"A = {first}, B = {second}"))
     for column in ("field", "A", "B"):
         table.add_column(column, overflow="fold")
     for row in differences(load_bundle(first).manifest, load_bundle(second).manifest):
-        table.add_row(*row)
+        add_row(table, *row)
     if not table.row_count:
         print("The bundles are the same.")
         return

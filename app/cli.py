@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from math import isfinite
 from pathlib import Path
 from socket import socket
@@ -24,10 +25,10 @@ from rich.table import Table
 from app import bundle_commands, key_commands, load
 from app.access import Exposed, check_exposure
 from app.audit import AuditError
-from app.console import NOTICE, fail, show
+from app.console import NOTICE, add_row, fail, printable, show
 from app.engines import EngineError
 from app.keys import KeysError
-from app.main import build_api, create_app
+from app.main import API_VERSION, build_api, create_app
 from app.problems import NOT_FOUND, Problem
 from app.processes import (
     LISTENS,
@@ -71,9 +72,25 @@ _EXPECTED = (
 )
 
 log = structlog.get_logger()
-cli = typer.Typer(no_args_is_help=True, add_completion=False, help=f"Serve M-MTL. {NOTICE}")
+cli = typer.Typer(no_args_is_help=True, add_completion=False)
 cli.add_typer(key_commands.cli, name="keys")
 cli.add_typer(bundle_commands.cli, name="bundle")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"mmtl {metadata.version('mmtl')}, API {API_VERSION}")
+        raise typer.Exit
+
+
+@cli.callback(help=f"Serve M-MTL. {NOTICE}")
+def root(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Of the program."),
+    ] = False,
+) -> None:
+    """What comes before a command."""
 
 
 def main() -> None:
@@ -274,12 +291,13 @@ def _in_words(statuses: Mapping[str, int]) -> str:
 
 
 def _print_loads(title: str, measured: Mapping[int, Mapping[str, Any]]) -> None:
-    table = Table(title=title, caption="times in milliseconds")
+    table = Table(title=printable(title), caption="times in milliseconds")
     for column in ("clients", "images/s", "p50", "p95", "p99", "refused (503)", "failed", "unsent"):
         table.add_column(column, justify="right")
     for count, found in measured.items():
         percentiles = [found[f"p{percent}_ms"] for percent in (50, 95, 99)]
-        table.add_row(
+        add_row(
+            table,
             str(count),
             f"{found['images_per_second']:.1f}",
             *("" if value is None else f"{value:.1f}" for value in percentiles),
@@ -351,13 +369,14 @@ def _read(path: Path) -> Upload | Failure:
 
 
 def _print_table(answer: PredictResponse) -> None:
-    table = Table(title=f"{answer.model.name} {answer.model.version}", caption=NOTICE)
+    table = Table(title=printable(f"{answer.model.name} {answer.model.version}"), caption=NOTICE)
     for column in ("image", "melanoma", "decision", "age", "site", "warnings"):
         table.add_column(column, overflow="fold")  # a warning that is cut off is none
     for result in answer.results:
         if isinstance(result, Success):
             found = result.prediction
-            table.add_row(
+            add_row(
+                table,
                 result.filename or "",
                 f"{found.melanoma.probability:.3f}",
                 f"{found.melanoma.decision} ({found.melanoma.threshold:.3f})".replace("_", " "),
@@ -367,7 +386,7 @@ def _print_table(answer: PredictResponse) -> None:
             )
         else:
             detail = result.error.detail
-            table.add_row(result.filename or "", "", "error", "", "", detail)
+            add_row(table, result.filename or "", "", "error", "", "", detail)
     show(table)
 
 

@@ -21,7 +21,7 @@ class File:
     """One file of a form.
 
     Attributes:
-        filename: As it was sent.
+        filename: As it was sent, without the folders of Windows.
         pieces: Its bytes, as they came, until `take`.
     """
 

@@ -7,7 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.images import DEFAULT_LIMITS, MAX_ASPECT, DecodedImage, Limits, decode
+from models.images import (
+    DEFAULT_LIMITS,
+    MAX_ASPECT,
+    DecodedImage,
+    ImageTooLargeError,
+    Limits,
+    decode,
+)
 
 LONG_SIDE = 512
 # Contribution to the logit, per place, at which a colour is full. It is fixed, so that two pictures
@@ -42,7 +49,13 @@ def draw_overlay(
     height = min(float(image.height), image.width * MAX_ASPECT)
     scale = LONG_SIDE / max(width, height)
     size = max(round(height * scale), 1), max(round(width * scale), 1)
-    picture = decode(data, *size, limits, wait=False).pixels.astype(np.float32)
+    try:
+        shown = decode(data, *size, limits, wait=False).pixels
+    except ImageTooLargeError:  # so long and thin that a scale of this size holds too many pixels
+        shown = np.asarray(
+            Image.fromarray(image.pixels).resize(size[::-1], Image.Resampling.BILINEAR)
+        )
+    picture = shown.astype(np.float32)
     heat = Image.fromarray(contributions.astype(np.float32)).resize(
         size[::-1], Image.Resampling.BICUBIC
     )

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from app.console import fail, show
+from app.console import add_row, fail, printable, show
 from app.keys import SCOPES, create_key, read_keys, revoke_key
 from app.settings import load_settings
 
@@ -44,7 +44,7 @@ def create(
 def list_keys(file: KeyFileOption = None) -> None:
     """Show the keys, without their secrets."""
     path = _key_file(file)
-    table = Table(title=str(path))
+    table = Table(title=printable(str(path)))
     for column in ("id", "name", "scopes", "requests a minute", "created", "revoked"):
         table.add_column(column)
     for key in read_keys(path):
@@ -52,7 +52,7 @@ def list_keys(file: KeyFileOption = None) -> None:
         revoked = f"{key.revoked:%Y-%m-%d %H:%M}" if key.revoked else ""
         scopes = ", ".join(key.scopes)
         row = (key.id, key.name, scopes, limit, f"{key.created:%Y-%m-%d %H:%M}", revoked)
-        table.add_row(*row)
+        add_row(table, *row)
     show(table)
 
 

@@ -74,8 +74,9 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         raise KeysError(f"{path} cannot be read: {error.strerror}.") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "it"
-        raise KeysError(f"{path} is not a key file: {where}: {first['msg']}.") from None
+        where = ".".join(str(part) for part in first["loc"])
+        said = f"{where}: {first['msg']}" if where else first["msg"]
+        raise KeysError(f"{path} is not a key file: {said}.") from None
 
 
 def create_key(path: Path, name: str, scopes: Sequence[Scope], per_minute: int | None) -> str:
@@ -85,8 +86,11 @@ def create_key(path: Path, name: str, scopes: Sequence[Scope], per_minute: int |
         The key; nobody can read it out of the file again.
 
     Raises:
-        KeysError: The file is not one of keys, or has an active key of that name.
+        KeysError: The file is not one of keys, or has an active key of that name; the name cannot
+            be shown; or there is no such folder.
     """
+    if not name.isprintable():
+        raise KeysError("A key's name has letters, digits, spaces and signs, and nothing else.")
     identity, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
     try:
         made = Key(
@@ -100,7 +104,6 @@ def create_key(path: Path, name: str, scopes: Sequence[Scope], per_minute: int |
     except ValidationError as error:
         raise KeysError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}.") from None
     path = path.resolve()  # a link stays one, to what the service reads
-    path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path):
         keys = read_keys(path) if path.exists() else ()
         if any(key.name == name and key.revoked is None for key in keys):

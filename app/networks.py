@@ -268,7 +268,12 @@ class Networks:
         return Network(
             bundle,
             artifact,
-            ModelFacts(name=manifest.name, version=manifest.version, sha256=artifact.sha256),
+            ModelFacts(
+                name=manifest.name,
+                version=manifest.version,
+                sha256=artifact.sha256,
+                manifest_sha256=bundle.manifest_sha256,
+            ),
             engine.name,
             Batcher(
                 engine,
@@ -289,15 +294,13 @@ class Networks:
             precision=network.artifact.precision,
             runtime=network.engine_name,
             sha256=network.artifact.sha256,
+            manifest_sha256=network.bundle.manifest_sha256,
         )
         for artifact in network.bundle.manifest.artifacts:
             if artifact.format == "onnx" and not network.bundle.path(artifact).is_file():
                 log.warning("artifact absent", artifact=artifact.file, precision=artifact.precision)
         self._metrics.serve(
-            network.bundle.manifest,
-            network.artifact.sha256,
-            network.engine_name,
-            network.batcher.device,
+            network.bundle.manifest, network.facts, network.engine_name, network.batcher.device
         )
 
 

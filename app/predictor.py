@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from app import batcher as batching
@@ -44,6 +45,7 @@ T = TypeVar("T")
 
 # Of what stands in an answer; decisions are made on the full numbers.
 DIGITS = 6
+log = structlog.get_logger()
 
 _REFUSALS: dict[type[batching.Refused], tuple[Kind, str]] = {
     batching.Saturated: (
@@ -146,8 +148,7 @@ class Predictor:
         try:
             # Its upload may have begun before a drain.
             with self.networks.reserve(len(uploads), begun=True) as network:
-                trace.model_version = network.facts.version
-                trace.model_sha256 = network.facts.sha256
+                trace.model = network.facts
                 work = [
                     self._result(network, upload, explain, deadline, trace) for upload in uploads
                 ]
@@ -167,8 +168,13 @@ class Predictor:
         try:
             return await self._success(network, upload, explain, deadline, trace)
         except Problem as problem:
-            trace.problems.append(problem.kind.name)
-            return Failure(filename=upload.filename, status="error", error=problem.body())
+            return _failure(upload, problem, trace)
+        except batching.Refused:
+            raise
+        except Exception:  # no memory for this image, most likely: the others are answered
+            log.exception("image failed", request_id=trace.request_id)
+            unknown = Problem(problems.INTERNAL, "Tell the operator the X-Request-ID.")
+            return _failure(upload, unknown, trace)
 
     async def _success(
         self, network: Network, upload: Upload, explain: bool, deadline: float, trace: Trace
@@ -263,6 +269,11 @@ class Predictor:
                 metrics.predicted_as(task, found.label).inc()
         if not result.quality.in_distribution:
             metrics.out_of_distribution.inc()
+
+
+def _failure(upload: Upload, problem: Problem, trace: Trace) -> Failure:
+    trace.problems.append(problem.kind.name)
+    return Failure(filename=upload.filename, status="error", error=problem.body())
 
 
 def _interpret(

@@ -200,7 +200,13 @@ def install(app: FastAPI) -> None:
             phrase = HTTPStatus(error.status_code).phrase
             kind = Kind(phrase.lower().replace(" ", "-"), error.status_code, phrase)
         detail = "See /docs for what the service answers."
-        return answer(request.scope, Problem(kind, detail, error.headers))
+        headers = dict(error.headers or {})
+        if "Allow" in headers:
+            allowed = set(headers["Allow"].split(", "))
+            if "GET" in allowed:
+                allowed.add("HEAD")  # which app.routes.predict.Direct answers as GET
+            headers["Allow"] = ", ".join(sorted(allowed))
+        return answer(request.scope, Problem(kind, detail, headers))
 
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

@@ -121,11 +121,19 @@ class ModelFacts(Part):
     name: str
     version: str
     sha256: str = Field(description="Of the artifact that ran.")
+    manifest_sha256: str = Field(
+        description="Of the bundle's bundle.json, which has the calibration and the thresholds."
+    )
 
 
 _EXAMPLE: JsonDict = {
     "request_id": "4f6d1c0e9b3a4a4f8f0c1d2e3f4a5b6c",
-    "model": {"name": "mmtl-lite0", "version": "0.2.0", "sha256": "9f2c…"},
+    "model": {
+        "name": "mmtl-lite2",
+        "version": "0.4.0",
+        "sha256": "9f2c…",
+        "manifest_sha256": "51e3…",
+    },
     "results": [
         {
             "filename": "a.jpg",

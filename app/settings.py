@@ -1,12 +1,13 @@
 """Settings: `MMTL_*` environment variables, each with its meaning beside it."""
 
 import os
+import re
 from difflib import get_close_matches
 from math import ceil
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as SettingsSourceError
 
@@ -21,6 +22,8 @@ DEFAULT_BUNDLE = Path(models.__file__).parent / "default"
 OF_COMPOSE = frozenset(
     {"MMTL_BUNDLE_NAME", "MMTL_BUNDLES_FOLDER", "MMTL_CPUS", "MMTL_DOMAIN", "MMTL_PUBLISH"}
 )
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 
 
 class SettingsError(Exception):
@@ -97,8 +100,8 @@ class Settings(BaseSettings):
     """Most images in one request."""
 
     max_bytes: int = Field(64_000_000, ge=1)
-    """Most bytes in one request, all its images together; and in all requests together that come
-    without a Content-Length."""
+    """Most bytes in one request, all its images together; and in all requests of a process together
+    that come without a Content-Length."""
 
     max_bytes_in_flight: int = Field(1_000_000_000, ge=1)
     """Most bytes of uploads, and of answers that are not yet read, held in memory at once, over all
@@ -126,7 +129,8 @@ class Settings(BaseSettings):
     twenty bytes a pixel; at least one in each process."""
 
     cors_origins: tuple[str, ...] = ()
-    """Origins that browsers may call from, as a JSON list: `["https://viewer.example"]`."""
+    """Origins that browsers may call from, as a JSON list: `["https://viewer.example"]`; `["*"]` is
+    any."""
 
     keys: Path | None = None
     """File of API keys (`mmtl keys create`). Without one, nobody is asked for a key."""
@@ -156,6 +160,17 @@ class Settings(BaseSettings):
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """DEBUG adds the health and metrics requests."""
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):  # which no browser would send
+                raise ValueError(
+                    f"{origin} is no origin, such as https://viewer.example or "
+                    "http://localhost:3000: in lower case, without a path or a slash at its end"
+                )
+        return origins
 
     @model_validator(mode="after")
     def _one_request_fits(self) -> "Settings":
@@ -202,16 +217,22 @@ def load_settings() -> Settings:
                 f"{name} is for docker-compose.yml, not for the service: unset it here."
             )
         if name.upper() not in known:
-            near = get_close_matches(name.upper(), known, n=1, cutoff=0)
-            raise SettingsError(f"{name} is not a setting. Did you mean {near[0]}?")
+            near = get_close_matches(name.upper(), known, n=1, cutoff=0.7)
+            hint = f"Did you mean {near[0]}?" if near else "`mmtl settings` lists them."
+            raise SettingsError(f"{name} is not a setting. {hint}")
         if not value:  # a variable of a script that was never set, most often
             raise SettingsError(f"{name} is set, but empty: unset it, or give it a value.")
     try:
         return Settings()
     except ValidationError as error:
         first = error.errors()[0]
-        name = PREFIX + str(first["loc"][0]).upper() if first["loc"] else "The settings"
-        raise SettingsError(f"{name}: {first['msg']}.") from None
+        said = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:
+            raise SettingsError(f"{said}.") from None
+        name = str(first["loc"][0])
+        if first["type"] == "string_pattern_mismatch":
+            said = f"{first['input']} does not fit. {Settings.model_fields[name].description}"
+        raise SettingsError(f"{PREFIX}{name.upper()}: {said.removesuffix('.')}.") from None
     except SettingsSourceError:  # the one setting that is a list
         raise SettingsError(
             f'{PREFIX}CORS_ORIGINS must be a JSON list, such as ["https://viewer.example"].'

@@ -68,8 +68,8 @@ class Spans:
         span.set_attribute("http.response.status_code", status)
         span.set_attribute("mmtl.request_id", trace.request_id)
         span.set_attribute("mmtl.images", trace.images)
-        if trace.model_version:
-            span.set_attribute("mmtl.model.version", trace.model_version)
+        if trace.model:
+            span.set_attribute("mmtl.model.version", trace.model.version)
         if trace.problems:
             span.set_attribute("error.type", trace.problems[-1])
         if status >= 500:

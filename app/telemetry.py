@@ -28,6 +28,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import problems
+from app.schemas import ModelFacts
 from app.spans import Spans, traceparent
 from app.trace import KEY, Trace
 from models.bundle import Manifest
@@ -140,7 +141,7 @@ class Metrics:
         self.model_info = Gauge(
             "mmtl_model_info",
             "The served network; always 1.",
-            ("name", "version", "sha256", "engine", "device"),
+            ("name", "version", "sha256", "manifest_sha256", "engine", "device"),
             registry=registry,
         )
         # Looked up for every image: the library checks and hashes the labels at each call.
@@ -178,14 +179,15 @@ class Metrics:
         """Count a melanoma probability, as exactly as its bucket."""
         self.melanoma_probability.observe((max(ceil(probability * _STEPS), 1) - 0.5) / _STEPS)
 
-    def serve(self, manifest: Manifest, sha256: str, engine: str, device: str) -> None:
+    def serve(self, manifest: Manifest, facts: ModelFacts, engine: str, device: str) -> None:
         """Name the network that is served from now on; its labels are created up front."""
         for task in manifest.tasks:
             if task.kind != "binary":
                 for label in task.labels:
                     self.predicted_as(task.name, label)
         self.model_info.clear()
-        self.model_info.labels(manifest.name, manifest.version, sha256, engine, device).set(1)
+        labels = facts.model_dump() | {"engine": engine, "device": device}
+        self.model_info.labels(**labels).set(1)
 
 
 class Telemetry:
@@ -232,7 +234,7 @@ class Telemetry:
                 spent = {**trace.stages, "total": time.monotonic() - started}
                 added = {
                     "x-request-id": trace.request_id,
-                    "x-model-version": trace.model_version or self.model_version(),
+                    "x-model-version": trace.model.version if trace.model else self.model_version(),
                     "server-timing": ", ".join(
                         f"{name};dur={1000 * seconds:.1f}" for name, seconds in spent.items()
                     ),

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
+from app.schemas import ModelFacts
+
 KEY = "mmtl.trace"
 
 
@@ -15,8 +17,7 @@ class Trace:
         request_id: The caller's `X-Request-ID` where it has a sane form, else a new one.
         stages: Seconds by stage; of several images, the slowest.
         images: How many were sent.
-        model_version: Of the network that the images were given to; empty before.
-        model_sha256: Of its artifact; empty before.
+        model: The network that the images were given to; None before.
         key: Id of the caller's key, where there are keys.
         spans: Stage, beginning and end of each image's, on `time.monotonic`'s clock.
         trace_id: Of the OpenTelemetry trace that it is sampled into; else empty.
@@ -27,8 +28,7 @@ class Trace:
     request_id: str
     stages: dict[str, float] = field(default_factory=dict)
     images: int = 0
-    model_version: str = ""
-    model_sha256: str = ""
+    model: ModelFacts | None = None
     key: str | None = None
     trace_id: str = ""
     problems: list[str] = field(default_factory=list)

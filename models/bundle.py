@@ -212,10 +212,17 @@ class Manifest(_Part):
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A verified bundle on disk."""
+    """A verified bundle on disk.
+
+    Attributes:
+        folder: Where it is.
+        manifest: Its manifest.
+        manifest_sha256: Of `bundle.json`, as it was read; empty where it was not.
+    """
 
     folder: Path
     manifest: Manifest
+    manifest_sha256: str = ""
 
     def artifact(
         self, artifact_format: ArtifactFormat, precision: Precision | None = None
@@ -322,9 +329,10 @@ def load_bundle(folder: Path, signed_by: Path | None = None) -> Bundle:
         raise BundleError(f"{folder} is not a bundle: {MANIFEST} cannot be read.") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "it"
-        raise BundleError(f"{path} does not fit: {where}: {first['msg']}.") from None
-    bundle = Bundle(folder, manifest)
+        where = ".".join(str(part) for part in first["loc"])
+        said = first["msg"].removeprefix("Value error, ")
+        raise BundleError(f"{path} does not fit: {f'{where}: ' if where else ''}{said}.") from None
+    bundle = Bundle(folder, manifest, hashlib.sha256(content).hexdigest())
     present = [artifact for artifact in manifest.artifacts if bundle.path(artifact).is_file()]
     if not present:
         raise BundleError(f"{folder} holds none of the artifacts that {MANIFEST} lists.")
@@ -370,7 +378,7 @@ def save_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes | Pa
             else:
                 (new / name).write_bytes(content)
         (new / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-        load_bundle(new)
+        read = load_bundle(new)
         for file in new.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
@@ -385,7 +393,7 @@ def save_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes | Pa
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    return Bundle(folder, manifest)
+    return Bundle(folder, manifest, read.manifest_sha256)
 
 
 def sha256_of(path: Path) -> str:

@@ -49,8 +49,8 @@ def expected_outputs(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]
     }
 
 
-def network() -> bytes:
-    """The network as ONNX, written node by node."""
+def network(note: str = "") -> bytes:
+    """The network as ONNX, written node by node; a note in it makes it other bytes."""
     constants = {
         "spatial": np.array([1, 2], np.int64),
         "zero": np.array(0, np.int64),
@@ -100,6 +100,7 @@ def network() -> bytes:
         [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    model.doc_string = note
     onnx.checker.check_model(model)
     return model.SerializeToString()
 

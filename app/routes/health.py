@@ -12,14 +12,12 @@ router = APIRouter(prefix="/health")
 
 
 @router.get("/live")
-@router.head("/live", include_in_schema=False)
 async def live() -> Health:
     """Answers while the process runs."""
     return Health(status="live")
 
 
 @router.get("/ready", responses={503: RESPONSE})
-@router.head("/ready", include_in_schema=False)
 async def ready(request: Request) -> Health:
     """Answers 200 when images are taken: the network is warm, its workers alive, not draining."""
     networks: Networks = request.app.state.networks

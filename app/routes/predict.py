@@ -23,7 +23,8 @@ from app.uploads import RAW_TYPES, Held, Upload, open_uploads
 T = TypeVar("T")
 
 
-async def _no_other_parameter(request: Request) -> None:
+async def _look_at_query(request: Request) -> None:
+    await authorize(request, "predict")  # who has no key is told nothing else
     if unknown := sorted(set(request.query_params) - {"explain"}):
         raise Problem(
             problems.INVALID_PARAMETER,
@@ -31,7 +32,7 @@ async def _no_other_parameter(request: Request) -> None:
         )
 
 
-router = APIRouter(dependencies=[bearer, Depends(_no_other_parameter)])
+router = APIRouter(dependencies=[bearer, Depends(_look_at_query)])
 
 _PATH = "/predict"
 # What a connection takes at once is not counted: an answer without heat maps is a few kilobytes.
@@ -183,7 +184,14 @@ class Direct:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or pass it on."""
+        """Answer a request, or pass it on; HEAD as GET, of which the server sends no body."""
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            as_get = {**scope, "method": "GET"}
+            try:
+                await self.app(as_get, receive, send)
+            finally:
+                scope["route"] = as_get.get("route")
+            return
         asked = scope["type"] == "http" and (scope["method"], scope["path"], scope["query_string"])
         if asked != ("POST", _PATH, b""):
             await self.app(scope, receive, send)
@@ -222,7 +230,7 @@ async def _audit(log: AuditLog | None, trace: Trace, outcomes: list[tuple[str, s
     """
     if log is None:
         return
-    line = (trace.request_id, trace.key, trace.model_sha256, outcomes)
+    line = (trace.request_id, trace.key, trace.model, outcomes)
     try:
         await asyncio.to_thread(log.write, *line)
     except AuditError as error:

@@ -64,6 +64,20 @@ def test_a_key_is_for_its_scopes(tmp_path: Path, path: Path) -> None:
         assert client.get("/metrics").status_code == 401
     with started(settings(tmp_path, keys=path, open_metrics=True)) as client:
         assert client.get("/metrics").status_code == 200
+        assert client.get("/model").status_code == 401
+        assert predict(client).status_code == 401
+        assert client.post("/admin/reload").status_code == 401
+
+
+def test_who_has_no_key_is_told_nothing_else(tmp_path: Path, path: Path) -> None:
+    key = create_key(path, "tool", ("predict",), None)
+    with started(settings(tmp_path, keys=path)) as client:
+        for query in ("explain=maybe", "api_key=1"):
+            assert client.post(f"/predict?{query}").status_code == 401
+            headers = {"Authorization": f"Bearer {key}"}
+            assert client.post(f"/predict?{query}", headers=headers).status_code == 422
+        headers = {"Authorization": f"Basic {key}"}  # whose user and password are other things
+        assert client.get("/model", headers=headers).status_code == 401
 
 
 def test_a_quota_that_is_used_up_says_when_to_come_back(tmp_path: Path, path: Path) -> None:
@@ -86,11 +100,12 @@ def test_this_machine_alone_needs_no_keys(host: str) -> None:
     check_exposure(Settings(host=host), insecure=False)
 
 
-def test_others_are_let_in_with_keys_or_when_it_is_said(path: Path) -> None:
-    with pytest.raises(Exposed, match=r"MMTL_HOST=0\.0\.0\.0 lets other machines in.* --insecure"):
-        check_exposure(Settings(host="0.0.0.0"), insecure=False)
-    check_exposure(Settings(host="0.0.0.0"), insecure=True)
-    check_exposure(Settings(host="0.0.0.0", keys=path), insecure=False)
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "clinic.example"])
+def test_others_are_let_in_with_keys_or_when_it_is_said(path: Path, host: str) -> None:
+    with pytest.raises(Exposed, match=f"MMTL_HOST={host} lets other machines in.* --insecure"):
+        check_exposure(Settings(host=host), insecure=False)
+    check_exposure(Settings(host=host), insecure=True)
+    check_exposure(Settings(host=host, keys=path), insecure=False)
 
 
 def test_serve_refuses_in_a_sentence(

@@ -12,12 +12,14 @@ from fastapi.testclient import TestClient
 
 from app.audit import AuditError, AuditLog
 from app.keys import create_key
+from app.schemas import ModelFacts
 from app.settings import Settings
 from app.telemetry import OUTCOMES
+from models.bundle import sha256_of
 from tests.conftest import started
 from tests.lesions import flat
 
-MODEL = "m" * 64
+MODEL = ModelFacts(name="m", version="1.2.3", sha256="m" * 64, manifest_sha256="b" * 64)
 
 
 def lines(path: Path) -> list[dict]:
@@ -33,7 +35,7 @@ def test_every_image_of_a_request_has_its_line(settings: Settings, path: Path) -
     keys = path.with_name("keys.json")
     key = create_key(keys, "tool", ("predict",), None)
     with started(settings.model_copy(update={"audit_log": path, "keys": keys})) as client:
-        sha256 = client.app.state.networks.current.facts.sha256
+        facts = client.app.state.networks.current.facts
         headers = {"Authorization": f"Bearer {key}", "X-Request-ID": "one"}
         files = [("files", ("Jane Doe.png", flat(7))), ("files", ("b.png", b"no picture"))]
         assert client.post("/predict", files=files, headers=headers).status_code == 200
@@ -46,7 +48,8 @@ def test_every_image_of_a_request_has_its_line(settings: Settings, path: Path) -
     assert good == {
         "request_id": "one",
         "key": key.split("_")[1],
-        "model": sha256,
+        "model": facts.sha256,
+        "manifest": sha256_of(settings.bundle / "bundle.json"),
         "image": hashlib.sha256(flat(7)).hexdigest(),
         "outcome": "ok",
     }

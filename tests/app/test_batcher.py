@@ -221,6 +221,29 @@ async def test_no_worker_waits_for_the_turn_of_a_large_image(
         assert found.outputs["first"] == 2
 
 
+async def test_a_large_image_that_waits_when_the_batcher_closes_is_answered(
+    batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = threading.Event()
+    monkeypatch.setattr("app.batcher.is_anyones_turn", free.is_set)
+
+    def large() -> NDArray[np.uint8]:
+        if not free.is_set():
+            raise NotItsTurn
+        return image(9)
+
+    answer: Future[Answer] = Future()
+    batcher.put(large, time.monotonic() + 9, answer)
+    until(lambda: batcher._large)
+    closing = asyncio.get_running_loop().run_in_executor(None, batcher.close, 5)
+    until(lambda: batcher._closed)
+    await asyncio.sleep(0.1)  # in which a worker without anything to do would end
+    free.set()
+    found = await asyncio.wait_for(asyncio.wrap_future(answer), 5)
+    assert found.outputs["first"] == 9
+    await closing
+
+
 @pytest.mark.parametrize("end", ["close", "abandon"])
 async def test_large_images_that_wait_are_refused_in_the_end(
     batcher: Batcher, monkeypatch: pytest.MonkeyPatch, end: str
@@ -472,6 +495,21 @@ async def test_an_answer_that_is_not_finite_fails_alone(batcher: Batcher, engine
     await first
 
 
+async def test_one_output_that_is_not_finite_is_enough(
+    batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = engine.run
+
+    def with_another(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        return {**run(images), "other": np.ones(len(images), np.float32)}
+
+    monkeypatch.setattr(engine, "run", with_another)
+    monkeypatch.setattr(engine, "run_alone", with_another)
+    with pytest.raises(InferenceFailed):
+        await ask(batcher, INFINITE)
+    assert await ask(batcher, 7) == 7
+
+
 @pytest.mark.parametrize("gives", ["errors", "infinity"])
 async def test_a_network_that_fails_for_blank_images_too_is_broken(
     batcher: Batcher, monkeypatch: pytest.MonkeyPatch, gives: str
@@ -565,6 +603,32 @@ async def test_a_dead_worker_refuses_everyone_and_hangs_no_one(
         await ask(batcher, 51)
 
 
+@pytest.mark.parametrize("large", [False, True])
+async def test_what_is_decoded_while_a_worker_dies_is_refused(
+    batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    decoding, go_on = threading.Event(), threading.Event()
+
+    def decode() -> NDArray[np.uint8]:
+        decoding.set()
+        go_on.wait(5)
+        if large:
+            raise NotItsTurn
+        return image(3)
+
+    answer: Future[Answer] = Future()
+    batcher.put(decode, time.monotonic() + 60, answer)
+    assert await asyncio.to_thread(decoding.wait, 5)
+    engine.error = SystemExit()
+    with pytest.raises(NotReady):
+        await ask(batcher, 1)
+    until(lambda: not all(worker.is_alive() for worker in batcher._workers))
+    go_on.set()
+    with pytest.raises(NotReady):
+        await asyncio.wait_for(asyncio.wrap_future(answer), 5)
+
+
 async def test_draining_admits_no_more_and_answers_what_was_admitted(batcher: Batcher) -> None:
     with batcher.reserve(1):
         batcher.drain()
@@ -592,8 +656,8 @@ async def test_closing_answers_what_waits_and_refuses_the_rest(
     first = await hold(engine, batcher)
     waiting = asyncio.create_task(ask(batcher, 60))
     await asyncio.sleep(0.01)
-    closing = asyncio.create_task(asyncio.to_thread(batcher.close, 5))
-    await asyncio.sleep(0.01)
+    closing = asyncio.get_running_loop().run_in_executor(None, batcher.close, 5)
+    until(lambda: batcher._closed)
     with pytest.raises(Draining), batcher.reserve(1):
         pass
     engine.gate.set()

@@ -349,23 +349,28 @@ def test_a_bundle_is_recalibrated_into_another_one_and_compared(
     assert "artifacts[model.onnx].calibration.slope" in output
     assert run("bundle", "diff", new, new)[:2] == (0, "The bundles are the same.\n")
     assert run("bundle", "verify", new)[0] == 0
-    fitted = ("bundle", "recalibrate", bundle_folder, "--outcomes", table, "-o", new)
+    fitted = ("bundle", "recalibrate", bundle_folder, "--outcomes", table, "-o", tmp_path / "x")
     status, _, error = run(*fitted, "--sensitivity", "nan")
     assert (status, "--sensitivity is a share from 0.5 to 1" in error) == (2, True)
     link = tmp_path / "link"
     link.symlink_to(new)
     arguments = ("bundle", "recalibrate", bundle_folder, "--prevalence", "0.02", "-o")
-    assert run(*arguments, link, "--version", "8.0.0")[0] == 0
+    status, _, error = run(*arguments, link)
+    assert (status, "holds a bundle already: choose another folder" in error) == (2, True)
+    assert run(*arguments, link, "--version", "8.0.0", "--replace")[0] == 0
     assert link.is_symlink()
     assert "test 8.0.0" in run("bundle", "inspect", new)[1]
-    assert run(*arguments, new, "--version", "9.0.0")[0] == 0
-    assert "test 9.0.0" in run("bundle", "inspect", new)[1]
+    (new / "bundle.json.sig").write_text("of a signature")
+    status, output, _ = run(*arguments, new, "--replace")
+    assert (status, "It is not signed, as the one before was" in output) == (0, True)
+    assert "test 8.0.1" in run("bundle", "inspect", new)[1]  # not the version of the one before
+    other = tmp_path / "other"
     for wrong, sentence in (
         ((bundle_folder,), "--out is the bundle itself"),
-        ((new, "--version", "x"), "--version is of the form 1.2.3"),
-        ((new, "--sensitivity", "0.99"), "--sensitivity takes --outcomes"),
-        ((new, "--prevalence", "2"), "--prevalence is a share between 0 and 1"),
-        ((new, "--outcomes", table), "Give either --outcomes or --prevalence"),
+        ((other, "--version", "x"), "--version is of the form 1.2.3"),
+        ((other, "--sensitivity", "0.99"), "--sensitivity takes --outcomes"),
+        ((other, "--prevalence", "2"), "--prevalence is a share between 0 and 1"),
+        ((other, "--outcomes", table), "Give either --outcomes or --prevalence"),
     ):
         status, _, error = run(*arguments, *wrong)
         assert (status, sentence in error) == (2, True)
@@ -386,6 +391,15 @@ def test_pictures_of_one_name_are_told_apart(
     _, output, _ = run("predict", "[left]/mole.png", "[right]/mole.png")
     assert "[left]/mole.png" in output
     assert "[right]/mole.png" in output
+
+
+def test_a_name_moves_nothing_on_the_terminal(run, tmp_path: Path) -> None:
+    picture = tmp_path / "a\x1b[2Jb\nc.png"
+    picture.write_bytes(flat(160))
+    _, output, _ = run("predict", picture)
+    assert "a\\x1b[2Jb\\nc.png" in output
+    missing = run("bundle", "inspect", tmp_path / "\x1b[2J")[2]
+    assert missing.startswith(f"mmtl: {tmp_path}/\\x1b[2J is not a bundle")
 
 
 def test_probabilities_are_taken_of_the_artifact_that_is_named(

@@ -57,6 +57,12 @@ def test_a_file_name_in_either_form_that_clients_send(names: str, expected: str)
     assert read(body) == [(expected, b"one")]
 
 
+def test_a_part_without_a_name_has_not_the_one_before_it() -> None:
+    nameless = b"--cut\r\nContent-Type: image/jpeg\r\n\r\ntwo\r\n"
+    with pytest.raises(Problem, match="has no name"):
+        read(part(b"one") + nameless + b"--cut--\r\n")
+
+
 def test_an_upload_is_not_held_until_the_next_garbage_collection() -> None:
     form = Form(TYPE, 1)
     form.write(part(b"one") + b"--cut--\r\n")

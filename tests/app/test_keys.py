@@ -115,6 +115,17 @@ def test_a_quota_is_a_minute_s_requests_and_refills(path: Path, clock) -> None:
     assert [running.wait_seconds(found) for _ in range(4)] == [0, 0, 0, 20]
 
 
+def test_a_quota_that_is_changed_in_the_file_holds_from_then_on(path: Path, clock) -> None:
+    key = create_key(path, "tool", ("predict",), 3)
+    running = Keys(path)
+    for per_minute, waits in ((3, [0, 0]), (1, [0, 60])):
+        path.write_text(path.read_text().replace('"per_minute": 3', f'"per_minute": {per_minute}'))
+        clock.now += 2
+        found = running.find(key)
+        assert found is not None
+        assert [running.wait_seconds(found) for _ in range(2)] == waits
+
+
 def test_processes_that_share_a_folder_count_a_key_s_requests_together(
     path: Path, tmp_path: Path, clock
 ) -> None:
@@ -137,6 +148,10 @@ def test_mistakes_are_sentences(path: Path) -> None:
     create_key(path, "tool", ("predict",), None)
     with pytest.raises(KeysError, match="has a key named 'tool': revoke it"):
         create_key(path, "tool", ("predict",), None)
+    with pytest.raises(KeysError, match="letters, digits, spaces and signs"):
+        create_key(path, "a\x1b[2Jb", ("predict",), None)
+    with pytest.raises(KeysError, match="nowhere cannot be read: No such file"):
+        create_key(path.parent / "nowhere" / "keys.json", "tool", ("predict",), None)
     with pytest.raises(KeysError, match="no active key named 'other'"):
         revoke_key(path, "other")
     with pytest.raises(KeysError, match="name: String should have at least 1 character"):

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi.testclient import TestClient
 
-from app.batcher import Batcher
+from app.batcher import Batcher, Draining
 from app.engines.onnx import OnnxEngine
 from app.keys import create_key
+from app.main import create_app
 from app.networks import Network, Networks, ReloadError
 from app.settings import Settings
+from models.bundle import BundleError
 from models.threads import begin
 from tests.bundles import make_bundle
 from tests.conftest import started
@@ -370,3 +374,57 @@ def test_whatever_a_reload_meets_the_old_network_stays(
         with pytest.raises(ReloadError, match="MemoryError"):
             client.app.state.networks.reload()
     assert predict(client).status_code == 200
+
+
+def test_a_network_that_comes_while_the_service_drains_takes_no_new_request(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Networks._load
+    networks = client.app.state.networks
+    before = networks.current
+
+    def load_while_draining(_: Networks) -> Network:
+        networks.drain()
+        return load(networks)
+
+    monkeypatch.setattr(Networks, "_load", load_while_draining)
+    assert networks.reload() is not before
+    with pytest.raises(Draining), networks.reserve(1):
+        pass
+
+
+def test_a_network_that_fails_while_it_is_warmed_up_takes_over_from_nobody(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks = client.app.state.networks
+    before = networks.current
+    monkeypatch.setattr(Batcher, "wait_ready", lambda _: False)
+    with pytest.raises(ReloadError, match="failed while it was warmed up"):
+        networks.reload()
+    assert networks.current is before
+    assert predict(client).status_code == 200
+
+
+def test_where_nobody_watches_the_network_any_more_the_process_ends(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    def fail(*_: object) -> bool:
+        raise RuntimeError("of the watch itself")
+
+    client.app.state.networks.on_failure = ended.set
+    monkeypatch.setattr(Batcher, "broken", fail)
+    assert ended.wait(5)
+
+
+def test_a_bundle_that_must_be_signed_and_is_not_is_not_served(
+    settings: Settings, tmp_path: Path
+) -> None:
+    public = tmp_path / "public.pem"
+    form = Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
+    public.write_bytes(Ed25519PrivateKey.generate().public_key().public_bytes(*form))
+    signed = settings.model_copy(update={"bundle_signed_by": public})
+    with pytest.raises(BundleError, match=r"cannot be trusted: there is no bundle\.json\.sig"):
+        create_app(signed)

@@ -4,7 +4,9 @@ import asyncio
 import base64
 import gc
 import hashlib
+import threading
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,16 @@ from PIL import Image
 from starlette.routing import Router
 from starlette.types import Message
 
+from app.engines.onnx import OnnxEngine
 from app.predictor import _Picture
 from app.problems import Problem
 from app.quality import measure
 from app.routes.predict import _HeldResponse
 from app.settings import Settings
 from app.uploads import Held
+from models.bundle import Calibration, save_bundle, sha256_of
 from models.images import CorruptImageError, DecodedImage, decode
-from tests.bundles import logit_of
+from tests.bundles import logit_of, make_manifest, network
 from tests.conftest import started
 from tests.lesions import encode, flat, huge_png, lesion
 
@@ -39,8 +43,10 @@ def test_a_file_is_answered_as_the_contract_says(client: TestClient) -> None:
     answer = client.post("/predict", files=form(data))
     assert answer.status_code == 200
     body = answer.json()
-    artifact = body["model"].pop("sha256")
-    assert len(artifact) == 64
+    artifact, manifest = (body["model"].pop(name) for name in ("sha256", "manifest_sha256"))
+    bundle = client.app.state.settings.bundle
+    assert artifact == sha256_of(bundle / "model.onnx")
+    assert manifest == sha256_of(bundle / "bundle.json")  # by which recalibrations differ
     assert body == {
         "request_id": answer.headers["X-Request-ID"],
         "model": {"name": "test", "version": "1.2.3"},
@@ -336,3 +342,150 @@ def test_probabilities_add_up_to_one_however_a_runtime_rounds(
         answer = client.post("/predict", files=form(flat(7))).json()
     site = answer["results"][0]["prediction"]["site"]
     assert list(site["probabilities"].values()) == [0.5, 0.5]
+
+
+def test_an_answer_is_by_the_calibration_and_thresholds_of_the_artifact_that_ran(
+    tmp_path: Path,
+) -> None:
+    files = {name: tmp_path / name for name in ("model.onnx", "model.int8.onnx")}
+    files["model.onnx"].write_bytes(network())
+    files["model.int8.onnx"].write_bytes(network(note="other bytes"))
+    manifest = make_manifest(files["model.onnx"])
+    (first,) = manifest.artifacts
+    changes = {
+        "file": "model.int8.onnx",
+        "precision": "int8",
+        "bytes": files["model.int8.onnx"].stat().st_size,
+        "sha256": sha256_of(files["model.int8.onnx"]),
+        "calibration": Calibration(slope=0.5, intercept=-1.0),
+        "melanoma_threshold": 0.3,
+        "ood_threshold": 50.0,
+    }
+    second = first.model_copy(update=changes)
+    manifest = manifest.model_copy(update={"artifacts": (first, second)})
+    save_bundle(tmp_path / "bundle", manifest, files)
+    chosen = Settings(
+        bundle=tmp_path / "bundle", precision="int8", device="cpu", runtime="onnxruntime", threads=1
+    )
+    with started(chosen) as client:
+        body = client.post("/predict", files=form(flat(132))).json()
+    (result,) = body["results"]
+    assert body["model"]["sha256"] == second.sha256
+    assert result["prediction"]["melanoma"] == {
+        "probability": pytest.approx(1 / (1 + np.exp(1 - 0.5 * logit_of(132))), abs=1e-5),
+        "threshold": 0.3,
+        "decision": "below_threshold",
+    }
+    assert result["quality"]["in_distribution"] is False
+
+
+@pytest.mark.parametrize(
+    ("red", "decision"), [(127, "below_threshold"), (128, "at_or_above_threshold")]
+)
+def test_a_probability_that_is_the_threshold_is_at_it(
+    client: TestClient, red: int, decision: str
+) -> None:
+    picture = encode(np.full((64, 64, 3), (red, 100, 50), np.uint8), "PNG")
+    (result,) = client.post("/predict", files=form(picture)).json()["results"]
+    assert result["prediction"]["melanoma"]["decision"] == decision
+
+
+def test_a_heat_map_is_of_its_own_image_and_the_right_way_round(client: TestClient) -> None:
+    dark_right = np.full((96, 96, 3), (60, 100, 50), np.uint8)
+    dark_right[:, :48, 0] = 250
+    pictures = dark_right, np.ascontiguousarray(dark_right[:, ::-1])
+    files = form(*(encode(picture, "PNG") for picture in pictures))
+    results = client.post("/predict?explain=true", files=files).json()["results"]
+    for result, picture in zip(results, pictures, strict=True):
+        overlay = base64.b64decode(result["explanation"]["overlay"])
+        drawn = np.asarray(Image.open(BytesIO(overlay))).astype(int)
+        plain = np.asarray(Image.fromarray(picture).resize(drawn.shape[1::-1])).astype(int)
+        bluer = (drawn - plain)[:, :, 2]  # where the test network's logit is lowered: little red
+        third = drawn.shape[1] // 3
+        left, right = bluer[:, :third].mean(), bluer[:, -third:].mean()
+        dark, bright = (right, left) if picture[0, 0, 0] == 250 else (left, right)
+        assert dark > bright + 20
+
+
+def test_a_picture_too_long_and_thin_for_a_large_heat_map_has_a_coarse_one(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thin = encode(np.full((1600, 130, 3), 90, np.uint8), "JPEG")
+    few = settings.model_copy(update={"max_pixels_in_full": 14_000})
+    monkeypatch.setattr("models.images._LARGE", 14_000)
+    with started(few) as client:
+        (result,) = client.post("/predict?explain=true", files=form(thin)).json()["results"]
+    assert result["status"] == "ok"
+    drawn = Image.open(BytesIO(base64.b64decode(result["explanation"]["overlay"])))
+    assert max(drawn.size) == 512
+
+
+def test_limits_of_the_settings_are_those_of_images(settings: Settings) -> None:
+    few = settings.model_copy(update={"max_pixels": 3000, "max_pixels_in_full": 2000})
+    squares = [np.full((side, side, 3), 9, np.uint8) for side in (40, 50, 50, 60)]
+    kinds = ("PNG", "PNG", "JPEG", "JPEG")
+    files = form(*(encode(*each) for each in zip(squares, kinds, strict=True)))
+    with started(few) as client:
+        results = client.post("/predict", files=files).json()["results"]
+    assert [result["status"] for result in results] == ["ok", "error", "ok", "error"]
+
+
+def test_every_image_of_a_request_takes_a_place(settings: Settings) -> None:
+    with (
+        started(settings.model_copy(update={"queue_size": 4})) as client,
+        client.app.state.networks.current.batcher.reserve(2),
+    ):
+        refused = client.post("/predict", files=form(*[flat(1)] * 3))
+        check_problem(refused, 503, "saturated")
+        assert refused.headers["Retry-After"] == "1"
+        assert client.post("/predict", files=form(*[flat(1)] * 2)).status_code == 200
+
+
+def test_a_request_that_waits_for_too_long_is_told_so(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    run = OnnxEngine._run
+
+    def hang(*arguments: Any) -> Any:
+        go_on.wait(30)
+        return run(*arguments)
+
+    with started(settings.model_copy(update={"deadline_seconds": 0.3})) as client:
+        monkeypatch.setattr(OnnxEngine, "_run", hang)
+        refused = client.post("/predict", files=form(flat(1)))
+        hangs = not go_on.is_set()
+        go_on.set()
+    assert hangs  # the answer did not wait for the run
+    check_problem(refused, 503, "deadline-exceeded")
+    assert refused.headers["Retry-After"] == "5"
+
+
+def test_a_network_that_fails_on_an_image_is_500(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = OnnxEngine._run
+
+    def fail(engine: OnnxEngine, session: Any, images: np.ndarray) -> Any:
+        if images.any():
+            raise RuntimeError("of this image")
+        return run(engine, session, images)  # of a blank one: the network is not broken
+
+    monkeypatch.setattr(OnnxEngine, "_run", fail)
+    check_problem(client.post("/predict", files=form(flat(1))), 500, "inference-failed")
+
+
+def test_what_nobody_expects_of_one_image_costs_the_others_nothing(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short_of_memory(data: bytes, *arguments: Any, **named: Any) -> DecodedImage:
+        if data == flat(1):
+            raise MemoryError
+        return decode(data, *arguments, **named)
+
+    monkeypatch.setattr("app.predictor.decode", short_of_memory)
+    found = client.post("/predict", files=form(flat(160), flat(1)))
+    good, bad = found.json()["results"]
+    assert (found.status_code, good["status"]) == (200, "ok")
+    assert bad["error"]["type"] == "urn:mmtl:problem:internal"
+    check_problem(client.post("/predict", files=form(flat(1))), 500, "internal")

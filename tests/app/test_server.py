@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -459,10 +460,32 @@ def test_an_upload_that_had_begun_when_the_service_ends_is_answered(
         slow.sendall(b"Content-Length: 9\r\n\r\nno ")
         time.sleep(0.1)
         server.handle_exit(signal.SIGTERM, None)
+        assert not state.networks.current.batcher.ready  # so that no other request is sent here
         time.sleep(0.1)
         slow.sendall(b"images")
         answer = slow.recv(1000)
         assert (status(answer), problem_of(answer)) == (415, "unsupported-image")
+
+
+def test_a_service_whose_network_cannot_be_replaced_ends_with_a_failure(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[tuple[object, ...]] = []
+
+    class Timer(threading.Thread):
+        def __init__(self, seconds: float, *what: object):
+            super().__init__()
+            ends.append((seconds > settings.deadline_seconds, *what))
+
+        def run(self) -> None:
+            ends.append(("begun",))
+
+    server = Server(create_app(settings), settings)
+    monkeypatch.setattr("app.server.threading.Timer", Timer)
+    server._networks.on_failure()
+    assert (server.failed, server.should_exit) == (True, True)
+    until(lambda: len(ends) == 2)
+    assert ends == [(True, os._exit, [1]), ("begun",)]  # where something hangs at the end
 
 
 def test_an_upload_that_outlasts_the_service_is_told_so(server: Server, port: int) -> None:

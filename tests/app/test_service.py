@@ -37,8 +37,15 @@ def test_health(settings: Settings) -> None:
     assert not_started.post("/predict", files={"files": flat(1)}).status_code == 503
     with started(settings) as client:
         assert client.get("/health/ready").json() == {"status": "ready"}
-        for path in ("/health/live", "/health/ready"):  # as some load balancers ask
-            assert client.head(path).status_code == 200
+
+
+def test_head_is_answered_wherever_get_is(client: TestClient) -> None:
+    for path in ("/health/live", "/health/ready", "/model", "/metrics", "/docs", "/openapi.json"):
+        assert client.head(path).status_code == 200  # as some load balancers ask
+        assert client.post(path).headers["Allow"] == "GET, HEAD"
+    refused = client.head("/predict")
+    assert (refused.status_code, refused.headers["Allow"]) == (405, "POST")
+    assert client.head("/nowhere").status_code == 404
 
 
 def test_the_manifest_is_shown(client: TestClient) -> None:

@@ -18,11 +18,11 @@ def test_defaults() -> None:
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMTL_PORT", "9000")
     monkeypatch.setenv("MMTL_BUNDLE", "/some/where")
-    monkeypatch.setenv("MMTL_CORS_ORIGINS", '["https://viewer.example"]')
+    monkeypatch.setenv("MMTL_CORS_ORIGINS", '["https://viewer.example", "http://[::1]:3000", "*"]')
     settings = load_settings()
     assert settings.port == 9000
     assert settings.bundle == Path("/some/where")
-    assert settings.cors_origins == ("https://viewer.example",)
+    assert settings.cors_origins == ("https://viewer.example", "http://[::1]:3000", "*")
 
 
 @pytest.mark.parametrize(
@@ -31,10 +31,14 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MMTL_PROT", "1", r"MMTL_PROT is not a setting\. Did you mean MMTL_PORT\?"),
         ("MMTL_MAXBYTES", "1", "Did you mean MMTL_MAX_BYTES"),
         ("MMTL_PORT", "http", r"MMTL_PORT: .*integer"),
-        ("MMTL_DEVICE", "gpu", r"MMTL_DEVICE: "),
+        ("MMTL_DEVICE", "gpu", r"MMTL_DEVICE: gpu does not fit\. `auto` .*`cuda:0`\.$"),
+        ("MMTL_SOMETHING_ELSE", "1", "is not a setting. `mmtl settings` lists them"),
+        ("MMTL_CORS_ORIGINS", '["https://viewer.example/"]', "is no origin, such as https"),
+        ("MMTL_CORS_ORIGINS", '["viewer.example"]', "viewer.example is no origin"),
+        ("MMTL_CORS_ORIGINS", '["https://Viewer.example"]', "in lower case"),
         ("MMTL_DEADLINE_SECONDS", "0", r"MMTL_DEADLINE_SECONDS: .*greater than 0"),
         ("MMTL_DEADLINE_SECONDS", "inf", r"MMTL_DEADLINE_SECONDS: .*finite"),
-        ("MMTL_QUEUE_SIZE", "1", r"MMTL_QUEUE_SIZE must be at least MMTL_MAX_FILES"),
+        ("MMTL_QUEUE_SIZE", "1", r"^MMTL_QUEUE_SIZE must be at least MMTL_MAX_FILES"),
         ("MMTL_CORS_ORIGINS", "https://viewer.example", r'MMTL_CORS_ORIGINS must be .* \["https'),
         ("MMTL_KEYS", "", "MMTL_KEYS is set, but empty: unset it"),
         ("MMTL_CPUS", "2", "MMTL_CPUS is for docker-compose.yml, not for the service"),

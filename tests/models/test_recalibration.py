@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.bundle import Calibration, load_bundle, melanoma_probability
+from models.bundle import Calibration, Metric, load_bundle, melanoma_probability
 from models.calibration import CalibrationError
 from models.recalibration import (
     change_prevalence,
@@ -25,18 +25,24 @@ def outcomes(count: int = 3000) -> tuple[np.ndarray, np.ndarray]:
 
 def test_outcomes_give_calibration_threshold_and_prevalence(bundle_folder: Path) -> None:
     manifest = load_bundle(bundle_folder).manifest
+    figures = [
+        Metric(name=f"melanoma {name}", dataset="test", value=0.5, low=0.4, high=0.6, images=9)
+        for name in ("AUROC", "sensitivity")
+    ]
+    manifest = manifest.model_copy(update={"metrics": tuple(figures)})
     logits, melanoma = outcomes()
     found = recalibrate(manifest, logits, melanoma, "a clinic", sensitivity=0.95)
     assert found.prevalence == pytest.approx(melanoma.mean())
     assert found.operating_point.dataset == "a clinic"
-    assert found.operating_point.sensitivity >= 0.95
     for artifact in found.artifacts:
         assert artifact.calibration.slope == pytest.approx(0.7, abs=0.1)
         probability = melanoma_probability(logits, artifact.calibration)
         assert probability.mean() == pytest.approx(melanoma.mean())
-        assert (probability[melanoma] >= artifact.melanoma_threshold).mean() >= 0.95
+        called = probability >= artifact.melanoma_threshold
+        assert found.operating_point.sensitivity == called[melanoma].mean() >= 0.95
+        assert found.operating_point.specificity == (~called[~melanoma]).mean()
     assert [a.sha256 for a in found.artifacts] == [a.sha256 for a in manifest.artifacts]
-    assert not any("sensitivity" in metric.name for metric in found.metrics)
+    assert [metric.name for metric in found.metrics] == ["melanoma AUROC"]
 
 
 def test_another_prevalence_changes_no_decision(bundle_folder: Path) -> None:
@@ -72,10 +78,12 @@ def test_artifacts_with_their_own_calibration_keep_it(bundle_folder: Path) -> No
 def test_the_new_bundle_says_so_and_the_old_one_stays(bundle_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle_folder, tmp_path / "old")
     (tmp_path / "old" / "MODEL_CARD.md").write_text("# The card\n")
+    (tmp_path / "old" / "metrics.json").write_text("{}")  # of the thresholds before
     bundle = load_bundle(tmp_path / "old")
     changed = change_prevalence(bundle.manifest, 0.2)
     saved = save_recalibrated(bundle, tmp_path / "new", changed, "to 20 %")
     assert (saved.folder / "MODEL_CARD.md").read_text().startswith("> Recalibrated: to 20 %.")
+    assert not (saved.folder / "metrics.json").exists()
     assert load_bundle(tmp_path / "new").manifest == changed
     assert load_bundle(tmp_path / "old").manifest == bundle.manifest
     found = {name: (a, b) for name, a, b in differences(bundle.manifest, changed)}
