@@ -1,5 +1,6 @@
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,8 +57,9 @@ def started(settings: Settings) -> TestClient:
     class Ready(TestClient):
         def __enter__(self) -> "Ready":
             super().__enter__()
+            deadline = time.monotonic() + 60
             while self.get("/health/ready").status_code != 200:
-                pass
+                assert time.monotonic() < deadline, "it does not get ready"
             return self
 
     return Ready(create_app(settings), raise_server_exceptions=False)

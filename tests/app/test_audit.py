@@ -4,7 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -239,3 +242,33 @@ def test_a_line_is_on_the_disk_soon_whether_or_not_another_follows(
         assert synced.wait(5)
         assert sizes[-1] == path.stat().st_size
     log.close()
+
+
+def test_lines_of_many_processes_are_whole_and_none_is_lost(path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from app.audit import AuditLog; "
+        "log = AuditLog(Path(sys.argv[1]), 2000); "
+        "[log.write(f'{sys.argv[2]}-{n}', None, None, [('a', 'ok'), ('b', 'ok')]) "
+        "for n in range(60)]; log.close()"
+    )
+    arguments = [sys.executable, "-c", code, str(path)]
+    writing = [subprocess.Popen([*arguments, str(process)]) for process in range(4)]
+    assert [each.wait(60) for each in writing] == [0] * 4
+    found = [line["request_id"] for file in path.parent.iterdir() for line in lines(file)]
+    assert sorted(found) == sorted(2 * [f"{p}-{n}" for p in range(4) for n in range(60)])
+    assert len([*path.parent.iterdir()]) > 10
+
+
+def test_neither_a_turn_nor_a_sync_leaves_a_file_open(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.audit._SYNC_SECONDS", 0.001)
+    log = AuditLog(path, 1)  # every line turns the file
+    for number in range(10):
+        log.write(str(number), None, MODEL, [("a", "ok")])
+        time.sleep(0.01)
+        if number == 4:
+            before = len(os.listdir("/proc/self/fd"))
+    log.close()
+    assert len([*path.parent.iterdir()]) == 10
+    assert len(os.listdir("/proc/self/fd")) <= before

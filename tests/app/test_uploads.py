@@ -114,6 +114,43 @@ async def test_uploads_of_unknown_length_are_bounded_more_tightly() -> None:
     assert await read(request(body, content_type="image/jpeg"), held) == [Upload(None, b"123456")]
 
 
+async def test_a_body_that_says_it_is_too_large_is_refused_before_it_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(uploads, "_LINGER_SECONDS", 0.05)
+    stalled = request([], content_type="image/jpeg", content_length="999999999999")
+    with pytest.raises(Problem, match="may have at most") as caught:
+        await asyncio.wait_for(read(stalled), 5)
+    assert caught.value.kind.name == "body-too-large"
+
+
+async def test_what_was_held_of_a_refused_body_is_given_back_once() -> None:
+    held = Held(10, 10)
+    for _ in range(3):
+        with pytest.raises(Problem, match="may have at most"):
+            await read(
+                request([part(b"1234"), part(b"5678", more=False)], content_type="image/jpeg"),
+                held,
+                max_bytes=6,
+            )
+    assert (held._bytes, held._undeclared) == (0, 0)
+
+
+async def test_a_refused_body_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "_LINGER_BYTES", 30)
+    read_of_it = 0
+
+    def endless() -> Iterator[dict]:
+        nonlocal read_of_it
+        for _ in range(1000):
+            read_of_it += 10
+            yield part(b"0123456789")
+
+    with pytest.raises(Problem):
+        await read(request(endless(), content_type="text/plain"))
+    assert read_of_it == 30
+
+
 async def test_a_form_that_is_cut_short_is_refused() -> None:
     head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
     whole = head + b"one\r\n" + head + b"two\r\n--x--\r\n"

@@ -38,6 +38,15 @@ def test_a_changed_artifact_is_refused(tmp_path: Path) -> None:
         load_bundle(made.folder)
 
 
+def test_an_artifact_that_is_changed_after_it_was_verified_is_not_read(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    (artifact,) = bundle.manifest.artifacts
+    assert hashlib.sha256(bundle.read(artifact)).hexdigest() == artifact.sha256
+    bundle.path(artifact).write_bytes(b"another")
+    with pytest.raises(BundleError, match="is not the file that the manifest describes"):
+        bundle.read(artifact)
+
+
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"):
         load_bundle(tmp_path)
@@ -239,3 +248,5 @@ def test_an_artifact_that_was_left_out_is_passed_over(tmp_path: Path) -> None:
     assert bundle.artifact("onnx").file == bundle.artifact_for_cpu().file == "model.int8.onnx"
     with pytest.raises(BundleError, match=r"model\.onnx is not there"):
         bundle.artifact("onnx", "fp32")
+    (folder / "model.int8.onnx").rename(folder / "model.onnx")
+    assert load_bundle(folder).artifact_for_cpu().file == "model.onnx"

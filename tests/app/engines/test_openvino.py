@@ -32,6 +32,12 @@ def test_openvino_computes_in_bfloat16_where_it_may_and_the_processor_does(
     settings = Settings(runtime="openvino", precision=precision)
     artifact, engine = open_engine(load_bundle(settings.bundle), settings)
     assert (artifact.precision, engine.name) == ("int8", name)
+    assert isinstance(engine, OpenVinoEngine)
+    for free in engine._free.values():
+        for network in (request.get_compiled_model() for request in free.queue):
+            precise = str(network.get_property("INFERENCE_PRECISION_HINT"))
+            assert ("bfloat16" in precise) is (name == "openvino-bfloat16")
+            assert network.get_property("ENABLE_CPU_PINNING") is False
 
 
 @needs_openvino
