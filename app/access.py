@@ -1,7 +1,6 @@
 """Who may call what: the routes' dependencies on API keys and tokens."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from fastapi import Request, Security
 from fastapi.security import HTTPBearer
@@ -21,7 +20,7 @@ _bearer = HTTPBearer(
 )
 bearer = Security(_bearer)
 # What any route that asks for a key may answer.
-REFUSALS: dict[int | str, dict[str, Any]] = dict.fromkeys((401, 403, 503), problems.RESPONSE)
+REFUSALS = problems.describe(401, 403, 503)
 Dependency = Callable[[Request], Awaitable[None]]
 
 

@@ -18,7 +18,7 @@ from app.routes import admin, health, metrics, model, predict, web
 from app.settings import PREFIX, Settings
 from app.siblings import RELOADED, Siblings
 from app.spans import Spans
-from app.telemetry import Metrics, Telemetry
+from app.telemetry import HEADERS, Metrics, Telemetry
 from app.tokens import tokens_of
 from app.uploads import Held
 
@@ -27,7 +27,7 @@ DESCRIPTION = (
     "images. "
     "**Research software, not a medical device.**"
 )
-API_VERSION = "1.0.0"
+API_VERSION = "1.1.0"
 _WAIT_SECONDS = 0.02
 
 
@@ -148,6 +148,7 @@ def build_api(lifespan: object = None) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     problems.install(app)
+    described = {200: {"headers": problems.as_headers(HEADERS)}, **problems.describe("default")}
     for module in (predict, health, model, metrics, admin, web):
-        app.include_router(module.router)
+        app.include_router(module.router, responses=described)
     return app

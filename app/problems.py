@@ -22,11 +22,6 @@ from models.images import (
 )
 
 MEDIA_TYPE = "application/problem+json"
-# As OpenAPI has it. FastAPI's `model` would promise application/json, which no problem is sent as.
-RESPONSE: dict[str, Any] = {
-    "description": "A problem; its `type` says which.",
-    "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}}},
-}
 _URN = "urn:mmtl:problem:"
 
 
@@ -130,6 +125,38 @@ _OF_IMAGE_ERROR: dict[type[ImageError], Kind] = {
     CorruptImageError: CORRUPT_IMAGE,
     ImageTooLargeError: IMAGE_TOO_LARGE,
 }
+
+
+def describe(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    """Problems as OpenAPI has them.
+
+    FastAPI's `model` would promise application/json, which no problem is sent as.
+    """
+    return {status: _describe(status) for status in statuses}
+
+
+def _describe(status: int | str) -> dict[str, Any]:
+    of_status = {
+        401: {"WWW-Authenticate": "`Bearer`."},
+        405: {"Allow": "What the path takes."},
+        429: {"Retry-After": "Seconds after which the key's quota has a request again."},
+        503: {"Retry-After": "Seconds after which trying again makes sense."},
+    }
+    headers = {"X-Request-ID": "Of the request, in the log as well."}
+    headers |= of_status.get(int(status), {}) if str(status).isdigit() else {}
+    return {
+        "description": "A problem; its `type` says which.",
+        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}}},
+        "headers": as_headers(headers),
+    }
+
+
+def as_headers(meanings: Mapping[str, str]) -> dict[str, Any]:
+    """Headers of an answer as OpenAPI has them, by name."""
+    return {
+        name: {"description": meaning, "schema": {"type": "string"}}
+        for name, meaning in meanings.items()
+    }
 
 
 class Problem(Exception):

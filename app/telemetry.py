@@ -39,6 +39,12 @@ OUTCOMES = ("ok", "error", "refused", "gone")
 # Scrapes and probes come every few seconds and say nothing new.
 QUIET_ROUTES = frozenset({"/health/live", "/health/ready", "/metrics"})
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+# Of every answer of the application, and what they mean.
+HEADERS = {
+    "X-Request-ID": "The caller's, where it has a sane form, else a new one; in the log as well.",
+    "X-Model-Version": "Of the bundle that answered, or is served.",
+    "Server-Timing": "Milliseconds by stage.",
+}
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # As nginx counts it: the caller went before there was an answer.
 _GONE = 499

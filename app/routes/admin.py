@@ -35,7 +35,7 @@ router = APIRouter(
 )
 
 
-@router.post("/reload", responses={409: REFUSALS[401]})
+@router.post("/reload", responses=problems.describe(409))
 async def reload(request: Request) -> ModelFacts:
     """Load the bundle of MMTL_BUNDLE again; answers once it has taken over, with which it is.
 

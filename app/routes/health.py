@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request
 from app.batcher import NotReady
 from app.networks import Networks
 from app.predictor import problem_of
-from app.problems import RESPONSE
+from app.problems import describe
 from app.schemas import Health
 
 router = APIRouter(prefix="/health")
@@ -17,7 +17,7 @@ async def live() -> Health:
     return Health(status="live")
 
 
-@router.get("/ready", responses={503: RESPONSE})
+@router.get("/ready", responses=describe(503))
 async def ready(request: Request) -> Health:
     """Answers 200 when images are taken: the network is warm, its workers alive, not draining."""
     networks: Networks = request.app.state.networks

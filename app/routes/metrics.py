@@ -3,15 +3,28 @@
 from fastapi import APIRouter, Depends, Request, Response
 
 from app.access import REFUSALS, bearer, require
+from app.problems import as_headers
 from app.siblings import Siblings, merge_metrics
-from app.telemetry import Metrics
+from app.telemetry import HEADERS, Metrics
 
 # Longest that another process is waited for.
 _SECONDS = 2.0
 router = APIRouter(responses=REFUSALS, dependencies=[bearer, Depends(require("metrics"))])
 
 
-@router.get("/metrics", response_class=Response)
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={
+        200: {
+            "headers": as_headers(HEADERS),
+            "content": {
+                "text/plain": {"schema": {"type": "string"}},
+                "application/openmetrics-text": {"schema": {"type": "string"}},
+            },
+        }
+    },
+)
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format or, where it is asked for, as OpenMetrics.
 

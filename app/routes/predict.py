@@ -60,7 +60,7 @@ _STATUSES = (400, 401, 403, 408, 413, 415, 422, 429, 431, 500, 503)
 @router.post(
     _PATH,
     response_model=PredictResponse,
-    responses=dict.fromkeys(_STATUSES, problems.RESPONSE),
+    responses=problems.describe(*_STATUSES),
     openapi_extra={"requestBody": _BODY},
     summary="Melanoma probability, age bin, anatomical site, sex and diagnosis of each image",
 )
