@@ -85,7 +85,8 @@ def prepare(
     frozen = configure(config, **flags, learning_rate=learning_rate, train_on=train_on)
     if manifest is not None and train_on:
         raise DataError("--train-on is for a folder: a manifest says itself what is learned from.")
-    counts = prepared(Run(run), frozen)
+    with Run(run).alone():
+        counts = prepared(Run(run), frozen)
     for (dataset, split), images in sorted(counts.items()):
         print(f"{dataset:24} {split:12} {images:7,}")
     records = load_manifest(Run(run).manifest)

@@ -119,11 +119,12 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
         the images held out from it.
 
     Raises:
-        DataError: The run is not prepared, has no image to train on, a teacher does not fit, the
-            loss is not finite, or it cannot be shared among processes.
+        DataError: The run is not prepared, another process works on it, it has no image to train
+            on, a teacher does not fit, the loss is not finite, or it cannot be shared among
+            processes.
         models.bundle.BundleError: A teacher is no whole bundle.
     """
-    with gather() as team:
+    with gather() as team, run.alone() if team.leads else nullcontext():
         with team.leader_first():
             if team.leads:
                 prepare_members(run)

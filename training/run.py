@@ -1,9 +1,13 @@
 """A run: the folder that preparing, fitting and evaluating share."""
 
+import fcntl
 import json
 import os
 import shutil
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +16,9 @@ from training.config import Config, changed_fields, parse_config
 from training.data.cache import Pixels, open_cache
 from training.data.manifest import DataError, Record, load_manifest
 from training.data.vocabulary import Split
+
+# So long do processes that prepare images outlive one that was killed, and have what it had.
+_LEFT_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,31 @@ class Run:
         """One row an epoch."""
         return self.folder / "log.csv"
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have the folder while the block runs; where it is no folder, that is found out later.
+
+        Raises:
+            DataError: Another process has it.
+        """
+        if not self.folder.is_dir():
+            yield
+            return
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system without locks
+                deadline = time.monotonic() + _LEFT_SECONDS
+                while not _locked(folder):
+                    if time.monotonic() > deadline:
+                        raise DataError(
+                            f"Another process works on {self.folder}: wait for its end, or choose "
+                            "another folder with --run."
+                        )
+                    time.sleep(0.1)
+            yield
+        finally:
+            os.close(folder)
+
     def check_config(self, config: Config) -> None:
         """Whether the folder is free for a configuration.
 
@@ -136,6 +168,15 @@ class Run:
         """
         records = load_manifest(self.manifest)
         return records, open_cache(self.cache, len(records))
+
+
+def _locked(folder: int) -> bool:
+    """Lock an open folder until it is closed; whether nobody else has it."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def rows(records: list[Record], split: Split, dataset: str = "") -> list[int]:

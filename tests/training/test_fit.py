@@ -17,7 +17,7 @@ from torch import nn
 from training.config import Config
 from training.data.manifest import DataError
 from training.draws import AugmentedImages, draw
-from training.fit import Step, _show, check_compiler, set_mode, start, train_one_epoch
+from training.fit import Step, _show, check_compiler, fit, set_mode, start, train_one_epoch
 from training.losses import MultiTaskLoss
 from training.network import MultiTaskNetwork
 from training.run import Run
@@ -199,6 +199,15 @@ def files_of_at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_run_is_fitted_by_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.run._LEFT_SECONDS", 0.2)
+    run = Run(tmp_path)
+    with run.alone(), pytest.raises(DataError, match="Another process works on"):
+        fit(run)
+    with pytest.raises(DataError, match="is not a run folder"):  # and not that somebody has it
+        fit(run)
 
 
 def test_on_a_full_disk_what_was_fitted_before_is_kept(tmp_path: Path) -> None:
