@@ -186,7 +186,7 @@ def _tune(settings: Settings, processes: int) -> None:
 
 def _serve_beside(place: Place) -> None:
     """One of several processes."""
-    be_watched()
+    be_watched(place)
     with _in_a_sentence():
         whole = load_settings()
         settings = whole.share()

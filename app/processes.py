@@ -8,6 +8,7 @@ Python runs one thread of a process at a time, so that on many cores several pro
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -96,8 +97,8 @@ def supervise(target: Target, count: int, host: str, port: int, patience: float)
         return _Supervisor(target, count, Path(folder), address, patience).run()
 
 
-def be_watched() -> None:
-    """Take signals from the one that watches, and end with it."""
+def be_watched(place: Place) -> None:
+    """Take signals from the one that watches, and end with it, in what way it ends."""
     # Ctrl-C at a terminal is for the one that watches, which passes it on.
     os.setpgid(0, 0)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a network to load anew
@@ -108,6 +109,8 @@ def be_watched() -> None:
 
     def follow() -> None:
         wait([parent.sentinel])
+        # Which would have removed it, unless it was killed.
+        shutil.rmtree(place.folder, ignore_errors=True)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=follow, name="mmtl-follow", daemon=True).start()

@@ -23,6 +23,8 @@ OF_COMPOSE = frozenset(
     {"MMTL_BUNDLE_NAME", "MMTL_BUNDLES_FOLDER", "MMTL_CPUS", "MMTL_DOMAIN", "MMTL_PUBLISH"}
 )
 
+# Where a provider's keys come from: nobody on the way may change them.
+JWKS_URL = r"^(https://|http://(127\.0\.0\.1|localhost)[:/])"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 
 
@@ -141,9 +143,7 @@ class Settings(BaseSettings):
     jwt_audience: str | None = None
     """Audience that such a token must name."""
 
-    jwt_jwks_url: str | None = Field(
-        None, pattern=r"^(https://|http://(127\.0\.0\.1|localhost)[:/])"
-    )
+    jwt_jwks_url: str | None = Field(None, pattern=JWKS_URL)
     """Where that issuer publishes its keys: `jwks_uri` of its OpenID configuration."""
 
     open_metrics: bool = False

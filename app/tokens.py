@@ -8,18 +8,22 @@ audience, and not have expired (RFC 7519); its scopes `mmtl:predict`, `mmtl:metr
 import asyncio
 import hashlib
 import json
+import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-from urllib.request import Request, urlopen
+from urllib.error import HTTPError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import structlog
 
 from app.keys import SCOPES, Scope
-from app.settings import Settings, SettingsError
+from app.settings import JWKS_URL, Settings, SettingsError
+from models.threads import begin
 
 if TYPE_CHECKING:
     from jwt import PyJWK
@@ -34,7 +38,8 @@ _LEEWAY_SECONDS = 30
 # The provider is asked for its keys this often at most, whatever key a token names.
 _FRESH_SECONDS = 30.0
 _STALE_SECONDS = 3600.0
-_PATIENCE_SECONDS = 5.0
+# That it may be silent; and that its whole answer may take.
+_PATIENCE_SECONDS, _LONGEST_SECONDS = 5.0, 10.0
 _MOST_BYTES = 1_000_000
 log = structlog.get_logger()
 
@@ -71,7 +76,7 @@ class Tokens:
         self._jwks_url = jwks_url
         self._keys: dict[_Name, PyJWK] = {}
         self._asked = self._got = -_STALE_SECONDS
-        self._asking = asyncio.Lock()
+        self._asking: asyncio.Task[None] | None = None
 
     async def find(self, presented: str) -> Bearer | None:
         """Who presents a token, where it is one and holds now.
@@ -110,23 +115,35 @@ class Tokens:
         )
 
     async def _key(self, named: _Name) -> "PyJWK | None":
-        now = time.monotonic()
-        wanted = now - self._got > _STALE_SECONDS or named not in self._keys
-        if wanted and (now - self._asked > _FRESH_SECONDS or self._asking.locked()):
-            async with self._asking:
-                if time.monotonic() - self._asked > _FRESH_SECONDS:
-                    await self._ask()
-        if not self._keys:
-            raise ProviderUnreachable
-        return self._keys.get(named)
+        known = self._keys.get(named)
+        if known is None:
+            if (asking := self._ask()) is not None:
+                await asyncio.shield(asking)
+            if not self._keys:
+                raise ProviderUnreachable
+            return self._keys.get(named)
+        if time.monotonic() - self._got > _STALE_SECONDS:
+            self._ask()  # which nobody waits for: a provider that hangs would hold up every request
+        return known
 
-    async def _ask(self) -> None:
-        self._asked = time.monotonic()
+    def _ask(self) -> "asyncio.Task[None] | None":
+        """Ask the provider: the asking that is under way; None where it was asked just before."""
+        if self._asking is None or self._asking.done():
+            if time.monotonic() - self._asked <= _FRESH_SECONDS:
+                return None
+            self._asked = time.monotonic()
+            self._asking = asyncio.create_task(self._fetch())
+        return self._asking
+
+    async def _fetch(self) -> None:
+        began = self._asked
         try:
-            document = await asyncio.to_thread(_fetch, self._jwks_url)
-            self._keys = _usable(document)
-            self._got = self._asked
-        except (OSError, ValueError, HTTPException) as error:  # those at hand still hold
+            fetching = begin(partial(_read, self._jwks_url))
+            self._keys = _usable(
+                await asyncio.wait_for(asyncio.wrap_future(fetching), _LONGEST_SECONDS)
+            )
+            self._got = began
+        except (OSError, ValueError, HTTPException, RuntimeError) as error:  # those at hand hold
             log.error("identity provider's keys", error=type(error).__name__, reason=str(error))
 
 
@@ -146,10 +163,25 @@ def tokens_of(settings: Settings) -> Tokens | None:
     return Tokens(settings.jwt_issuer, settings.jwt_audience, settings.jwt_jwks_url)
 
 
-def _fetch(url: str) -> object:
+class _Redirects(HTTPRedirectHandler):
+    """Follows none to where anybody on the way could put keys of his own."""
+
+    def redirect_request(
+        self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Request | None:
+        if not re.match(JWKS_URL, newurl):
+            raise HTTPError(newurl, code, "redirects to what is no https", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _read(url: str) -> object:
     request = Request(url, headers={"Accept": "application/json"})
-    with urlopen(request, timeout=_PATIENCE_SECONDS) as answer:
-        return json.loads(answer.read(_MOST_BYTES))
+    try:
+        with build_opener(_Redirects).open(request, timeout=_PATIENCE_SECONDS) as answer:
+            return json.loads(answer.read(_MOST_BYTES))
+    except HTTPError as error:
+        error.close()  # it holds the connection
+        raise
 
 
 def _usable(document: object) -> "dict[_Name, PyJWK]":

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -29,7 +30,7 @@ def wait_for_others(place: Place) -> None:
 
 def listen(place: Place) -> None:
     """Takes connections until it is told to stop."""
-    be_watched()
+    be_watched(place)
     listener = place.listener()
     wait_for_others(place)
     listener.listen()
@@ -42,14 +43,14 @@ def listen(place: Place) -> None:
 
 def fail(place: Place) -> None:
     """Cannot start."""
-    be_watched()
+    be_watched(place)
     note(place, "failed")
     raise SystemExit(2)
 
 
 def die(place: Place) -> None:
     """Starts, and is killed."""
-    be_watched()
+    be_watched(place)
     wait_for_others(place)
     note(place, "listening")
     place.link.send(LISTENS)
@@ -58,7 +59,7 @@ def die(place: Place) -> None:
 
 def fail_when_there_are_others(place: Place) -> None:
     """The second cannot start again, twice."""
-    be_watched()
+    be_watched(place)
     if place.number == 1 and noted(Path(os.environ[NOTES]), "listening"):
         note(place, "failed")
         if len(noted(Path(os.environ[NOTES]), "failed")) < 3:
@@ -66,9 +67,26 @@ def fail_when_there_are_others(place: Place) -> None:
     listen(place)
 
 
+def listen_when_another_has_loaded_anew(place: Place) -> None:
+    """The second, when it is started again, is warm and does not listen before that."""
+    be_watched(place)
+    notes = Path(os.environ[NOTES])
+    again = place.number == 1 and bool(noted(notes, "listening"))
+    listener = place.listener()
+    wait_for_others(place)
+    listener.listen()
+    signal.signal(signal.SIGHUP, lambda *_: note(place, "reloaded"))
+    if again:
+        until(lambda: bool(noted(notes, "reloaded")))
+    note(place, "listening")
+    place.link.send(LISTENS)
+    while True:
+        listener.accept()[0].close()
+
+
 def be_deaf(place: Place) -> None:
     """Listens, and does not end."""
-    be_watched()
+    be_watched(place)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wait_for_others(place)
     note(place, "listening")
@@ -163,7 +181,7 @@ def test_none_listens_before_all_are_warm(notes: Path) -> None:
 def never_be_warm(place: Place) -> None:
     """The second hangs."""
     if place.number == 1:
-        be_watched()
+        be_watched(place)
         note(place, "hangs")
         time.sleep(600)
     listen(place)
@@ -230,7 +248,7 @@ def test_one_that_starts_while_all_are_to_load_the_bundle_anew_is_told_then(note
         until(lambda: len(noted(notes, "reloaded")) >= 2)
 
     reloader = meanwhile(kill_and_reload)
-    assert supervise(listen, 2, "127.0.0.1", 0, 9.0) == 0
+    assert supervise(listen_when_another_has_loaded_anew, 2, "127.0.0.1", 0, 9.0) == 0
     reloader.join()
     assert {line.split()[0] for line in noted(notes, "reloaded")} == {"0", "1"}
 
@@ -312,7 +330,11 @@ def test_two_services_do_not_share_a_port_by_mistake(notes: Path) -> None:
     assert refused
 
 
-def test_processes_end_with_the_one_that_watches_them(notes: Path) -> None:
+def test_processes_end_with_the_one_that_watches_them_and_leave_nothing(
+    notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = Path(mkdtemp(prefix="mmtl-test-"))  # of a short name, for sockets
+    monkeypatch.setenv("TMPDIR", str(shared))
     watching = multiprocessing.get_context("spawn").Process(
         target=supervise, args=(listen, 2, "127.0.0.1", 0, 9.0)
     )
@@ -329,3 +351,4 @@ def test_processes_end_with_the_one_that_watches_them(notes: Path) -> None:
             return True
 
     until(lambda: all(map(gone, pids)))
+    shared.rmdir()  # which is empty

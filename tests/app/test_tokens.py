@@ -5,7 +5,7 @@ import base64
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import BadStatusLine
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -20,7 +20,7 @@ from app import tokens as tokens_module
 from app.access import check_exposure
 from app.keys import create_key
 from app.settings import Settings, SettingsError
-from app.tokens import Tokens
+from app.tokens import ProviderUnreachable, Tokens
 from tests.conftest import started
 from tests.lesions import flat
 
@@ -35,12 +35,18 @@ class Provider:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.redirects: dict[str, str] = {}
         self.document: object = {"keys": [self.key("one", RSA), self.key("two", EC)]}
         provider = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 provider.asked += 1
+                if (to := provider.redirects.get(self.path)) is not None:
+                    self.send_response(302)
+                    self.send_header("Location", to)
+                    self.end_headers()
+                    return
                 content = json.dumps(provider.document).encode()
                 self.send_response(200)
                 self.end_headers()
@@ -207,13 +213,60 @@ def test_old_keys_hold_while_the_provider_is_away_and_it_is_asked_again_soon(
     tokens._got -= tokens_module._STALE_SECONDS
     tokens._asked -= tokens_module._FRESH_SECONDS
     for _ in range(3):
-        assert ask(client, token()).status_code == 200
+        assert ask(client, token()).status_code == 200  # which waits for nobody
+    until(lambda: tokens._asking.done())
     assert provider.asked == 2
     provider.document = document
+    before = tokens._got
     tokens._asked -= tokens_module._FRESH_SECONDS
     for _ in range(2):
         assert ask(client, token()).status_code == 200
+    until(lambda: tokens._got > before)
     assert provider.asked == 3
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.anyio
+async def test_a_provider_that_hangs_holds_up_nobody_whose_key_is_at_hand(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = Tokens(ISSUER, AUDIENCE, provider.url)
+    assert await tokens.find(token())
+    hangs = threading.Event()
+    monkeypatch.setattr(tokens_module, "_read", lambda _: hangs.wait(30))
+    monkeypatch.setattr(tokens_module, "_LONGEST_SECONDS", 0.2)
+    tokens._got -= tokens_module._STALE_SECONDS
+    tokens._asked -= tokens_module._FRESH_SECONDS
+    assert await tokens.find(token())
+    assert tokens._asking is not None
+    assert not tokens._asking.done()
+    assert await tokens.find(token(kid="three")) is None  # it has waited, and not for ever
+    assert tokens._asking.done()
+    hangs.set()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("to", "found"),
+    [("/keys", True), ("http://elsewhere.example/keys", False), ("file:///", False)],
+)
+async def test_a_redirect_is_followed_where_the_keys_could_have_been_asked_for_themselves(
+    provider: Provider, to: str, found: bool
+) -> None:
+    tokens = Tokens(ISSUER, AUDIENCE, provider.url.replace("/keys", "/moved"))
+    provider.redirects = {"/moved": to}
+    if found:
+        assert await tokens.find(token())
+    else:
+        with pytest.raises(ProviderUnreachable):
+            await tokens.find(token())
+    assert provider.asked == 1 + found
 
 
 @pytest.mark.anyio
@@ -289,7 +342,7 @@ def test_a_provider_that_speaks_no_http_is_unreachable(
     def fetch(_: str) -> object:
         raise BadStatusLine("220 mail.example")
 
-    monkeypatch.setattr("app.tokens._fetch", fetch)
+    monkeypatch.setattr("app.tokens._read", fetch)
     assert ask(client, token()).json()["type"] == "urn:mmtl:problem:provider-unreachable"
 
 
