@@ -38,6 +38,8 @@ _LEEWAY_SECONDS = 30
 # The provider is asked for its keys this often at most, whatever key a token names.
 _FRESH_SECONDS = 30.0
 _STALE_SECONDS = 3600.0
+# Longest that keys hold while the provider cannot be asked: one may have been withdrawn.
+_OLDEST_SECONDS = 86_400.0
 # That it may be silent; and that its whole answer may take.
 _PATIENCE_SECONDS, _LONGEST_SECONDS = 5.0, 10.0
 _MOST_BYTES = 1_000_000
@@ -115,6 +117,8 @@ class Tokens:
         )
 
     async def _key(self, named: _Name) -> "PyJWK | None":
+        if time.monotonic() - self._got > _OLDEST_SECONDS:
+            self._keys = {}
         known = self._keys.get(named)
         if known is None:
             if (asking := self._ask()) is not None:

@@ -12,14 +12,20 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 picture=${1:-}
+fetch_mounts=${FETCH_MOUNTS:-}
 work=$(mktemp -d)
 port=8129
 export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=${STORAGE_DRIVER:-vfs}
 base=docker.io/library/debian:bookworm-slim
 container=""
+served=""
 cleanup() {
+    [ -z "$served" ] || kill "$served" 2> /dev/null || true
+    for mounted in tmp proc mnt .; do
+        if mountpoint -q "$work/image/$mounted"; then umount -l "$work/image/$mounted" || true; fi
+    done
     [ -z "$container" ] || buildah rm "$container" > /dev/null || true
-    rm -rf "$work"
+    rm -rf --one-file-system "$work"
 }
 trap cleanup EXIT
 say() { printf '== %s\n' "$*"; }
@@ -37,7 +43,7 @@ fi
 
 say "the image, from docker/Dockerfile"
 mounts=()
-for pair in ${FETCH_MOUNTS//,/ }; do mounts+=(--volume "$pair:ro"); done
+for pair in ${fetch_mounts//,/ }; do mounts+=(--volume "$pair:ro"); done
 buildah bud --quiet --layers --pull-never --target cpu "${mounts[@]}" -f docker/Dockerfile -t mmtl:cpu . > /dev/null
 container=$(buildah from --pull-never mmtl:cpu)
 root=$(buildah mount "$container")
@@ -70,7 +76,6 @@ mount --bind "$work/secrets" "$work/image/mnt"
 # of docker-compose.yml.
 mount --bind /proc "$work/image/proc"
 mount -t tmpfs -o size=256m,mode=1777,noexec,nosuid,nodev tmpfs "$work/image/tmp"
-trap 'umount "$work/image/tmp" "$work/image/proc" "$work/image/mnt" "$work/image" || true; cleanup' EXIT
 settings=(PATH=/opt/mmtl/bin:/usr/bin:/bin MMTL_HOST=127.0.0.1 MMTL_PORT=$port MMTL_KEYS=/mnt/keys.json)
 chroot --userspec=10001:10001 "$work/image" env -i "${settings[@]}" mmtl serve 2> "$work/log" &
 served=$!
@@ -94,5 +99,6 @@ curl --fail --silent -H "Authorization: Bearer $key" "http://127.0.0.1:$port/met
 curl --fail --silent -H "Authorization: Bearer $key" -X POST "http://127.0.0.1:$port/admin/reload" | jq -c .
 kill -TERM $served
 wait $served
+served=""
 if grep -E "passed over|weights not shared" "$work/log"; then exit 1; fi
 say "ended with 0 on SIGTERM: all is well"

@@ -276,6 +276,7 @@ class Bundle:
         Raises:
             BundleError: They cannot be read, or are not what the manifest says.
         """
+        self._check_size(artifact)
         try:
             content = self.path(artifact).read_bytes()
         except OSError as error:
@@ -289,11 +290,26 @@ class Bundle:
         Raises:
             BundleError: As `read` does.
         """
+        self._check_size(artifact)
         try:
             found = sha256_of(self.path(artifact))
         except OSError as error:
             raise self._unreadable(artifact, error) from None
         self._check(artifact, found)
+
+    def _check_size(self, artifact: Artifact) -> None:
+        """Before a file of any length is read into memory."""
+        try:
+            size = self.path(artifact).stat().st_size
+        except OSError as error:
+            raise self._unreadable(artifact, error) from None
+        if not self.path(artifact).is_file():
+            raise BundleError(f"{self.path(artifact)} cannot be read: it is no file.")
+        if size != artifact.bytes:
+            raise BundleError(
+                f"{self.path(artifact)} is not the file that the manifest describes ({size:,} "
+                f"bytes, expected {artifact.bytes:,}): fetch or export it again."
+            )
 
     def _unreadable(self, artifact: Artifact, error: OSError) -> BundleError:
         return BundleError(f"{self.path(artifact)} cannot be read: {error.strerror}.")

@@ -2,10 +2,12 @@
 
 import os
 import platform
+from contextlib import suppress
 from math import ceil
 from pathlib import Path
 
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+from models.cgroups import limits
+
 _PROCESSORS = Path("/proc/cpuinfo")
 # The kernel's flags, the widest first: what a network's speed hangs on.
 _INSTRUCTIONS = {
@@ -18,15 +20,15 @@ _INSTRUCTIONS = {
 }
 
 
-def available_cores(quota: Path = _QUOTA) -> int:
-    """CPUs of the affinity mask, or of the container's cgroup quota where that is fewer."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        limit, period = quota.read_text().split()
-        cores = min(cores or 1, ceil(int(limit) / int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
-        pass
-    return max(cores or 1, 1)
+def available_cores() -> int:
+    """CPUs of the affinity mask, or of a control group's quota where that is fewer."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = here or 1
+    for quota in limits("cpu.max"):
+        with suppress(ValueError):  # "max": none
+            limit, period = map(int, quota.split())
+            cores = min(cores, ceil(limit / period))
+    return max(cores, 1)
 
 
 def instructions(processors: Path = _PROCESSORS) -> str | None:

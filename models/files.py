@@ -19,6 +19,11 @@ def write_atomically(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # which has the new name
+        finally:
+            os.close(folder)
     except OSError as error:
         # Of a full disk the system does not say where it is full, and nobody knows the other name.
         if error.errno and error.filename in (None, str(temporary)):

@@ -7,25 +7,22 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
+
+from models.cgroups import limits
 
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 _MALLOPT = getattr(ctypes.CDLL(None), "mallopt", None)
 # M_ARENA_MAX of glibc's malloc.h.
 _ARENA_MAX = -8
-_LIMIT = Path("/sys/fs/cgroup/memory.max")
 # Held while heaps are going to be trimmed.
 _due = threading.Lock()
 
 
-def available_memory(limit: Path = _LIMIT) -> int:
-    """Bytes of the machine's memory, or of the container's cgroup limit where that is less."""
+def available_memory() -> int:
+    """Bytes of the machine's memory, or of a control group's limit where that is less."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(machine, int(limit.read_text()))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no limit
-        return machine
+    return min([machine, *(int(limit) for limit in limits("memory.max") if limit.isdigit())])
 
 
 def limit_arenas(most: int) -> None:

@@ -248,6 +248,9 @@ async def test_a_provider_that_hangs_holds_up_nobody_whose_key_is_at_hand(
     assert not tokens._asking.done()
     assert await tokens.find(token(kid="three")) is None  # it has waited, and not for ever
     assert tokens._asking.done()
+    tokens._got -= tokens_module._OLDEST_SECONDS
+    with pytest.raises(ProviderUnreachable):
+        await tokens.find(token())
     hangs.set()
 
 

@@ -19,14 +19,16 @@ HERE = len(os.sched_getaffinity(0))
     ("quota", "cores"),
     [("max 100000", HERE), ("50000 100000", 1), ("9900000 100000", HERE), ("nonsense", HERE)],
 )
-def test_the_container_s_quota_counts(tmp_path: Path, quota: str, cores: int) -> None:
-    file = tmp_path / "cpu.max"
-    file.write_text(quota)
-    assert available_cores(file) == cores
+def test_the_container_s_quota_counts(
+    monkeypatch: pytest.MonkeyPatch, quota: str, cores: int
+) -> None:
+    monkeypatch.setattr("models.cores.limits", lambda _: ["max 100000", quota])
+    assert available_cores() == cores
 
 
-def test_without_a_cgroup_the_affinity_mask_counts(tmp_path: Path) -> None:
-    assert available_cores(tmp_path / "nowhere") == HERE
+def test_without_a_cgroup_the_affinity_mask_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.cores.limits", lambda _: [])
+    assert available_cores() == HERE
 
 
 @pytest.mark.parametrize(
