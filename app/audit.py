@@ -22,6 +22,8 @@ from app.schemas import ModelFacts
 # After which a line is brought to the disk: what a crash of the machine may lose (a crash of the
 # process loses nothing).
 _SYNC_SECONDS = 1.0
+# So long may one line keep the others waiting.
+_HANG_SECONDS = 5.0
 log = structlog.get_logger()
 
 
@@ -80,7 +82,7 @@ class AuditLog:
             json.dumps({**fields, "image": image, "outcome": outcome}) + "\n"
             for image, outcome in images
         ).encode()
-        with self._lock:
+        with self._unlocked():
             try:
                 with self._alone():
                     written = os.write(self._file, lines)
@@ -100,9 +102,29 @@ class AuditLog:
                 else:
                     self._sync = timer
 
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        """Have the log, of this process's threads.
+
+        Raises:
+            AuditError: One of them has had it for long: the disk hangs.
+        """
+        if not self._lock.acquire(timeout=_HANG_SECONDS):
+            raise AuditError(f"{self._path} cannot be written: its disk hangs.")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def close(self) -> None:
-        """Bring everything to the disk."""
-        with self._lock:
+        """Bring everything to the disk, where it does not hang."""
+        try:
+            self._close()
+        except AuditError as error:
+            log.error("audit log", reason=str(error))
+
+    def _close(self) -> None:
+        with self._unlocked():
             if self._sync is not None:
                 self._sync.cancel()
             if self._file >= 0:

@@ -460,6 +460,8 @@ class Batcher:
             alone = self._admitted == 1 and not again
             run = self._engine.run_alone if alone else self._engine.run
             outputs = {**run(pixels), **self._measure(pixels)}
+            if short := [name for name, values in outputs.items() if len(values) != len(jobs)]:
+                raise ValueError(f"{short[0]} has not a row for each image")
             rows = [values.reshape(len(jobs), -1) for values in outputs.values()]
             finite = np.all(np.isfinite(np.concatenate(rows, 1)), axis=1)
         except Exception as error:

@@ -66,7 +66,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="The whole manifest.")] = False,
 ) -> None:
     """Show what a bundle is."""
-    manifest = load_bundle(folder).manifest
+    manifest = _load(folder).manifest
     if as_json:
         print(manifest.model_dump_json(indent=2))
         return
@@ -133,7 +133,7 @@ def recalibrate_bundle(
     ] = False,
 ) -> None:
     """Fit a bundle to a clinic: to its own outcomes, or just to its share of melanoma."""
-    bundle = load_bundle(folder)
+    bundle = _load(folder)
     if (outcomes is None) == (prevalence is None):
         fail("Give either --outcomes or --prevalence.")
     if out.resolve() == folder.resolve():
@@ -176,6 +176,11 @@ def recalibrate_bundle(
     print(f"intercept {before.calibration.intercept:.4f} -> {after.calibration.intercept:.4f}")
 
 
+def _load(folder: Path) -> Bundle:
+    """A bundle; where the service takes none that is not signed, neither do the commands."""
+    return load_bundle(folder, load_settings().bundle_signed_by)
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
@@ -200,7 +205,7 @@ def diff(
     table = Table(title=printable(f"A = {first}, B = {second}"))
     for column in ("field", "A", "B"):
         table.add_column(column, overflow="fold")
-    for row in differences(load_bundle(first).manifest, load_bundle(second).manifest):
+    for row in differences(_load(first).manifest, _load(second).manifest):
         add_row(table, *row)
     if not table.row_count:
         print("The bundles are the same.")

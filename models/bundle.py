@@ -266,9 +266,17 @@ class Bundle:
         return self.folder / artifact.file
 
     def files(self, *without: str) -> dict[str, Path]:
-        """Those that fit another manifest, too: all but the manifest, its signature and these."""
+        """Those that fit another manifest, too: all but the manifest, its signature and these.
+
+        Nor what a link that is no artifact leads to: who wrote the bundle may not have read that.
+        """
         out = {MANIFEST, SIGNATURE, *without}
-        return {p.name: p for p in self.folder.iterdir() if p.is_file() and p.name not in out}
+        artifacts = {artifact.file for artifact in self.manifest.artifacts}
+        return {
+            p.name: p
+            for p in self.folder.iterdir()
+            if p.is_file() and p.name not in out and (p.name in artifacts or not p.is_symlink())
+        }
 
     def read(self, artifact: Artifact) -> bytes:
         """An artifact's bytes, which are verified: its file may have changed since the bundle was.

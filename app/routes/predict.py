@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Annotated, Any, TypeVar
 from weakref import finalize
 
@@ -19,6 +20,7 @@ from app.problems import Problem, answer, respond
 from app.schemas import Failure, ModelFacts, PredictResponse, ProblemBody, Result, Success
 from app.trace import Trace, trace_of
 from app.uploads import RAW_TYPES, Held, Upload, open_uploads
+from models.threads import begin
 
 T = TypeVar("T")
 
@@ -37,6 +39,8 @@ router = APIRouter(dependencies=[bearer, Depends(_look_at_query)])
 _PATH = "/predict"
 # What a connection takes at once is not counted: an answer without heat maps is a few kilobytes.
 _UNCOUNTED_BYTES = 65_536
+# Longest that the audit log is waited for.
+_AUDIT_SECONDS = 10.0
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _FORM = {
     "schema": {
@@ -188,12 +192,18 @@ class Direct:
         if scope["type"] == "http" and scope["method"] == "HEAD":
             as_get = {**scope, "method": "GET"}
             try:
-                await self.app(as_get, receive, send)
+                await self(as_get, receive, send)
             finally:
                 scope["route"] = as_get.get("route")
             return
         asked = scope["type"] == "http" and (scope["method"], scope["path"], scope["query_string"])
         if asked != ("POST", _PATH, b""):
+            if asked and not scope["path"].isprintable():
+                # `/metrics%0a` is what the router takes for /metrics, and a proxy that keeps that
+                # from the world does not.
+                problem = Problem(problems.NOT_FOUND, "See /docs for what the service answers.")
+                await answer(scope, problem)(scope, receive, send)
+                return
             await self.app(scope, receive, send)
             return
         scope["route"] = _ROUTE  # as the router has it, for whoever names the request
@@ -230,11 +240,13 @@ async def _audit(log: AuditLog | None, trace: Trace, outcomes: list[tuple[str, s
     """
     if log is None:
         return
-    line = (trace.request_id, trace.key, trace.model, outcomes)
     try:
-        await asyncio.to_thread(log.write, *line)
-    except AuditError as error:
-        structlog.get_logger().error("audit log", reason=str(error))
+        # In a thread that nobody waits for at the end: a disk may hang.
+        written = begin(partial(log.write, trace.request_id, trace.key, trace.model, outcomes))
+        await asyncio.wait_for(asyncio.wrap_future(written), _AUDIT_SECONDS)
+    except (AuditError, TimeoutError, RuntimeError) as error:
+        reason = str(error) or f"nothing was written in {_AUDIT_SECONDS:g} seconds"
+        structlog.get_logger().error("audit log", reason=reason)
         raise Problem(
             problems.AUDIT_UNAVAILABLE, "Tell the operator; nothing is answered without it."
         ) from None

@@ -272,3 +272,37 @@ def test_neither_a_turn_nor_a_sync_leaves_a_file_open(
     log.close()
     assert len([*path.parent.iterdir()]) == 10
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_disk_that_hangs_keeps_no_caller_waiting_and_no_service_from_ending(
+    settings: Settings, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.audit._HANG_SECONDS", 0.1)
+    monkeypatch.setattr("app.routes.predict._AUDIT_SECONDS", 0.3)
+    hangs, write = threading.Event(), os.write
+
+    def write_late(file: int, data: bytes) -> int:
+        hangs.wait(30)
+        return write(file, data)
+
+    with started(settings.model_copy(update={"audit_log": path})) as client:
+        monkeypatch.setattr("app.audit.os.write", write_late)
+        for _ in range(2):  # the one that hangs, and one that finds the log taken
+            refused = client.post("/predict", files={"files": flat(1)})
+            assert refused.status_code == 503
+            assert refused.json()["type"] == "urn:mmtl:problem:audit-unavailable"
+    assert not hangs.is_set()
+    hangs.set()
+
+
+def test_a_disk_that_no_longer_hangs_is_written_to(
+    settings: Settings, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.routes.predict._AUDIT_SECONDS", 0.2)
+    hangs, write = threading.Event(), os.write
+    with started(settings.model_copy(update={"audit_log": path})) as client:
+        monkeypatch.setattr("app.audit.os.write", lambda *a: (hangs.wait(30), write(*a))[1])
+        assert client.post("/predict", files={"files": flat(1)}).status_code == 503
+        hangs.set()
+        assert client.post("/predict", files={"files": flat(1)}).status_code == 200
+    assert len(lines(path)) == 2

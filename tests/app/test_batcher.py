@@ -495,6 +495,21 @@ async def test_an_answer_that_is_not_finite_fails_alone(batcher: Batcher, engine
     await first
 
 
+async def test_a_network_that_answers_for_fewer_images_than_it_was_given_kills_no_worker(
+    batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = engine.run
+
+    def short(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        return {"first": run(images)["first"][: 0 if images.max() > 250 else None]}
+
+    monkeypatch.setattr(engine, "run", short)
+    monkeypatch.setattr(engine, "run_alone", short)
+    with pytest.raises(InferenceFailed):
+        await ask(batcher, 255)
+    assert await ask(batcher, 7) == 7
+
+
 async def test_one_output_that_is_not_finite_is_enough(
     batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,13 @@ def test_health(settings: Settings) -> None:
         assert client.get("/health/ready").json() == {"status": "ready"}
 
 
+@pytest.mark.parametrize("path", ["/metrics%0a", "/metrics%0A", "/model%0d", "/docs%00"])
+def test_a_path_that_a_proxy_would_not_know_again_is_none(client: TestClient, path: str) -> None:
+    answer = client.get(path)
+    assert (answer.status_code, answer.json()["type"]) == (404, "urn:mmtl:problem:not-found")
+    assert client.head(path).status_code == 404
+
+
 def test_head_is_answered_wherever_get_is(client: TestClient) -> None:
     for path in ("/health/live", "/health/ready", "/model", "/metrics", "/docs", "/openapi.json"):
         assert client.head(path).status_code == 200  # as some load balancers ask

@@ -51,6 +51,20 @@ def test_a_signed_bundle_is_taken_and_no_other(
     assert load_bundle(folder, public) == load_bundle(folder)
     with pytest.raises(BundleError, match=r"is not by .*other\.pub\.pem"):
         load_bundle(folder, other)
+    monkeypatch.setenv("MMTL_BUNDLE_SIGNED_BY", str(other))  # of the commands, too
+    new = str(tmp_path / "new")
+    for told in (
+        ["inspect", str(folder)],
+        ["diff", str(folder), str(folder)],
+        ["recalibrate", str(folder), "--prevalence", "0.2", "-o", new],
+    ):
+        monkeypatch.setattr("sys.argv", ["mmtl", "bundle", *told])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2
+        assert "cannot be trusted" in capsys.readouterr().err
+    assert not Path(new).exists()
 
 
 def test_without_the_library_one_sentence_says_what_to_install(
@@ -67,10 +81,13 @@ def test_without_the_library_one_sentence_says_what_to_install(
 def test_the_signature_of_another_manifest_is_not_copied(folder: Path, tmp_path: Path) -> None:
     private, _ = write_keys(tmp_path, "release")
     sign((folder / "bundle.json").read_bytes(), private, folder / SIGNATURE)
+    (tmp_path / "secret").write_text("of the machine")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
     bundle = load_bundle(folder)
     changed = change_prevalence(bundle.manifest, 0.2)
     saved = save_recalibrated(bundle, tmp_path / "new", changed, "to 20 %")
     assert not (saved.folder / SIGNATURE).exists()
+    assert not (saved.folder / "notes.txt").exists()  # what it leads to nobody gave away
     assert (saved.folder / "model.onnx").exists()
 
 
