@@ -397,6 +397,7 @@ def test_a_name_moves_nothing_on_the_terminal(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
     picture = Path("a\x1b[2Jb\nc.png")
     picture.write_bytes(flat(160))
     _, output, _ = run("predict", picture)
