@@ -109,6 +109,12 @@ KINDS = {
         INTERNAL,
     )
 }
+# Of an answer, by its status.
+_HEADERS: dict[int | str, dict[str, str]] = {
+    401: {"WWW-Authenticate": "`Bearer`."},
+    429: {"Retry-After": "Seconds after which the key's quota has a request again."},
+    503: {"Retry-After": "Seconds after which trying again makes sense."},
+}
 # Seconds after which trying again makes sense.
 RETRY_AFTER = {
     SATURATED: 1,
@@ -136,18 +142,11 @@ def describe(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
 
 
 def _describe(status: int | str) -> dict[str, Any]:
-    of_status = {
-        401: {"WWW-Authenticate": "`Bearer`."},
-        405: {"Allow": "What the path takes."},
-        429: {"Retry-After": "Seconds after which the key's quota has a request again."},
-        503: {"Retry-After": "Seconds after which trying again makes sense."},
-    }
     headers = {"X-Request-ID": "Of the request, in the log as well."}
-    headers |= of_status.get(int(status), {}) if str(status).isdigit() else {}
     return {
         "description": "A problem; its `type` says which.",
         "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}}},
-        "headers": as_headers(headers),
+        "headers": as_headers(headers | _HEADERS.get(status, {})),
     }
 
 

@@ -177,6 +177,8 @@ class _HeldResponse(Response):
 class Direct:
     """Answers `POST /predict` without parameters, which needs nobody to find its way or read them.
 
+    To everything else it does what goes for every path: HEAD is GET, and no path has a line's end.
+
     FastAPI describes the route, and answers everything else
     (benchmarks/serving/steps.py measures what that saves).
 

@@ -197,17 +197,25 @@ async def test_why_an_image_is_dropped_is_counted(engine: Engine) -> None:
     assert counted == {"deadline": 1, "gone": 1}
 
 
-async def test_no_worker_waits_for_the_turn_of_a_large_image(
-    batcher: Batcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def large_that_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[threading.Event, Callable[[], NDArray[np.uint8]]]:
+    """When its turn has come, and the decoding of a large image that waits for it."""
     free = threading.Event()
     monkeypatch.setattr("app.batcher.is_anyones_turn", free.is_set)
 
     def large() -> NDArray[np.uint8]:
         if not free.is_set():
             raise NotItsTurn
-        return image(2)
+        return image(9)
 
+    return free, large
+
+
+async def test_no_worker_waits_for_the_turn_of_a_large_image(
+    batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, large = large_that_waits(monkeypatch)
     answers: list[Future[Answer]] = [Future() for _ in range(8)]
     for answer in answers:
         batcher.put(large, time.monotonic() + 9, answer)
@@ -218,20 +226,13 @@ async def test_no_worker_waits_for_the_turn_of_a_large_image(
     free.set()
     for answer in answers[1:]:
         found = await asyncio.wait_for(asyncio.wrap_future(answer), 5)
-        assert found.outputs["first"] == 2
+        assert found.outputs["first"] == 9
 
 
 async def test_a_large_image_that_waits_when_the_batcher_closes_is_answered(
     batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = threading.Event()
-    monkeypatch.setattr("app.batcher.is_anyones_turn", free.is_set)
-
-    def large() -> NDArray[np.uint8]:
-        if not free.is_set():
-            raise NotItsTurn
-        return image(9)
-
+    free, large = large_that_waits(monkeypatch)
     answer: Future[Answer] = Future()
     batcher.put(large, time.monotonic() + 9, answer)
     until(lambda: batcher._large)
