@@ -161,7 +161,7 @@ def serve(
 
     def reload_if_asked() -> None:
         if asked:
-            app.state.networks.begin_reload()
+            app.state.networks.hang_up()
 
     server = Server(app, settings)
     server.on_start = reload_if_asked

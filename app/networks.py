@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import structlog
@@ -65,6 +65,8 @@ class Networks:
         self._metrics = metrics
         # Held while one network takes the place of another, until that one has ended.
         self._switching = threading.Lock()
+        # Held by a reload that waits for that.
+        self._next = threading.Lock()
         self._stopped = threading.Event()
         self._draining = False
         self._replacements = 0
@@ -139,6 +141,9 @@ class Networks:
         """
         if not self._switching.acquire(blocking=False):
             raise self._refused(ReloadError("Another network is taking over just now. Try again."))
+        return self._switch()
+
+    def _switch(self) -> Network:
         try:
             if self._draining or self._stopped.is_set():
                 raise ReloadError("The service is shutting down.")
@@ -166,6 +171,22 @@ class Networks:
             refused: Future[Network] = Future()
             refused.set_exception(self._refused(error))
             return refused
+
+    def hang_up(self) -> None:
+        """`begin_reload`, on SIGHUP: after one under way, which may have read the bundle before."""
+        if not self._next.acquire(blocking=False):
+            return  # one that waits will read what is there by then
+        try:
+            begin(self._reload_next)
+        except RuntimeError as error:  # no thread is to be had just now
+            self._next.release()
+            self._refused(error)
+
+    def _reload_next(self) -> None:
+        self._switching.acquire()
+        self._next.release()
+        with suppress(ReloadError):  # which is logged
+            self._switch()
 
     def _refused(self, error: Exception) -> ReloadError:
         reason = str(error) or type(error).__name__

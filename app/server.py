@@ -39,7 +39,8 @@ _ALWAYS_ANSWERED = (b"/health/live", b"/health/ready", b"/metrics")
 _MOST_PIPELINED = 8
 _MALFORMED = Problem(
     problems.MALFORMED_REQUEST,
-    "Send HTTP/1.1 without TLS: a known method, a percent-encoded URL, one length of the body.",
+    "Send HTTP/1.1 without TLS: a known method, a percent-encoded URL, one Host, one length of the "
+    "body.",
 )
 _TOO_LARGE = Problem(problems.HEADERS_TOO_LARGE, "Send fewer or shorter headers, or a shorter URL.")
 _TOO_SLOW = Problem(problems.UPLOAD_TOO_SLOW, "The headers did not end in time. Send it again.")
@@ -172,6 +173,10 @@ class Protocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > self._settings.max_header_bytes:
             self._refuse(_TOO_LARGE)
+            return
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+            self._refuse(_MALFORMED)  # RFC 9112, section 3.2
             return
         if len(self.pipeline) >= _MOST_PIPELINED:
             self._note(problems.MALFORMED_REQUEST)
@@ -350,7 +355,7 @@ class Server(uvicorn.Server):
         # The main thread alone gets signals, as uvicorn has it, too.
         if threading.current_thread() is threading.main_thread():
             loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGHUP, self._networks.begin_reload)
+            loop.add_signal_handler(signal.SIGHUP, self._networks.hang_up)
         self.on_start()
 
     async def shutdown(self, sockets: Any = None) -> None:

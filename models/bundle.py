@@ -19,9 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from models.files import read_small
 from models.signatures import SIGNATURE, SignatureError, verify
 
 MANIFEST = "bundle.json"
+# Bytes; one is some ten thousand long. It is read before anything is known of who wrote it.
+MOST_OF_A_MANIFEST = 1_000_000
 FORMAT_VERSION: Literal[1] = 1
 NAME = r"^[a-z0-9][a-z0-9-]*$"
 VERSION = r"^\d+\.\d+\.\d+$"
@@ -99,7 +102,7 @@ class Golden(_Part):
     """What the network answers for `golden_image(seed, ...)`."""
 
     seed: int = Field(ge=0)
-    outputs: dict[str, tuple[float, ...]]
+    outputs: dict[str, tuple[float, ...]] = Field(min_length=1)
 
     @field_validator("seed")
     @classmethod
@@ -170,7 +173,8 @@ class Manifest(_Part):
     operating_point: OperatingPoint
     training_data: TrainingData
     metrics: tuple[Metric, ...] = ()
-    golden: tuple[Golden, ...] = Field(min_length=1)
+    # All are in memory at once.
+    golden: tuple[Golden, ...] = Field(min_length=1, max_length=64)
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
@@ -343,14 +347,16 @@ def load_bundle(folder: Path, signed_by: Path | None = None) -> Bundle:
     """
     path = folder / MANIFEST
     try:
-        content = path.read_bytes()
+        content = read_small(path, MOST_OF_A_MANIFEST)
         if signed_by is not None:
             verify(content, folder / SIGNATURE, signed_by)
         manifest = Manifest.model_validate_json(content)
     except SignatureError as error:
         raise BundleError(f"{folder} cannot be trusted: {error}.") from None
-    except OSError:
-        raise BundleError(f"{folder} is not a bundle: {MANIFEST} cannot be read.") from None
+    except OSError as error:
+        raise BundleError(
+            f"{folder} is not a bundle: {MANIFEST} cannot be read ({error.strerror})."
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -1,9 +1,27 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all, and small ones that stay small when read."""
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """A file's content, of which so many bytes may be: who wrote it is not trusted yet.
+
+    Raises:
+        OSError: It is longer, is no regular file (a pipe would be waited for without end), or
+            cannot be read.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no file", str(path))
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return content
 
 
 @contextmanager

@@ -6,10 +6,12 @@ Keys are PEM files, as OpenSSL writes them (`openssl genpkey -algorithm ed25519`
 from importlib.util import find_spec
 from pathlib import Path
 
-from models.files import write_atomically
+from models.files import read_small, write_atomically
 
 # Beside the manifest.
 SIGNATURE = "bundle.json.sig"
+# Bytes; one has 64.
+_MOST_OF_A_SIGNATURE = 1_000
 
 
 class SignatureError(Exception):
@@ -77,11 +79,13 @@ def verify(content: bytes, signature: Path, public_key: Path) -> None:
     if not isinstance(key, Ed25519PublicKey):
         raise SignatureError(f"{public_key} is no Ed25519 key")
     try:
-        key.verify(signature.read_bytes(), content)
-    except OSError:
+        key.verify(read_small(signature, _MOST_OF_A_SIGNATURE), content)
+    except FileNotFoundError:
         raise SignatureError(
             f"there is no {signature.name}: sign with `mmtl bundle sign`"
         ) from None
+    except OSError as error:
+        raise SignatureError(f"{signature} cannot be read: {error.strerror}") from None
     except InvalidSignature:
         raise SignatureError(
             f"{signature.name} is not by {public_key}, or of another manifest: sign with "

@@ -215,7 +215,7 @@ def test_check_validates_and_exits(run, monkeypatch: pytest.MonkeyPatch) -> None
     status, _, error = run("serve", "--check")
     assert (status, error) == (
         2,
-        "mmtl: /nowhere is not a bundle: bundle.json cannot be read.\n",
+        "mmtl: /nowhere is not a bundle: bundle.json cannot be read (No such file or directory).\n",
     )
 
 
@@ -235,7 +235,7 @@ def test_a_hangup_while_the_bundle_is_loaded_reloads_it_then(
     monkeypatch.setattr("app.cli.check_address", lambda *_: None)
     monkeypatch.setattr("app.cli.create_app", create)
     monkeypatch.setattr("app.cli._serve", lambda server: server.on_start())
-    monkeypatch.setattr(Networks, "begin_reload", lambda networks: reloaded.append(networks))
+    monkeypatch.setattr(Networks, "hang_up", lambda networks: reloaded.append(networks))
     monkeypatch.setattr("gc.set_threshold", lambda _: None)
     try:
         assert run("serve")[0] == 0

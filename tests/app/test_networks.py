@@ -328,6 +328,31 @@ def test_a_network_that_is_loaded_while_the_service_ends_is_waited_for_and_ended
     assert not any(worker.is_alive() for worker in loaded[0].batcher._workers)
 
 
+def test_a_hangup_within_a_reload_is_not_lost(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, read, go_on = Networks._load, threading.Event(), threading.Event()
+
+    def load_slowly(networks: Networks) -> Network:
+        loaded = load(networks)
+        read.set()
+        assert go_on.wait(10)
+        return loaded
+
+    monkeypatch.setattr(Networks, "_load", load_slowly)
+    networks = client.app.state.networks
+    networks.hang_up()
+    assert read.wait(10)
+    make_bundle(folder, version="1.3.0")  # once the old one has been read
+    for _ in range(3):
+        networks.hang_up()
+    go_on.set()
+    until(lambda: networks.current.facts.version == "1.3.0")
+    until(lambda: not networks._switching.locked())
+    assert metric(client, 'mmtl_reloads_total{outcome="switched"}') == 2
+    assert metric(client, 'mmtl_reloads_total{outcome="refused"}') == 0
+
+
 def until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
@@ -355,6 +380,9 @@ def test_without_a_thread_to_be_had_a_reload_is_refused_or_ends_the_old_network_
     begin_at_most(0)
     with pytest.raises(ReloadError, match="can't start new thread"):
         networks.begin_reload().result(10)
+    for _ in range(2):  # a hangup is refused, too, and the next one not passed over for it
+        networks.hang_up()
+    assert metric(client, 'mmtl_reloads_total{outcome="refused"}') == 3
     begin_at_most(1)
     assert networks.reload() is networks.current is not old
     assert not old.batcher.alive

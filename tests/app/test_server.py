@@ -121,7 +121,15 @@ def test_headers_that_grow_are_refused(server: Server, port: int) -> None:
         assert refusals(server, "headers-too-large") == 1
 
 
-@pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00 a TLS hello", b"hello\r\n\r\n"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00 a TLS hello",
+        b"hello\r\n\r\n",
+        b"GET /health/live HTTP/1.1\r\n\r\n",
+        b"GET /health/live HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+    ],
+)
 def test_what_is_no_request_is_a_problem_like_any_other(
     server: Server, port: int, sent: bytes
 ) -> None:
@@ -131,6 +139,12 @@ def test_what_is_no_request_is_a_problem_like_any_other(
         assert (status(answer), problem_of(answer)) == (400, "malformed-request")
         assert garbled.recv(1000) == b""
     assert refusals(server, "malformed-request") == 1
+
+
+def test_an_old_client_names_no_host(port: int) -> None:
+    with connect(port) as old:
+        old.sendall(b"GET /health/live HTTP/1.0\r\n\r\n")
+        assert status(old.recv(1000)) == 200
 
 
 @pytest.mark.parametrize("cut", [0, 60, 187, 200])

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,10 +208,43 @@ def changed(tmp_path: Path, change: Callable[[dict], None]) -> Path:
 
 def test_an_artifact_s_golden_predictions_are_of_the_manifest_s_images(tmp_path: Path) -> None:
     def more(manifest: dict) -> None:
-        manifest["artifacts"][0]["golden"] = [*manifest["golden"], {"seed": 7, "outputs": {}}]
+        manifest["artifacts"][0]["golden"] = [
+            *manifest["golden"],
+            manifest["golden"][0] | {"seed": 7},
+        ]
 
     with pytest.raises(BundleError, match="golden predictions of other images"):
         load_bundle(changed(tmp_path, more))
+
+
+def test_a_golden_prediction_that_predicts_nothing_is_refused(tmp_path: Path) -> None:
+    def nothing(manifest: dict) -> None:
+        manifest["golden"][0]["outputs"] = {}
+
+    with pytest.raises(BundleError, match=r"golden\.0\.outputs"):
+        load_bundle(changed(tmp_path, nothing))
+
+
+def test_golden_images_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    def many(manifest: dict) -> None:
+        first = manifest["golden"][0]
+        manifest["golden"] = [first | {"seed": seed} for seed in range(65)]
+
+    with pytest.raises(BundleError, match=r"golden: .* at most 64"):
+        load_bundle(changed(tmp_path, many))
+
+
+def test_a_manifest_without_end_is_not_read(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    path = made.folder / "bundle.json"
+    with path.open("a") as file:
+        file.truncate(2**40)  # which takes no place on the disk
+    with pytest.raises(BundleError, match="has more than 1,000,000 bytes"):
+        load_bundle(made.folder)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(BundleError, match="it is no file"):
+        load_bundle(made.folder)
 
 
 def test_a_golden_image_s_seed_is_a_number_that_every_machine_draws_from(tmp_path: Path) -> None:

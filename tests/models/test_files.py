@@ -1,8 +1,9 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from models.files import write_atomically
+from models.files import read_small, write_atomically
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -32,3 +33,17 @@ def test_a_full_disk_is_said_of_the_file_that_was_asked_for(tmp_path: Path) -> N
         ):
             raise OSError(28, "No space left on device", str(temporary) if name else None)
         assert full.value.filename == str(tmp_path / "file")
+
+
+def test_a_small_file_is_read_whole_and_a_longer_one_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    assert read_small(path, 3) == b"abc"
+    with pytest.raises(OSError, match="it has more than 2 bytes"):
+        read_small(path, 2)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is no file"):
+        read_small(tmp_path / "pipe", 3)
