@@ -207,6 +207,7 @@ class Keys:
         self._keys = {key.id: key for key in read_keys(path)}
         self._looked = time.monotonic()
         self._refused: tuple[int, ...] | None = None
+        self._stale = False
         self._buckets: dict[str, _Bucket] = {}
 
     def find(self, presented: str) -> Key | None:
@@ -218,6 +219,12 @@ class Keys:
         # Compared in any case, so that the time does not tell whether there is such an id.
         same = hmac.compare_digest(_hash(secret), key.sha256 if key else "0" * 64)
         return key if same and prefix == _PREFIX and key and key.revoked is None else None
+
+    @property
+    def stale(self) -> bool:
+        """Whether the file cannot be read just now: a key that is revoked meanwhile still holds."""
+        self._refresh()
+        return self._stale
 
     def wait_seconds(self, key: Key) -> int:
         """Use a request of a key's quota: 0, or after how many seconds there is one again."""
@@ -243,15 +250,16 @@ class Keys:
             self._looked = now
             mark = self._mark()
             if mark == self._seen:
+                self._stale = False
                 return
             try:
                 self._keys = {key.id: key for key in read_keys(self._path)}
             except KeysError as error:  # those that were read last still hold
                 if mark is None or mark != self._refused:
                     log.error("key file not read again", reason=str(error))
-                self._refused = mark
+                self._refused, self._stale = mark, True
             else:
-                self._seen = mark
+                self._seen, self._stale = mark, False
 
     def _mark(self) -> tuple[int, ...] | None:
         try:

@@ -65,6 +65,8 @@ def create_app(
         raise AuditError(f"{PREFIX}AUDIT_LOG: {error}") from None
     measured = Metrics(settings.max_batch, problems.KINDS)
     measured.processes.set(1 if siblings is None else siblings.count)
+    if keys is not None:
+        measured.keys_stale.set_function(lambda: keys.stale)
     spans = Spans() if settings.traces else None
     networks = Networks(settings, measured)
     predictor = Predictor(networks, settings, measured)

@@ -144,6 +144,11 @@ class Metrics:
             "Networks loaded anew because a worker had died or hung, or every image failed.",
             registry=registry,
         )
+        self.keys_stale = Gauge(
+            "mmtl_keys_stale",
+            "1 while the key file cannot be read, and the keys before it hold, else 0.",
+            registry=registry,
+        )
         self.model_info = Gauge(
             "mmtl_model_info",
             "The served network; always 1.",

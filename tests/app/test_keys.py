@@ -59,12 +59,37 @@ def test_a_revoked_key_is_noticed_without_a_restart(path: Path, clock) -> None:
 def test_a_file_that_is_damaged_meanwhile_leaves_the_keys_that_were_read(path: Path, clock) -> None:
     key = create_key(path, "tool", ("predict",), None)
     running = Keys(path)
+    assert not running.stale
+    whole = path.read_bytes()
     path.write_text("{")
     clock.now += 2
     assert running.find(key)
+    assert running.stale
     path.unlink()
     clock.now += 2
+    assert running.stale
     assert running.find(key)
+    path.write_bytes(whole)
+    clock.now += 2
+    assert not running.stale
+
+
+def test_a_folder_that_was_away_for_a_moment_leaves_nothing_stale(
+    path: Path, clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_key(path, "tool", ("predict",), None)
+    running = Keys(path)
+    with monkeypatch.context() as patch:
+
+        def gone(*_: object) -> None:
+            raise OSError("Stale file handle")
+
+        patch.setattr(module.os, "stat", gone)
+        patch.setattr(Path, "read_bytes", gone)
+        clock.now += 2
+        assert running.stale
+    clock.now += 2
+    assert not running.stale
 
 
 def test_keys_that_are_made_at_once_are_all_kept(path: Path) -> None:
