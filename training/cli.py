@@ -209,7 +209,9 @@ def evaluate(
         Path | None, typer.Option(help="Another manifest than the run's.", show_default=False)
     ] = None,
     split: Annotated[Split, typer.Option(help="What of it is evaluated.")] = Split.TEST,
-    bundle: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("runs/bundle"),
+    bundle: Annotated[
+        Path | None, typer.Option(help="The bundle's folder.", show_default="runs/bundle")
+    ] = None,
     predictions: Annotated[
         Path | None, typer.Option(help="A table of predictions, instead of a bundle.")
     ] = None,
@@ -235,6 +237,7 @@ def evaluate(
     from training.card import check_publishable, save_figures
     from training.data.layouts import read_datasets
     from training.data.manifest import fingerprint, load_manifest
+    from training.evaluate import check_size
     from training.predictions import Predictions, load_predictions, predict, save_predictions
     from training.release import evaluate_model, held_out
     from training.report import save_report
@@ -243,6 +246,10 @@ def evaluate(
         raise DataError(f"--out is a folder for the report; {out} is a file.")
     if predictions is not None and predictions.is_dir():
         raise DataError(f"--predictions is a table; a bundle such as {predictions} is --bundle.")
+    if predictions is not None and bundle is not None:
+        raise DataError(
+            "Name --bundle or --predictions; to compare both, one of them as --against."
+        )
     for option, value, table in (
         ("--threshold", threshold, predictions),
         ("--against-threshold", against_threshold, against),
@@ -251,9 +258,12 @@ def evaluate(
             raise DataError(f"{option} is of a table of predictions; a bundle has its own.")
     records = load_manifest(manifest or Run(run).manifest)
     tested = held_out(records, split)
-    if data is not None:  # before every image is predicted
+    # Before every image is predicted:
+    check_size(tested)
+    if data is not None:
         read_datasets([data])
-    used = None if predictions is not None else load_bundle(bundle)
+    model = predictions or bundle or Path("runs/bundle")
+    used = load_bundle(model) if predictions is None else None
     if publish and used is None:
         raise DataError("--publish writes into a bundle; a table of predictions is none.")
     if publish and used is not None:
@@ -265,7 +275,7 @@ def evaluate(
         return load_predictions(path, tested, 0.5 if at is None else at)
 
     other = read(against, against_threshold) if against else None
-    found = predict(used, tested) if used else read(predictions or bundle, threshold)
+    found = predict(used, tested) if used is not None else read(model, threshold)
     report = evaluate_model(found, records, split, data, used, other)
     save_report(out, report)
     save_predictions(out / "predictions.csv", found)

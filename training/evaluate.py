@@ -53,19 +53,16 @@ def evaluate(
     Raises:
         DataError: No dataset has enough images with and without melanoma.
     """
+    check_size(predictions.records)
     found = _Evaluation(predictions, training, against)
-    by_dataset: dict[str, list[int]] = {}
-    for row, record in enumerate(predictions.records):
-        by_dataset.setdefault(record.dataset.split(" (")[0], []).append(row)
+    by_dataset = _rows_by_dataset(predictions.records)
     sources = set(by_dataset)
     by_dataset |= {name: list(rows) for name, rows in (subsets or {}).items()}
-    judged = {name: rows for name, rows in by_dataset.items() if found.can_be_judged(rows)}
-    if not judged:
-        raise DataError(
-            f"None of the datasets ({', '.join(by_dataset) or 'there are none'}) has at least "
-            f"{LEAST_CLUSTERS} lesions with and {LEAST_CLUSTERS} without melanoma: nothing can be "
-            "said."
-        )
+    judged = {
+        name: rows
+        for name, rows in by_dataset.items()
+        if _can_be_judged(found.records[row] for row in rows)
+    }
     # Ten thousands of resamples of arrays that are known to be sound.
     with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
         sets = {
@@ -89,6 +86,42 @@ def evaluate(
     }
 
 
+def check_size(records: Sequence[Record]) -> None:
+    """Refuse images of which nothing could be said, before anybody predicts them.
+
+    Raises:
+        DataError: No dataset has enough images with and without melanoma.
+    """
+    linked = with_components(records)
+    datasets = _rows_by_dataset(records)
+    if not any(_can_be_judged([linked[row] for row in rows]) for rows in datasets.values()):
+        raise DataError(
+            f"None of the datasets ({', '.join(datasets) or 'there are none'}) has at least "
+            f"{LEAST_CLUSTERS} lesions with and {LEAST_CLUSTERS} without melanoma: nothing can be "
+            "said."
+        )
+
+
+def _rows_by_dataset(records: Sequence[Record]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, record in enumerate(records):
+        rows.setdefault(record.dataset.split(" (")[0], []).append(row)
+    return rows
+
+
+def _lesions(records: Iterable[Record]) -> tuple[int, int]:
+    """Number of components with melanoma, and of those without."""
+    found: dict[bool | None, set[str]] = {True: set(), False: set(), None: set()}
+    for record in records:
+        found[record.melanoma].add(record.component)
+    return len(found[True]), len(found[False])
+
+
+def _can_be_judged(records: Iterable[Record]) -> bool:
+    """Whether there are enough lesions of both classes for a figure to mean anything."""
+    return min(_lesions(records)) >= LEAST_CLUSTERS
+
+
 class _Evaluation:
     """Truths and predictions as arrays, and what is computed on rows of them."""
 
@@ -107,10 +140,6 @@ class _Evaluation:
         labels, edges = predictions.labels, predictions.age_edges
         self.truths = {t: truth_of(t, self.records, labels[t], edges) for t in labels}
         self.metadata = MetadataModel(training, labels, edges)
-
-    def can_be_judged(self, rows: Sequence[int]) -> bool:
-        """Whether there are enough lesions of both classes for a figure to mean anything."""
-        return min(self._lesions(rows)) >= LEAST_CLUSTERS
 
     def report(self, rows: Sequence[int]) -> Report:
         """All tasks on some images."""
@@ -249,7 +278,7 @@ class _Evaluation:
 
     def _group(self, rows: Sequence[int]) -> Report:
         truth, probability = self.melanoma[list(rows)], self.predictions.probability[list(rows)]
-        positive, negative = self._lesions(rows)
+        positive, negative = _lesions(self.records[row] for row in rows)
         figures = metrics.binary(self.predictions.threshold)
         clusters = self._clusters(rows)
         enough = {
@@ -287,7 +316,7 @@ class _Evaluation:
         """
         chosen = list(rows)
         called = self.predictions.probability[chosen] >= self.predictions.threshold
-        positive, negative = self._lesions(rows)
+        positive, negative = _lesions(self.records[row] for row in rows)
         lesions = {
             "AUROC": min(positive, negative),
             "sensitivity": positive,
@@ -304,13 +333,6 @@ class _Evaluation:
 
     def _components(self, rows: Iterable[int]) -> int:
         return len({self.records[row].component for row in rows})
-
-    def _lesions(self, rows: Sequence[int]) -> tuple[int, int]:
-        """Number of components with melanoma, and of those without."""
-        positive, negative = (
-            self._components(row for row in rows if self.melanoma[row] == value) for value in (1, 0)
-        )
-        return positive, negative
 
     def _clusters(self, rows: Sequence[int]) -> Clusters:
         return Clusters([self.records[row].component for row in rows])

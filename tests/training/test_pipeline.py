@@ -380,6 +380,7 @@ def test_a_table_of_predictions_is_evaluated_and_compared(
             "--against-threshold is of a table",
         ),
         (["evaluate", *arguments, "--predictions", str(fitted_bundle)], "--predictions is a table"),
+        ([*of_bundle, "--predictions", str(table)], "Name --bundle or --predictions"),
         ([*of_bundle, str(tmp_path / "report")], "holds no dataset in a layout"),
     ):
         with pytest.raises(DataError, match=sentence):
@@ -391,6 +392,16 @@ def test_a_table_of_predictions_is_evaluated_and_compared(
     assert "fitted to: the figures are better" in (tmp_path / "report" / "report.html").read_text()
     with pytest.raises(DataError, match="Only figures of the test split"):
         cli(["evaluate", *arguments, *bundle, "--publish"], standalone_mode=False)
+
+
+def test_too_few_lesions_are_told_before_any_image_is_predicted(
+    fitted: Run, tmp_path: Path
+) -> None:
+    tested = held_out(load_manifest(fitted.manifest), Split.TEST)
+    save_manifest(tmp_path / "few.csv", tested[:15])
+    arguments = ["--manifest", str(tmp_path / "few.csv"), "--bundle", str(tmp_path / "none")]
+    with pytest.raises(DataError, match="nothing can be said"):
+        cli(["evaluate", *arguments], standalone_mode=False)
 
 
 def test_an_expected_error_is_one_sentence(
