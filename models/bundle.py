@@ -24,7 +24,9 @@ from models.signatures import SIGNATURE, SignatureError, verify
 
 MANIFEST = "bundle.json"
 # Bytes; one is some ten thousand long. It is read before anything is known of who wrote it.
-MOST_OF_A_MANIFEST = 1_000_000
+_MOST_OF_A_MANIFEST = 1_000_000
+# All are in memory at once.
+_MOST_GOLDEN = 64
 FORMAT_VERSION: Literal[1] = 1
 NAME = r"^[a-z0-9][a-z0-9-]*$"
 VERSION = r"^\d+\.\d+\.\d+$"
@@ -102,7 +104,7 @@ class Golden(_Part):
     """What the network answers for `golden_image(seed, ...)`."""
 
     seed: int = Field(ge=0)
-    outputs: dict[str, tuple[float, ...]] = Field(min_length=1)
+    outputs: dict[str, tuple[float, ...]]
 
     @field_validator("seed")
     @classmethod
@@ -110,6 +112,13 @@ class Golden(_Part):
         if seed >= 2**31:
             raise ValueError("must be less than 2147483648")
         return seed
+
+    @field_validator("outputs")
+    @classmethod
+    def _says_something(cls, outputs: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+        if not outputs:
+            raise ValueError("must have one output at least")
+        return outputs
 
 
 class Artifact(_Part):
@@ -173,8 +182,7 @@ class Manifest(_Part):
     operating_point: OperatingPoint
     training_data: TrainingData
     metrics: tuple[Metric, ...] = ()
-    # All are in memory at once.
-    golden: tuple[Golden, ...] = Field(min_length=1, max_length=64)
+    golden: tuple[Golden, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:
@@ -190,6 +198,8 @@ class Manifest(_Part):
         for task in self.tasks:
             if (task.kind == "binary") != (task.name == "melanoma"):
                 raise ValueError(f"the task {task.name} cannot be {task.kind}")
+        if len(self.golden) > _MOST_GOLDEN:
+            raise ValueError(f"more than {_MOST_GOLDEN} golden images")
         seeds = [golden.seed for golden in self.golden]
         for artifact in self.artifacts:
             if artifact.golden and [golden.seed for golden in artifact.golden] != seeds:
@@ -347,7 +357,7 @@ def load_bundle(folder: Path, signed_by: Path | None = None) -> Bundle:
     """
     path = folder / MANIFEST
     try:
-        content = read_small(path, MOST_OF_A_MANIFEST)
+        content = read_small(path, _MOST_OF_A_MANIFEST)
         if signed_by is not None:
             verify(content, folder / SIGNATURE, signed_by)
         manifest = Manifest.model_validate_json(content)

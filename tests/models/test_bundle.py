@@ -221,7 +221,7 @@ def test_a_golden_prediction_that_predicts_nothing_is_refused(tmp_path: Path) ->
     def nothing(manifest: dict) -> None:
         manifest["golden"][0]["outputs"] = {}
 
-    with pytest.raises(BundleError, match=r"golden\.0\.outputs"):
+    with pytest.raises(BundleError, match=r"golden\.0\.outputs: must have one output"):
         load_bundle(changed(tmp_path, nothing))
 
 
@@ -230,7 +230,7 @@ def test_golden_images_that_would_fill_the_memory_are_refused(tmp_path: Path) ->
         first = manifest["golden"][0]
         manifest["golden"] = [first | {"seed": seed} for seed in range(65)]
 
-    with pytest.raises(BundleError, match=r"golden: .* at most 64"):
+    with pytest.raises(BundleError, match="more than 64 golden images"):
         load_bundle(changed(tmp_path, many))
 
 
