@@ -47,3 +47,10 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="it is no file"):
         read_small(tmp_path / "pipe", 3)
+
+
+def test_a_folder_in_a_file_s_place_leaves_nothing_open(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="Is a directory"):
+        read_small(tmp_path, 3)
+    assert os.listdir("/proc/self/fd") == before
