@@ -1,5 +1,6 @@
 """`mmtl bundle verify | sign | inspect | recalibrate | diff`."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Annotated
@@ -52,9 +53,12 @@ def sign(
     key: Annotated[Path, typer.Option(help="Private key: openssl genpkey -algorithm ed25519.")],
 ) -> None:
     """Sign a bundle; a service with MMTL_BUNDLE_SIGNED_BY takes no other."""
-    load_bundle(folder)  # nothing is signed that does not hold together
+    bundle = load_bundle(folder)  # nothing is signed that does not hold together
+    content = (folder / MANIFEST).read_bytes()
+    if hashlib.sha256(content).hexdigest() != bundle.manifest_sha256:
+        fail(f"{folder} has changed while it was verified: it is not signed.")
     try:
-        write_signature((folder / MANIFEST).read_bytes(), key, folder / SIGNATURE)
+        write_signature(content, key, folder / SIGNATURE)
     except SignatureError as error:
         fail(f"{error}.")
     print(f"signed   {folder / SIGNATURE}")

@@ -27,6 +27,8 @@ MANIFEST = "bundle.json"
 _MOST_OF_A_MANIFEST = 1_000_000
 # All are in memory at once.
 _MOST_GOLDEN = 64
+# Of a golden output, in logits or years; beyond it nothing would be compared.
+_MOST_TOLERANCE = 1.0
 FORMAT_VERSION: Literal[1] = 1
 NAME = r"^[a-z0-9][a-z0-9-]*$"
 VERSION = r"^\d+\.\d+\.\d+$"
@@ -136,6 +138,13 @@ class Artifact(_Part):
     golden: tuple[Golden, ...] | None = Field(
         None, description="Its own golden predictions; None for those of the manifest."
     )
+
+    @field_validator("tolerance")
+    @classmethod
+    def _compares_something(cls, tolerance: float) -> float:
+        if tolerance > _MOST_TOLERANCE:
+            raise ValueError(f"must be at most {_MOST_TOLERANCE:g}")
+        return tolerance
 
 
 class DataSource(_Part):

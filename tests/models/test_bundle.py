@@ -225,6 +225,14 @@ def test_a_golden_prediction_that_predicts_nothing_is_refused(tmp_path: Path) ->
         load_bundle(changed(tmp_path, nothing))
 
 
+def test_a_tolerance_that_lets_any_prediction_pass_is_refused(tmp_path: Path) -> None:
+    def forgive(manifest: dict) -> None:
+        manifest["artifacts"][0]["tolerance"] = 1e9
+
+    with pytest.raises(BundleError, match=r"artifacts\.0\.tolerance: must be at most 1\."):
+        load_bundle(changed(tmp_path, forgive))
+
+
 def test_golden_images_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
     def many(manifest: dict) -> None:
         first = manifest["golden"][0]

@@ -12,9 +12,10 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
+from app import bundle_commands
 from app.cli import main
 from models import signatures
-from models.bundle import BundleError, load_bundle
+from models.bundle import Bundle, BundleError, load_bundle
 from models.recalibration import change_prevalence, save_recalibrated
 from models.signatures import SIGNATURE, SignatureError, sign
 from tests.bundles import make_bundle
@@ -65,6 +66,26 @@ def test_a_signed_bundle_is_taken_and_no_other(
         assert stopped.value.code == 2
         assert "cannot be trusted" in capsys.readouterr().err
     assert not Path(new).exists()
+
+
+def test_what_is_signed_is_what_was_verified(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    private, _ = write_keys(tmp_path, "release")
+
+    def load_and_be_overtaken(folder: Path) -> Bundle:
+        bundle = load_bundle(folder)
+        manifest = folder / "bundle.json"
+        manifest.write_text(manifest.read_text().replace("0.5", "0.9", 1))
+        return bundle
+
+    monkeypatch.setattr(bundle_commands, "load_bundle", load_and_be_overtaken)
+    monkeypatch.setattr("sys.argv", ["mmtl", "bundle", "sign", str(folder), "--key", str(private)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "has changed while it was verified: it is not signed." in capsys.readouterr().err
+    assert not (folder / SIGNATURE).exists()
 
 
 def test_without_the_library_one_sentence_says_what_to_install(
