@@ -214,7 +214,12 @@ def quadratic_kappa(truth: Classes, found: Classes, labels: Sequence[int]) -> fl
         truth: int [N].
         found: int [N].
         labels: All classes in order, present or not: distances are between these.
+
+    Returns:
+        NaN where all are of one class, and found to be: chance could not do worse.
     """
+    if (truth == truth[:1]).all() and (found == truth[:1]).all():  # of which scikit-learn warns
+        return float("nan")
     return float(cohen_kappa_score(truth, found, labels=list(labels), weights="quadratic"))
 
 

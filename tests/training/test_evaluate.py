@@ -28,6 +28,12 @@ def _few_resamples():
         yield
 
 
+@pytest.fixture
+def fewest_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is the same whatever is drawn."""
+    monkeypatch.setattr(evaluating, "REPLICATES", 20)
+
+
 AGES = ("0-29", "30-44", "45-59", "60-74", "75+")
 
 
@@ -125,6 +131,90 @@ def test_two_models_are_compared_on_the_same_images(report: dict) -> None:
         evaluate(predictions(tested), [], predictions(tested[:-1]))
 
 
+@pytest.mark.usefixtures("fewest_resamples")
+def test_the_other_models_predictions_may_stand_in_another_order() -> None:
+    tested = records(100, "A", Split.TEST)
+    model, other = predictions(tested), replace(predictions(tested, seed=9), model="another")
+    order = list(range(len(tested)))[::-1]
+    turned = replace(
+        other,
+        records=[tested[row] for row in order],
+        probability=other.probability[order],
+    )
+    first, second = (evaluate(model, [], one)["sets"]["A"]["compared"] for one in (other, turned))
+    assert first == second
+    assert first["differences"]["AUROC"]["value"] != 0
+
+
+@pytest.mark.usefixtures("fewest_resamples")
+def test_a_model_that_is_always_right_has_exact_intervals_of_the_lesions_that_it_saw() -> None:
+    tested = records(100, "A", Split.TEST)
+    right = np.array([0.9 if record.melanoma else 0.1 for record in tested])
+    found = evaluate(replace(predictions(tested), probability=right), [])["sets"]["A"]
+    lesions = {record.lesion: record.melanoma for record in tested}
+    with_melanoma = sum(bool(melanoma) for melanoma in lesions.values())
+    without = len(lesions) - with_melanoma
+    assert with_melanoma < without
+    for figure, clusters in {
+        "AUROC": with_melanoma,
+        "sensitivity": with_melanoma,
+        "specificity": without,
+        "balanced accuracy": with_melanoma,
+        "positive predictive value": with_melanoma,
+        "negative predictive value": without,
+        "accuracy": len(lesions),
+    }.items():
+        estimate = found["melanoma"][figure]
+        assert (estimate["value"], estimate["high"]) == (1, 1)
+        assert estimate["low"] == pytest.approx(0.025 ** (1 / clusters)), figure
+
+
+@pytest.mark.usefixtures("fewest_resamples")
+def test_curves_are_those_of_the_images() -> None:
+    tested = records(100, "A", Split.TEST)
+    made = predictions(tested)
+    found = evaluate(made, [])["sets"]["A"]
+    truth = np.array([bool(record.melanoma) for record in tested])
+    prevalence = truth.mean()
+    assert found["calibration"]["Brier score of the prevalence"] == pytest.approx(
+        prevalence * (1 - prevalence)
+    )
+    assert [point["threshold"] for point in found["decision curve"]] == [
+        pytest.approx(percent / 100) for percent in range(1, 51)
+    ]
+    for point in found["decision curve"]:
+        called, odds = (
+            made.probability >= point["threshold"],
+            point["threshold"] / (1 - point["threshold"]),
+        )
+        hits, alarms = (called & truth).mean(), (called & ~truth).mean()
+        assert point["model"] == pytest.approx(hits - odds * alarms)
+        assert point["all"] == pytest.approx(prevalence - odds * (1 - prevalence))
+    for alarmed, sensitivity, threshold in found["roc"][1:]:
+        called = made.probability >= threshold
+        assert sensitivity == pytest.approx(called[truth].mean())
+        assert alarmed == pytest.approx(called[~truth].mean())
+    assert found["roc"][0] == [0, 0, 1]
+    assert found["roc"][-1][:2] == [1, 1]
+
+
+@pytest.mark.usefixtures("fewest_resamples")
+def test_what_is_not_known_of_an_image_is_a_group_and_no_truth() -> None:
+    tested = records(100, "A", Split.TEST)
+    bare = [replace(record, age=None, site=None) for record in tested[:92]] + tested[92:]
+    unlabelled = replace(predictions(tested), records=bare, labels={}, outputs={}, age_edges=())
+    groups = evaluate(unlabelled, [])["sets"]["A"]["groups"]
+    ages = {group: figures["images"] for group, figures in groups["age"].items()}
+    # Lesions 46 to 49 are of people of 50 to 65 years.
+    assert ages == {"unknown": 92, "40-59": 4, "60-79": 4}
+    assert groups["site"]["unknown"]["images"] == 92
+    # Of eight images nothing is said.
+    assert evaluate(replace(predictions(tested), records=bare), [])["sets"]["A"]["tasks"] == {}
+    known = [replace(record, age=None) for record in tested[:90]] + tested[90:]
+    age = evaluate(replace(predictions(tested), records=known), [])["sets"]["A"]["tasks"]["age"]
+    assert age["images"] == 10
+
+
 def test_a_source_that_was_not_learned_from_stands_beside_those_that_were() -> None:
     own, other = records(240, "A (part)", Split.TEST), records(240, "B", Split.TEST)
     better, worse = predictions(own, skill=4), predictions(other, skill=0.5)
@@ -144,12 +234,14 @@ def test_a_source_that_was_not_learned_from_stands_beside_those_that_were() -> N
     assert evaluate(replace(both, trained_on=()), [])["not learned from"] == {}
 
 
+@pytest.mark.usefixtures("fewest_resamples")
 def test_without_training_rows_there_is_no_metadata_baseline() -> None:
     found = evaluate(predictions(records(100, "A", Split.TEST)), [])["sets"]["A"]
     assert found["class"]["metadata_only"] is None
     assert found["tasks"]["age"]["metadata_only"] is None
 
 
+@pytest.mark.usefixtures("fewest_resamples")
 def test_a_manifest_without_components_is_clustered_by_its_lesions() -> None:
     tested = records(100, "A", Split.TEST)
     bare = [replace(record, component="") for record in tested]

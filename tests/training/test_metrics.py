@@ -115,6 +115,11 @@ def test_far_misses_weigh_more_in_the_quadratic_kappa() -> None:
     # Bins that are absent keep their distance: from 4 to 1 is three steps.
     two = metrics.quadratic_kappa(np.array([0, 0, 4, 4]), np.array([0, 0, 4, 1]), labels)
     assert two == pytest.approx(0.690, abs=0.001)
+    # Of one class nothing can be told from chance.
+    one = np.full(4, 2)
+    assert np.isnan(metrics.quadratic_kappa(one, one, labels))
+    assert metrics.quadratic_kappa(one, np.array([2, 2, 2, 3]), labels) == 0
+    assert metrics.quadratic_kappa(one, np.full(4, 3), labels) == 0
 
 
 def test_a_confusion_matrix_has_a_row_a_true_class() -> None:
