@@ -132,6 +132,16 @@ def test_two_models_are_compared_on_the_same_images(report: dict) -> None:
 
 
 @pytest.mark.usefixtures("fewest_resamples")
+def test_ten_lesions_of_each_class_are_enough_and_nine_are_not() -> None:
+    both = records(100, "A", Split.TEST)
+    few = [record for record in both if record.melanoma][:20]
+    many = [record for record in both if not record.melanoma]
+    assert "AUROC" in evaluate(predictions([*few, *many]), [])["sets"]["A"]["melanoma"]
+    with pytest.raises(DataError, match="at least 10 lesions with and 10 without melanoma"):
+        evaluate(predictions([*few[:18], *many]), [])
+
+
+@pytest.mark.usefixtures("fewest_resamples")
 def test_the_other_models_predictions_may_stand_in_another_order() -> None:
     tested = records(100, "A", Split.TEST)
     model, other = predictions(tested), replace(predictions(tested, seed=9), model="another")
@@ -149,12 +159,15 @@ def test_the_other_models_predictions_may_stand_in_another_order() -> None:
 @pytest.mark.usefixtures("fewest_resamples")
 def test_a_model_that_is_always_right_has_exact_intervals_of_the_lesions_that_it_saw() -> None:
     tested = records(100, "A", Split.TEST)
-    right = np.array([0.9 if record.melanoma else 0.1 for record in tested])
+    # Who is at the threshold is called.
+    right = np.array([0.5 if record.melanoma else 0.1 for record in tested])
     found = evaluate(replace(predictions(tested), probability=right), [])["sets"]["A"]
     lesions = {record.lesion: record.melanoma for record in tested}
     with_melanoma = sum(bool(melanoma) for melanoma in lesions.values())
     without = len(lesions) - with_melanoma
     assert with_melanoma < without
+    counts = found["class"]["confusion"]["counts"]
+    assert counts == [[2 * without, 0], [0, 2 * with_melanoma]]
     for figure, clusters in {
         "AUROC": with_melanoma,
         "sensitivity": with_melanoma,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from training.statistics import Clusters, Estimate, bounded
+from training.statistics import Clusters, Estimate, _interval, _p_value, _Shape, _shape, bounded
 
 
 def test_images_of_one_lesion_are_drawn_together() -> None:
@@ -59,6 +59,8 @@ def test_another_figure_that_no_resample_changes_has_no_interval() -> None:
     found = bounded(Estimate(0.5, 0.5, 0.5))
     assert (found.value, np.isnan([found.low, found.high]).all()) == (0.5, True)
     assert bounded(Estimate(0.5, 0.4, 0.6)) == Estimate(0.5, 0.4, 0.6)
+    for estimate, clusters in ((Estimate(0.5, 0.5, 0.5), 10), (Estimate(1.0, 1.0, 1.0), None)):
+        assert np.isnan(bounded(estimate, clusters).low)
 
 
 def test_a_paired_difference_is_sharper_than_two_intervals() -> None:
@@ -121,3 +123,57 @@ def test_the_interval_of_a_skewed_figure_reaches_further_where_it_is_skewed() ->
     assert (found.high - found.value) / (found.value - found.low) > 1.1 * (
         (high - found.value) / (found.value - low)
     )
+
+
+# Of which a quantile is its own level.
+EVEN = np.linspace(0, 1, 100_001)
+
+
+@pytest.mark.parametrize("bias", [-0.3, 0.2])
+@pytest.mark.parametrize("acceleration", [-0.05, 0.1])
+def test_an_interval_is_efrons(bias: float, acceleration: float) -> None:
+    """Efron 1987, equation 2.3."""
+    expected = [
+        stats.norm.cdf(bias + (bias + z) / (1 - acceleration * (bias + z)))
+        for z in stats.norm.ppf([0.025, 0.975])
+    ]
+    found = _interval(EVEN, _Shape(0.5, bias, acceleration, np.inf))
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("freedom", [12.0, np.inf])
+@pytest.mark.parametrize("bias", [-0.3, 0.2])
+@pytest.mark.parametrize("acceleration", [-0.05, 0.1])
+def test_where_an_interval_ends_at_zero_five_percent_are_left(
+    bias: float, acceleration: float, freedom: float
+) -> None:
+    shape = _Shape(0.5, bias, acceleration, freedom)
+    for end in _interval(EVEN, shape):
+        assert _p_value(EVEN - end, shape) == pytest.approx(0.05, abs=1e-3)
+
+
+def test_fewer_degrees_of_freedom_widen_an_interval_as_students_t_does() -> None:
+    low, high = _interval(EVEN, _Shape(0.5, 0.0, 0.0, 5.0))
+    reach = stats.t.ppf(0.975, 5) * np.sqrt(1 + 1 / 5)
+    assert (low, high) == pytest.approx(stats.norm.cdf([-reach, reach]), abs=1e-4)
+
+
+def test_a_figures_shape_is_that_of_its_replicates_and_its_jackknife() -> None:
+    # Two of ten are below the figure, and two the figure itself, which count half.
+    drawn = np.array([1.0, 2, 3, 3, 4, 5, 6, 7, 8, 9, np.nan])
+    left = np.array([2.0, 3, 3, 9, np.nan])
+    shape = _shape(3.0, drawn, left)
+    assert shape.bias == pytest.approx(stats.norm.ppf(0.3))
+    away = left[:4].mean() - left[:4]
+    squares = (away**2).sum()
+    skewness = (away**3).sum() / squares**1.5
+    assert shape.acceleration == pytest.approx(skewness / 6)
+    assert skewness < 0  # without the largest value, the figure is far higher
+    unexplained = (away**4).sum() / squares**2 - 1 / 4 - skewness**2
+    assert unexplained > 0
+    assert shape.freedom == pytest.approx(max(2 / unexplained, 1))
+    # Where all replicates are on one side, the bias is no more than so many can show.
+    assert _shape(0.5, drawn, left).bias == pytest.approx(stats.norm.ppf(1 / 11))
+    assert _shape(9.5, drawn, left).bias == pytest.approx(stats.norm.ppf(10 / 11))
+    # Of a figure that no part changes there is nothing to correct.
+    assert _shape(3.0, drawn, np.full(4, 3.0))[1:] == (0, 0, np.inf)
