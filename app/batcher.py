@@ -3,10 +3,10 @@
 A free worker waits for nothing that has not come, and an image that is alone is run on more cores
 than one, where the engine can. Where the network runs on the CPU, on the very cores that decode, a
 worker decodes what waits before it runs a small batch, or one beside enough others; a GPU is never
-left idle for that. Requests reserve their place before anything is decoded, so that what is in
-memory is bounded; a job whose caller has gone, or whose deadline has passed, is dropped when it is
-taken up. A batch that fails is tried again in halves, so that one bad image, or a GPU short of
-memory, costs the others nothing.
+left idle for that. While other images wait, fewer large ones are decoded at once. Requests reserve
+their place before anything is decoded, so that what is in memory is bounded; a job whose caller has
+gone, or whose deadline has passed, is dropped when it is taken up. A batch that fails is tried
+again in halves, so that one bad image, or a GPU short of memory, costs the others nothing.
 """
 
 import re
@@ -196,6 +196,11 @@ class Batcher:
         """Images that are admitted and not answered."""
         return self._admitted
 
+    @property
+    def others_wait(self) -> bool:
+        """Whether images wait to be decoded that are not known to be large."""
+        return bool(self._encoded)
+
     def broken(self, seconds: float) -> bool:
         """Whether a worker has died, or has been at one piece of work for longer than that."""
         now = time.monotonic()
@@ -369,7 +374,8 @@ class Batcher:
                     len(self._decoded) >= self._worth_running
                     and self._running < self._runs_beside_decoding
                 )
-                to_decode = self._large if self._large and is_anyones_turn() else self._encoded
+                large = bool(self._large) and is_anyones_turn(self.others_wait)
+                to_decode = self._large if large else self._encoded
                 if self._decoded and free and (enough or not to_decode):
                     jobs = self._batch()
                 elif to_decode:

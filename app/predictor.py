@@ -232,7 +232,14 @@ class Predictor:
         began = picture.decode_began = time.monotonic()
         size = network.bundle.manifest.input
         try:
-            image = decode(picture.data, size.height, size.width, self._limits, wait=False)
+            image = decode(
+                picture.data,
+                size.height,
+                size.width,
+                self._limits,
+                wait=False,
+                sparing=network.batcher.others_wait,
+            )
             picture.image = image
             picture.sha256 = hashlib.sha256(picture.data).hexdigest()
         finally:

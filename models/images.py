@@ -142,6 +142,7 @@ def decode(
     width: int,
     limits: Limits = DEFAULT_LIMITS,
     wait: bool = True,
+    sparing: bool = False,
 ) -> DecodedImage:
     """Decode an image and fit it to `height` x `width`.
 
@@ -155,6 +156,7 @@ def decode(
         width: Of the result, in pixels.
         limits: Checked before any pixel is decoded.
         wait: For the turn of a large image: few are decoded at once.
+        sparing: Decode fewer of them at once, as other images wait.
 
     Returns:
         The pixels and what the original was.
@@ -205,7 +207,7 @@ def decode(
             finally:
                 image.close()  # with its pixels
 
-        return in_turn(whole, wait) if held > _LARGE else whole()
+        return in_turn(whole, wait, sparing) if held > _LARGE else whole()
 
 
 def _fit(

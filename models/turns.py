@@ -76,9 +76,9 @@ class _Turns:
         self._changed = threading.Condition()
         self._free = [_Turn() for _ in range(most)]
 
-    def take(self, wait: bool) -> _Turn:
+    def take(self, wait: bool, sparing: bool) -> _Turn:
         with self._changed:
-            while not self._free:
+            while not self.one_is_free(sparing):
                 if not wait:
                     raise NotItsTurn
                 self._changed.wait()
@@ -89,8 +89,8 @@ class _Turns:
             self._free.append(turn)
             self._changed.notify()
 
-    def one_is_free(self) -> bool:
-        return bool(self._free)
+    def one_is_free(self, sparing: bool) -> bool:
+        return len(self._free) > (self.most // 2 if sparing else 0)
 
     def end(self) -> None:
         """Let the threads go of those that nobody has."""
@@ -123,18 +123,19 @@ def allow_at_once(most: int) -> None:
     _replace(_Turns(most))
 
 
-def in_turn(work: Callable[[], _T], wait: bool = True) -> _T:
+def in_turn(work: Callable[[], _T], wait: bool = True, sparing: bool = False) -> _T:
     """What some work gives that takes much memory, in a turn that nobody else has.
 
     Args:
         work: Without arguments.
         wait: For a turn.
+        sparing: Leave half of the turns unused, as there is other work: so less memory is taken.
 
     Raises:
-        NotItsTurn: Others have all turns, and `wait` is false.
+        NotItsTurn: Others have all turns that may be used, and `wait` is false.
     """
     turns = _turns[0]
-    turn = turns.take(wait)
+    turn = turns.take(wait, sparing)
     try:
         return turn.run(work)
     finally:
@@ -145,9 +146,9 @@ def in_turn(work: Callable[[], _T], wait: bool = True) -> _T:
             turns.end()
 
 
-def is_anyones_turn() -> bool:
-    """Whether another large image may be decoded just now."""
-    return _turns[0].one_is_free()
+def is_anyones_turn(sparing: bool = False) -> bool:
+    """Whether another large image may be decoded just now, `sparing` as for `in_turn`."""
+    return _turns[0].one_is_free(sparing)
 
 
 def skip_turn() -> None:

@@ -313,6 +313,11 @@ def large_images_anywhere() -> None:
     models.turns._Turn.run = lambda _, work: work()
 
 
+def large_images_on_all_cores() -> None:
+    """A large image decoded on each core, though others wait."""
+    app.batcher.Batcher.others_wait = False
+
+
 def one_large_image_at_a_time() -> None:
     """One large image decoded at a time, not one a core."""
     app.cli.most_at_once = lambda *_: 1
@@ -508,6 +513,7 @@ UNDONE: tuple[Variant, ...] = (
     answers_by_numpy,
     frequent_collections,
     large_images_anywhere,
+    large_images_on_all_cores,
     one_large_image_at_a_time,
     loading_kept,
     frequent_trims,

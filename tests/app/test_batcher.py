@@ -202,7 +202,7 @@ def large_that_waits(
 ) -> tuple[threading.Event, Callable[[], NDArray[np.uint8]]]:
     """When its turn has come, and the decoding of a large image that waits for it."""
     free = threading.Event()
-    monkeypatch.setattr("app.batcher.is_anyones_turn", free.is_set)
+    monkeypatch.setattr("app.batcher.is_anyones_turn", lambda _: free.is_set())
 
     def large() -> NDArray[np.uint8]:
         if not free.is_set():
@@ -229,6 +229,36 @@ async def test_no_worker_waits_for_the_turn_of_a_large_image(
         assert found.outputs["first"] == 9
 
 
+async def test_fewer_large_images_are_decoded_at_once_while_others_wait(
+    batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, int]] = []
+
+    def is_turn(sparing: bool) -> bool:
+        asked.append((sparing, len(batcher._encoded)))
+        return not sparing
+
+    monkeypatch.setattr("app.batcher.is_anyones_turn", is_turn)
+    tried = []
+
+    def large() -> NDArray[np.uint8]:
+        tried.append(batcher.others_wait)
+        if len(tried) == 1:
+            raise NotItsTurn
+        return image(9)
+
+    answers: list[Future[Answer]] = [Future() for _ in range(4)]
+    with batcher._changed:  # no worker begins before all are there
+        for decode, answer in zip([large, *[lambda: image(9)] * 3], answers, strict=True):
+            batcher.put(decode, time.monotonic() + 9, answer)
+        assert batcher.others_wait
+    for answer in answers:
+        found = await asyncio.wait_for(asyncio.wrap_future(answer), 5)
+        assert found.outputs["first"] == 9
+    assert all(sparing == bool(waiting) for sparing, waiting in asked)
+    assert (len(tried), tried[-1]) == (2, False)
+
+
 async def test_a_large_image_that_waits_when_the_batcher_closes_is_answered(
     batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,7 +282,7 @@ async def test_large_images_that_wait_are_refused_in_the_end(
     def large() -> NDArray[np.uint8]:
         raise NotItsTurn
 
-    monkeypatch.setattr("app.batcher.is_anyones_turn", lambda: False)
+    monkeypatch.setattr("app.batcher.is_anyones_turn", lambda _: False)
     answer: Future[Answer] = Future()
     batcher.put(large, time.monotonic() + 9, answer)
     until(lambda: batcher._large)
@@ -325,7 +355,7 @@ async def test_a_large_image_that_waits_past_its_deadline_is_let_go(
     def large() -> NDArray[np.uint8]:
         raise NotItsTurn
 
-    monkeypatch.setattr("app.batcher.is_anyones_turn", lambda: False)
+    monkeypatch.setattr("app.batcher.is_anyones_turn", lambda _: False)
     answer: Future[Answer] = Future()
     batcher.put(large, time.monotonic() + 0.1, answer)
     until(lambda: batcher._large)

@@ -18,7 +18,7 @@ from models.images import (
     UnsupportedImageError,
     decode,
 )
-from models.turns import NotItsTurn, in_turn, is_anyones_turn
+from models.turns import NotItsTurn, allow_at_once, in_turn, is_anyones_turn
 from tests.lesions import draw_lesion, encode, flat, huge_png, lesion
 
 
@@ -109,6 +109,13 @@ def test_a_jpeg_too_long_and_thin_for_a_smaller_scale_waits_as_what_is_held_in_f
         decode(long, 32, 32, wait=False)  # at a half of its size
         with pytest.raises(NotItsTurn):
             decode(long, 64, 64, wait=False)
+        allow_at_once(2)
+        in_turn(sparingly)
+
+    def sparingly() -> None:
+        with pytest.raises(NotItsTurn):
+            decode(long, 64, 64, wait=False, sparing=True)
+        assert decode(long, 64, 64, wait=False).width == 60_000
 
     in_turn(meanwhile)
     few = Limits(max_pixels_in_full=5_000_000)

@@ -44,6 +44,23 @@ def test_work_is_done_one_at_a_time() -> None:
     assert is_anyones_turn()
 
 
+@pytest.mark.parametrize(("most", "sparingly"), [(1, 1), (2, 1), (3, 2), (8, 4)])
+def test_half_of_the_turns_are_left_where_there_is_other_work(most: int, sparingly: int) -> None:
+    allow_at_once(most)
+    over = threading.Event()
+    holders = [hold(over) for _ in range(sparingly - 1)]
+    assert is_anyones_turn(sparing=True)
+    assert in_turn(int, wait=False, sparing=True) == 0
+    holders.append(hold(over))
+    assert not is_anyones_turn(sparing=True)
+    with pytest.raises(NotItsTurn):
+        in_turn(int, wait=False, sparing=True)
+    assert is_anyones_turn() == (sparingly < most)
+    over.set()
+    for holder in holders:
+        holder.join()
+
+
 def test_as_much_is_done_at_once_as_is_allowed() -> None:
     allow_at_once(2)
     over, later = threading.Event(), threading.Event()
