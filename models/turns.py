@@ -87,7 +87,7 @@ class _Turns:
     def give_back(self, turn: _Turn) -> None:
         with self._changed:
             self._free.append(turn)
-            self._changed.notify()
+            self._changed.notify_all()  # who is sparing may not take it, and another may
 
     def one_is_free(self, sparing: bool) -> bool:
         return len(self._free) > (self.most // 2 if sparing else 0)
