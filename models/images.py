@@ -167,7 +167,8 @@ def decode(
             defined range (32-bit integers and floats).
         ImageTooLargeError: Over one of `limits`.
         CorruptImageError: The bytes end early or contradict themselves.
-        models.turns.NotItsTurn: It is large, others have all turns, and `wait` is false.
+        models.turns.NotItsTurn: It is large, others have all turns that may be used, and `wait` is
+            false.
     """
     if len(data) == 0:
         raise EmptyImageError("The image is empty (0 bytes).")

@@ -173,6 +173,22 @@ def test_heat_maps_of_large_images_wait_for_their_turn(client: TestClient) -> No
     assert [r["explanation"]["media_type"] for r in answer.json()["results"]] == ["image/png"] * 4
 
 
+@pytest.mark.parametrize("others_wait", [True, False])
+def test_a_large_image_is_decoded_sparingly_while_others_wait(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, others_wait: bool
+) -> None:
+    told = []
+
+    def decode_and_tell(*arguments: Any, **named: Any) -> DecodedImage:
+        told.append(named)
+        return decode(*arguments, **named)
+
+    monkeypatch.setattr("app.predictor.decode", decode_and_tell)
+    monkeypatch.setattr("app.batcher.Batcher.others_wait", others_wait)
+    assert client.post("/predict", files=form(flat(160, 80, 60))).status_code == 200
+    assert told == [{"wait": False, "sparing": others_wait}]
+
+
 @pytest.mark.anyio
 async def test_an_answer_that_nobody_reads_takes_the_room_of_others() -> None:
     held, read = Held(100_000, 100_000), asyncio.Event()
