@@ -303,7 +303,8 @@ class Protocol(HttpToolsProtocol):
         lines = [
             f"HTTP/1.1 {status} {status.phrase}".encode(),
             b"connection: close",
-            *(name + b": " + value for name, value in answer.raw_headers),
+            *(b": ".join(header) for header in self.server_state.default_headers),
+            *(b": ".join(header) for header in answer.raw_headers),
         ]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
         if lingers:

@@ -76,6 +76,7 @@ def problem_of(answer: bytes) -> str:
     assert b"content-type: application/problem+json" in head
     assert f"content-length: {len(body)}".encode() in head
     assert re.search(rb"x-request-id: [0-9a-f]{32}", head)
+    assert re.search(rb"date: \w{3}, [\w :]+ GMT", head)  # RFC 9110, section 6.6.1
     return json.loads(body)["type"].rpartition(":")[2]
 
 
