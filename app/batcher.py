@@ -198,7 +198,7 @@ class Batcher:
 
     @property
     def others_wait(self) -> bool:
-        """Whether images wait to be decoded that are not known to be large."""
+        """Whether images wait, to be decoded or finished, that are not known to be large."""
         return bool(self._encoded)
 
     def broken(self, seconds: float) -> bool:
