@@ -206,7 +206,8 @@ class Keys:
         self._seen = self._mark()
         self._keys = {key.id: key for key in read_keys(path)}
         self._looked = time.monotonic()
-        self._refused: tuple[int, ...] | None = None
+        # The mark of a file that could not be read, which is said once; none is like `()`.
+        self._refused: tuple[int, ...] | None = ()
         self._stale = False
         self._buckets: dict[str, _Bucket] = {}
 
@@ -250,16 +251,16 @@ class Keys:
             self._looked = now
             mark = self._mark()
             if mark == self._seen:
-                self._stale = False
+                self._stale, self._refused = False, ()
                 return
             try:
                 self._keys = {key.id: key for key in read_keys(self._path)}
             except KeysError as error:  # those that were read last still hold
-                if mark is None or mark != self._refused:
+                if mark != self._refused:
                     log.error("key file not read again", reason=str(error))
                 self._refused, self._stale = mark, True
             else:
-                self._seen, self._stale = mark, False
+                self._seen, self._stale, self._refused = mark, False, ()
 
     def _mark(self) -> tuple[int, ...] | None:
         try:

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from app import keys as module
 from app.keys import Keys, KeysError, create_key, read_keys, revoke_key
@@ -206,8 +207,33 @@ def test_a_file_that_could_not_be_read_is_read_once_it_can_be(
     assert running.find(key) is None
 
 
+def test_a_file_that_cannot_be_read_is_logged_once_and_again_when_it_has_changed(
+    path: Path, clock
+) -> None:
+    create_key(path, "tool", ("predict",), None)
+    running = Keys(path)
+    with capture_logs() as logged:
+        whole = path.rename(path.with_name("whole"))
+        for content in (None, "{", "[]"):
+            if content is not None:
+                path.write_text(content)
+            for _ in range(3):
+                clock.now += 2
+                assert running.stale
+            path.unlink(missing_ok=True)
+        assert len(logged) == 3
+        whole.rename(path)
+        clock.now += 2
+        assert not running.stale
+        path.rename(whole)
+        clock.now += 2
+        assert running.stale
+    assert [line["event"] for line in logged] == 4 * ["key file not read again"]
+
+
 def test_who_could_read_the_file_still_can(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create_key(path, "tool", ("predict",), None)
+    path.chmod(0o640)
     given: list[tuple[int, int]] = []
 
     def stat_of_another(self: Path) -> os.stat_result:
@@ -220,6 +246,7 @@ def test_who_could_read_the_file_still_can(path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(module.os, "chown", lambda _, user, group: given.append((user, group)))
     revoke_key(path, "tool")
     assert given == [(10001, 10002)]
+    assert path.stat().st_mode & 0o777 == 0o640
 
     def may_not(*_: object) -> None:
         raise PermissionError
