@@ -28,6 +28,7 @@ class Siblings:
         self.number = number
         self.count = count
         self.folder = folder
+        self._socket = folder / f"{number}.socket"
         self._server: asyncio.Server | None = None
 
     async def listen(self, answers: Mapping[str, Answer]) -> None:
@@ -45,15 +46,14 @@ class Siblings:
             finally:
                 writer.close()
 
-        path = self.folder / f"{self.number}.socket"
-        path.unlink(missing_ok=True)  # of the one that died in this place
-        self._server = await asyncio.start_unix_server(answer, path)
+        # Which takes the place of a socket that one left behind that died.
+        self._server = await asyncio.start_unix_server(answer, self._socket)
 
     def close(self) -> None:
         """Answer no more."""
         if self._server is not None:
             self._server.close()
-            (self.folder / f"{self.number}.socket").unlink(missing_ok=True)
+            self._socket.unlink(missing_ok=True)
 
     async def ask(self, name: str, about: str, seconds: float) -> dict[int, bytes]:
         """What the others answer, by number; nothing of one that is being started, dies or hangs.
