@@ -40,9 +40,10 @@ def has_several_scans(data: bytes | memoryview) -> bool:
             return channels is None or data[body] < channels
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if marker in _FRAMES:
-            if marker not in _SEQUENTIAL or channels is not None or end <= body + 5:
+            whole = body + 5 < min(end, len(data))
+            if marker not in _SEQUENTIAL or channels is not None or not whole:
                 return True
-            channels = data[body + 5 : body + 6][0] if body + 5 < len(data) else None
+            channels = data[body + 5]
         elif marker not in _TABLES:
             return True
         at = end
@@ -66,7 +67,7 @@ def for_an_eighth(data: bytes) -> bytes:
     """
     parts: list[bytes] = [data[:2]]
     brightness = None
-    looked = dropped = False
+    looked = False
     at = 2
     while data[at : at + 1] == b"\xff" and at + 2 <= len(data):
         marker = data[at + 1]
@@ -87,13 +88,12 @@ def for_an_eighth(data: bytes) -> bytes:
             if segment[0] == 1 and segment[1] == brightness and first:
                 keep = first == 1 and not approximation >> 4
                 looked |= keep
-                dropped |= not keep
         if keep:
             parts.append(data[at:end])
         at = end
     else:
         return data
-    return b"".join([*parts, data[at:]]) if looked and dropped else data
+    return b"".join([*parts, data[at:]]) if looked else data
 
 
 def _of_full_size(frame: bytes) -> int | None:

@@ -1,3 +1,4 @@
+import re
 from io import BytesIO
 
 import numpy as np
@@ -47,6 +48,24 @@ def test_the_pixels_are_the_same_to_the_bit(
     assert np.array_equal(eighth(fewer), eighth(data))
 
 
+def scans(data: bytes) -> list[tuple[bytes, int, int]]:
+    """Channels, first coefficient and the bits that were sent before, of each scan."""
+    found = []
+    for start in re.finditer(b"\xff\xda", data):
+        count = data[start.end() + 2]
+        at = start.end() + 3 + 2 * count
+        found.append((data[start.end() + 3 : at : 2], data[at], data[at + 2] >> 4))
+    return found
+
+
+def test_only_brightness_loses_scans_and_not_its_first_look() -> None:
+    data = progressive(draw_lesion(6, 320, 240))
+    assert len(scans(data)) == 10  # as libjpeg's `jpeg_simple_progression` has it
+    fine = {(b"\x01", 6, 0), (b"\x01", 1, 2), (b"\x01", 1, 1)}
+    assert fine < set(scans(data))
+    assert scans(for_an_eighth(data)) == [each for each in scans(data) if each not in fine]
+
+
 def test_grey_too() -> None:
     data = progressive(draw_lesion(1, 320, 240)[:, :, 0])
     fewer = for_an_eighth(data)
@@ -60,10 +79,13 @@ def test_a_baseline_file_is_left_as_it_is() -> None:
     assert for_an_eighth(buffer.getvalue()) == buffer.getvalue()
 
 
-def test_channels_that_are_sampled_more_finely_than_the_first_are_left_as_they_are() -> None:
+@pytest.mark.parametrize("sampling", [0x12, 0x21, 0x22])
+def test_channels_that_are_sampled_more_finely_than_the_first_are_left_as_they_are(
+    sampling: int,
+) -> None:
     data = bytearray(progressive(draw_lesion(3, 320, 240), subsampling=0))
     frame = data.index(b"\xff\xc2")
-    data[frame + 4 + 6 + 4] = 0x22  # the second component's sampling
+    data[frame + 4 + 6 + 4] = sampling  # of the second component
     assert for_an_eighth(bytes(data)) == bytes(data)
 
 
@@ -116,6 +138,33 @@ def test_a_scan_of_every_channel_is_all_of_a_baseline_jpeg() -> None:
 )
 def test_a_jpeg_is_held_whole_where_a_decoder_might_find_several_scans(before: bytes) -> None:
     assert has_several_scans(b"\xff\xd8" + before)
+
+
+def test_tables_and_segments_of_applications_may_stand_before_a_scan_and_nothing_else() -> None:
+    known = {
+        code
+        for code in range(1, 255)
+        if not has_several_scans(
+            b"\xff\xd8" + marker(code, bytes(20)) + frame(0xC0) + scan(1, 2, 3)
+        )
+    }
+    assert known == {0xC4, 0xCC, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}
+
+
+def test_of_all_frames_two_are_read_row_by_row() -> None:
+    known = {
+        code
+        for code in range(1, 255)
+        if not has_several_scans(b"\xff\xd8" + frame(code) + scan(1, 2, 3))
+    }
+    assert known == {0xC0, 0xC1}
+
+
+@pytest.mark.parametrize("length", range(2, 8))
+def test_a_frame_that_ends_before_it_says_how_many_channels_it_has(length: int) -> None:
+    short = b"\xff\xc0" + length.to_bytes(2, "big") + bytes([8, 0, 16, 0, 16])[: length - 2]
+    assert has_several_scans(b"\xff\xd8" + short + scan(1, 2, 3))
+    assert has_several_scans(b"\xff\xd8" + short)
 
 
 @given(st.binary(max_size=200))
