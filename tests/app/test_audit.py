@@ -1,6 +1,7 @@
 """Who had which image answered by which network, and nothing more."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -272,6 +273,38 @@ def test_neither_a_turn_nor_a_sync_leaves_a_file_open(
     log.close()
     assert len([*path.parent.iterdir()]) == 10
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_neither_an_end_nor_a_failure_leaves_a_file_open(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    log = AuditLog(path, 10_000)
+    log.write("one", None, MODEL, [("a", "ok")])
+    log.close()
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("app.audit.os.pread", fail)
+    with pytest.raises(AuditError, match=r"audit\.jsonl cannot be written: Input/output error\."):
+        AuditLog(path, 10_000)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_line_that_another_process_is_writing_is_not_taken_for_a_torn_one(path: Path) -> None:
+    other = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    os.write(other, b'{"half":')
+    opened: list[AuditLog] = []
+    opening = threading.Thread(target=lambda: opened.append(AuditLog(path, 10_000)))
+    opening.start()
+    opening.join(0.1)
+    os.write(other, b" 1}\n")
+    os.close(other)
+    opening.join(10)
+    opened[0].close()
+    assert path.read_bytes() == b'{"half": 1}\n'
 
 
 def test_a_disk_that_hangs_keeps_no_caller_waiting_and_no_service_from_ending(

@@ -114,6 +114,29 @@ async def test_uploads_of_unknown_length_are_bounded_more_tightly() -> None:
     assert await read(request(body, content_type="image/jpeg"), held) == [Upload(None, b"123456")]
 
 
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("length", [6, 7])
+async def test_a_limit_is_the_most_that_is_taken(length: int, declared: bool) -> None:
+    headers = {"content_length": str(length)} if declared else {}
+    sent = request([part(b"1234567"[:length], more=False)], content_type="image/jpeg", **headers)
+    if length == 6:
+        assert await read(sent, Held(6, 6), max_bytes=6) == [Upload(None, b"123456")]
+        return
+    with pytest.raises(Problem) as caught:
+        await read(sent, max_bytes=6)
+    assert caught.value.kind.name == "body-too-large"
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_as_much_is_held_as_may_be(declared: bool) -> None:
+    held = Held(10, 10)
+    held.take(4, declared)
+    held.take(6, declared)
+    with pytest.raises(Problem) as caught:
+        held.take(1, declared)
+    assert caught.value.kind.name == "saturated"
+
+
 async def test_a_body_that_says_it_is_too_large_is_refused_before_it_comes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

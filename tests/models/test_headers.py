@@ -86,6 +86,28 @@ def test_what_cameras_and_encoders_write_is_not(data: bytes) -> None:
     assert decode(data, 32, 32).pixels.shape == (32, 32, 3)
 
 
+@pytest.mark.parametrize(
+    ("start", "piece", "most"),
+    [
+        (b"\xff\xd8", segment(0xE5), 256),
+        (b"\xff\xd8", b"\xff\xf0", 256),
+        (PNG[:8], chunk(b"tEXt", b"a\0b"), 256),
+        (PNG[:8], chunk(b"IDAT"), 65_536),
+        (b"\xff\xd8\xff\xe5\0\4ab", b"\0", 65_536),
+    ],
+    ids=["segments", "markers", "chunks", "chunks-of-pixels", "fill"],
+)
+def test_so_many_pieces_are_the_most(start: bytes, piece: bytes, most: int) -> None:
+    assert not in_too_many_pieces(start + most * piece)
+    assert in_too_many_pieces(start + (most + 1) * piece)
+
+
+def test_fill_is_counted_over_all_gaps() -> None:
+    for gap, refused in ((32_768, False), (32_769, True)):
+        data = JPEG[:2] + segment(0xE5) + 32_768 * b"\0" + segment(0xE5) + gap * b"\0"
+        assert in_too_many_pieces(data + segment(0xE5)) is refused
+
+
 @given(st.lists(st.sampled_from([b"\xff", b"\xff\xe5", b"\xd8", b"\x00", b"\x00\x04", b"ab"])))
 def test_no_more_pieces_are_read_than_are_counted(parts: list[bytes]) -> None:
     data = JPEG[:3] + b"".join(parts) * 40 + JPEG[2:]

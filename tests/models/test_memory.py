@@ -30,6 +30,27 @@ c.malloc_info(0, ctypes.c_void_p.in_dll(c, "stdout"))
 c.fflush(None)
 """
 
+# What is freed below the last block stays with the heap.
+FREED = """
+import ctypes, os
+from models import memory
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+c = ctypes.CDLL(None)
+c.malloc.restype = ctypes.c_void_p
+c.free.argtypes = [ctypes.c_void_p]
+c.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+blocks = [c.malloc(50_000) for _ in range(1000)]
+for block in blocks:
+    c.memset(block, 1, 50_000)
+for block in blocks[:-1]:
+    c.free(block)
+before = resident()
+memory.NAME()
+print(before - resident())
+"""
+
 MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -91,6 +112,14 @@ def test_threads_share_the_arenas_that_they_may_have() -> None:
             check=True,
         )
         assert (done.stdout.count("<heap nr=") == 1) is shared
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="no glibc")
+@pytest.mark.parametrize("name", ["give_back", "trim_heaps"])
+def test_what_is_freed_goes_back_to_the_kernel(name: str) -> None:
+    code = FREED.replace("NAME", name)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 40_000_000
 
 
 def test_heaps_are_trimmed_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:

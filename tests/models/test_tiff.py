@@ -43,6 +43,27 @@ def test_a_directory_is_read_in_either_byte_order(order: str) -> None:
     assert (found.longest_list, found.several_pages) == (9, True)
 
 
+def test_what_a_directory_does_not_say() -> None:
+    found = read_directory(tiff())
+    assert found is not None
+    assert (found.compression, found.tile_pixels) == (1, 0)
+    assert (found.longest_list, found.several_pages) == (0, False)
+
+
+@pytest.mark.parametrize("kind", range(1, 14))
+def test_text_and_blobs_alone_may_be_long(kind: int) -> None:
+    found = read_directory(tiff((700, kind, 1_000_000, 8)))
+    assert found is not None
+    assert found.longest_list == (0 if kind in (1, 2, 6, 7) else 1_000_000)
+
+
+@pytest.mark.parametrize("tag", [273, 279, 324, 325])
+def test_lists_of_strips_and_tiles_are_lists_whatever_their_kind(tag: int) -> None:
+    found = read_directory(tiff((tag, 2, 1_000_000, 8)))
+    assert found is not None
+    assert found.longest_list == 1_000_000
+
+
 @pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
 def test_what_cameras_write_is_decoded(compression: str | None) -> None:
     data = encode(draw_lesion(0), "TIFF", compression=compression)
