@@ -12,12 +12,25 @@ from models.cores import (
     processor,
 )
 
-HERE = len(os.sched_getaffinity(0))
+MASK = {0, 2, 5}
+HERE = len(MASK)
+
+
+@pytest.fixture(autouse=True)
+def _larger_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: MASK)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
 
 
 @pytest.mark.parametrize(
     ("quota", "cores"),
-    [("max 100000", HERE), ("50000 100000", 1), ("9900000 100000", HERE), ("nonsense", HERE)],
+    [
+        ("max 100000", HERE),
+        ("50000 100000", 1),
+        ("150000 100000", 2),
+        ("9900000 100000", HERE),
+        ("nonsense", HERE),
+    ],
 )
 def test_the_container_s_quota_counts(
     monkeypatch: pytest.MonkeyPatch, quota: str, cores: int
