@@ -29,7 +29,7 @@ from app.console import NOTICE, add_row, fail, printable, show
 from app.engines import EngineError
 from app.keys import KeysError
 from app.main import API_VERSION, build_api, create_app
-from app.problems import NOT_FOUND, Problem
+from app.problems import Kind, Problem
 from app.processes import (
     LISTENS,
     WARM,
@@ -70,6 +70,9 @@ _EXPECTED = (
     Problem,
     load.LoadError,
 )
+
+# No problem of the service's, which is sent no paths.
+_UNREADABLE_FILE = Kind("unreadable-file", 422, "The file cannot be read")
 
 log = structlog.get_logger()
 cli = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -365,7 +368,9 @@ def _read(path: Path) -> Upload | Failure:
         return Upload(name, path.read_bytes())
     except OSError as error:
         detail = f"The file cannot be read: {error.strerror}."
-        return Failure(filename=name, status="error", error=Problem(NOT_FOUND, detail).body())
+        return Failure(
+            filename=name, status="error", error=Problem(_UNREADABLE_FILE, detail).body()
+        )
 
 
 def _print_table(answer: PredictResponse) -> None:

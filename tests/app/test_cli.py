@@ -113,7 +113,12 @@ def test_a_file_that_cannot_be_read_costs_the_others_nothing(
     status, output, _ = run("predict", "--json", tmp_path / "nowhere.jpg", picture, tmp_path)
     assert status == 1
     first, second, third = json.loads(output)["results"]
-    assert first["error"]["detail"] == "The file cannot be read: No such file or directory."
+    assert first["error"] == {
+        "type": "urn:mmtl:problem:unreadable-file",
+        "title": "The file cannot be read",
+        "status": 422,
+        "detail": "The file cannot be read: No such file or directory.",
+    }
     assert first["filename"] == str(tmp_path / "nowhere.jpg")
     assert first["status"] == third["status"] == "error"
     assert second["status"] == "ok"
