@@ -52,6 +52,8 @@ def test_every_container_is_locked_down() -> None:
             assert is_["security_opt"] == ["no-new-privileges:true"], service
             assert "mem_limit" in is_, service
             assert re.search(r":\D*\d+\.\d+|^mmtl:", is_["image"]), f"{service} is of no version"
+        served = load(name)["services"]["mmtl"]
+        assert served["memswap_limit"] == served["mem_limit"]  # no swap, which is a disk
     for service in load(COMPOSE[0])["services"].values():
         assert service["read_only"] is True
 
