@@ -315,7 +315,6 @@ def _to_channels(image: Image.Image, data: bytes | memoryview) -> Image.Image:
     if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
         image = image.convert("RGB")  # whoever wrote it left the fourth byte at 0
     mode = "RGBA" if image.has_transparency_data else "RGB"
-    image.load()
     return image if image.mode == mode else image.convert(mode)
 
 

@@ -153,6 +153,19 @@ async def test_what_is_measured_of_a_batch_joins_its_outputs(engine: Engine) -> 
     batcher.close(5)
 
 
+async def test_how_long_an_image_waited_is_told(batcher: Batcher, engine: Engine) -> None:
+    first = await hold(engine, batcher)
+    future: Future[Answer] = Future()
+    put = time.monotonic()
+    batcher.put(partial(image, 2), put + 5, future)
+    await asyncio.sleep(0.1)
+    engine.gate.set()
+    answer = await asyncio.wrap_future(future)
+    assert 0.09 < answer.queue_seconds < answer.ended - put
+    assert 0 < answer.inference_seconds <= answer.ended - put - answer.queue_seconds
+    await first
+
+
 async def test_a_caller_who_has_gone_is_not_run(batcher: Batcher, engine: Engine) -> None:
     first = await hold(engine, batcher)
     gone, stays = (asyncio.create_task(ask(batcher, value)) for value in (20, 21))
@@ -574,6 +587,33 @@ async def test_a_network_that_fails_for_blank_images_too_is_broken(
     until(lambda: batcher.broken(60))
     with pytest.raises(NotReady):
         await ask(batcher, 1)
+
+
+async def test_what_waits_when_a_network_is_given_up_is_refused(
+    batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: NDArray[np.uint8]) -> None:
+        engine.gate.wait(5)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine, "run", fail)
+    monkeypatch.setattr(engine, "run_alone", fail)
+    for _ in range(2):
+        with pytest.raises(InferenceFailed):
+            await ask(batcher, 1)
+    until(lambda: not batcher._busy)
+    engine.gate.clear()
+    last = asyncio.create_task(ask(batcher, 1))
+    while not batcher._running:
+        await asyncio.sleep(0.001)
+    waits = asyncio.create_task(ask(batcher, 2, 60))
+    while not batcher._decoded:
+        await asyncio.sleep(0.001)
+    engine.gate.set()
+    with pytest.raises(InferenceFailed):
+        await last
+    with pytest.raises(NotReady):
+        await asyncio.wait_for(waits, 5)
 
 
 async def test_images_that_fail_alone_break_no_network(batcher: Batcher) -> None:

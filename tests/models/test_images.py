@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from models import images
 from models.images import (
     FORMATS,
     CorruptImageError,
@@ -65,7 +66,44 @@ def test_every_format_gives_the_same_picture(image_format: str) -> None:
     assert difference.max() <= (6 if image_format == "JPEG" else 0)
 
 
-def test_a_large_jpeg_is_decoded_at_a_smaller_scale_and_looks_the_same() -> None:
+@pytest.fixture
+def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Width and height of what is decoded, before it is resized."""
+    sizes: list[tuple[int, int]] = []
+    to_channels = images._to_channels
+
+    def see(image: Image.Image, data: bytes) -> Image.Image:
+        sizes.append(image.size)
+        return to_channels(image, data)
+
+    monkeypatch.setattr(images, "_to_channels", see)
+    return sizes
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(
+    ("target", "size"),
+    [(150, (200, 150)), (151, (400, 300)), (301, (800, 600)), (601, (1600, 1200))],
+)
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_fills_the_target(
+    decoded_sizes: list[tuple[int, int]], target: int, size: tuple[int, int], progressive: bool
+) -> None:
+    decode(encode(draw_lesion(2, 1600, 1200), progressive=progressive), target, target)
+    assert decoded_sizes == [size]
+
+
+def test_a_progressive_jpeg_loses_scans_at_an_eighth_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(images, "for_an_eighth", lambda data: asked.append(len(data)) or data)
+    data = encode(draw_lesion(2, 1600, 1200), progressive=True)
+    decode(data, 151, 151)
+    assert asked == []
+    decode(data, 150, 150)
+    decode(encode(draw_lesion(2, 1600, 1200)), 150, 150)
+    assert asked == [len(data)]
+
+
+def test_a_large_jpeg_looks_the_same_at_a_smaller_scale() -> None:
     pixels = draw_lesion(2, 1600, 1200)
     found = decode(encode(pixels, quality=95), 160, 160)
     difference = np.abs(found.pixels.astype(int) - reference(pixels, (160, 160)))
@@ -255,7 +293,8 @@ def test_several_pages_are_refused() -> None:
 def test_bytes_and_pixels_are_limited_before_decoding() -> None:
     data = lesion(0, 200, 150)
     with pytest.raises(ImageTooLargeError, match="bytes"):
-        decode(data, 32, 32, Limits(max_bytes=100))
+        decode(data, 32, 32, Limits(max_bytes=len(data) - 1))
+    assert decode(data, 32, 32, Limits(max_bytes=len(data)))
     with pytest.raises(ImageTooLargeError, match="megapixels"):
         decode(data, 32, 32, Limits(max_pixels=29_999))
     assert decode(data, 32, 32, Limits(max_pixels=30_000, max_pixels_in_full=1))
