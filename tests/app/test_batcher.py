@@ -102,6 +102,40 @@ async def hold(engine: Engine, batcher: Batcher) -> "asyncio.Task[float]":
     return task
 
 
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", [1, 4]), ("cuda:0", [1, 2, 3, 4])])
+def test_the_engine_has_run_every_size_before_the_first_image(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, device: str, sizes: list[int]
+) -> None:
+    ran: list[tuple[int, ...]] = []
+    alone: list[tuple[int, ...]] = []
+
+    def see(images: NDArray[np.uint8], shapes: list) -> dict[str, NDArray[np.float32]]:
+        shapes.append(images.shape)
+        return {"first": np.zeros(len(images), np.float32)}
+
+    monkeypatch.setattr(engine, "device", device)
+    monkeypatch.setattr(engine, "run", partial(see, shapes=ran))
+    monkeypatch.setattr(engine, "run_alone", partial(see, shapes=alone))
+    made = Batcher(engine, (SIDE, 2 * SIDE), 2, 10, Metrics(4, ()), lambda _: {})
+    made.start()
+    assert made.wait_ready()
+    made.close(5)
+    assert sorted(ran) == [(size, SIDE, 2 * SIDE, 3) for size in sizes]
+    assert alone == [(1, SIDE, 2 * SIDE, 3)]
+
+
+def test_who_waits_for_a_warm_up_that_fails_is_told(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(engine, "run", lambda _: refuse())
+    made = Batcher(engine, (SIDE, SIDE), 2, 10, Metrics(4, ()), lambda _: {})
+    made.start()
+    assert not made.wait_ready()
+    assert not made.ready
+    made.close(5)
+
+
 async def test_a_free_engine_does_not_wait_for_more(batcher: Batcher, engine: Engine) -> None:
     assert await ask(batcher, 7) == 7
     assert engine.batches == [[7]]

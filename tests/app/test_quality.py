@@ -46,6 +46,56 @@ def test_each_rule_has_its_warning(good: np.ndarray) -> None:
     assert found(rimmed) == ["dark_border"]
 
 
+def test_what_is_at_a_threshold_has_no_warning() -> None:
+    def at(step: float) -> list[QualityWarning]:
+        """Beyond every threshold by a step, or short of it."""
+        measures = {
+            "sharpness": quality.SHARPNESS - step,
+            "luma": quality.DARK - step,
+            "luma_centre": quality.BRIGHT + step,
+            "dark_border": quality.BORDER_SHARE + step,
+        }
+        shorter = 160 - (step > 0)
+        values = {name: np.float32(value) for name, value in measures.items()}
+        assert find_warnings(values, shorter, 480, 160) == find_warnings(values, 480, shorter, 160)
+        return find_warnings(values, shorter, 480, 160)
+
+    assert at(0) == at(-0.01) == []
+    assert set(at(0.01)) == {*QualityWarning} - {QualityWarning.OUT_OF_DISTRIBUTION}
+
+
+def test_the_centre_is_the_inner_half() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    centred = np.zeros((40, 60, 3), np.uint8)
+    centred[10:30, 15:45] = 200
+    beside = noise.copy()
+    beside[10:30, 15:45] = 200
+    for pixels in (centred, beside):
+        measures = measure(pixels[None])
+        assert measures["luma_centre"][0] == pytest.approx(200)
+        assert measures["sharpness"][0] == pytest.approx(0, abs=1e-3)
+    assert measure(centred[None])["luma"][0] == pytest.approx(50)
+    for edge in ((10, 20), (29, 20), (20, 15), (20, 44)):
+        spotted = centred.copy()
+        spotted[edge] = 0
+        assert measure(spotted[None])["luma_centre"][0] < 199.9
+        assert measure(spotted[None])["sharpness"][0] > 1
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "margin"), [(40, 60, 2), (60, 40, 2), (59, 59, 2), (10, 30, 1)]
+)
+def test_the_border_is_the_outermost_twentieth(height: int, width: int, margin: int) -> None:
+    for black in (0, 1, 2, 3):
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[black : height - black, black : width - black] = 200
+        edge, dark = (
+            height * width - (height - 2 * side) * (width - 2 * side)
+            for side in (margin, min(black, margin))
+        )
+        assert measure(pixels[None])["dark_border"][0] == pytest.approx(dark / edge)
+
+
 def test_pictures_are_measured_together_as_alone(good: np.ndarray) -> None:
     pictures = np.stack([good, good[::-1] // 2, np.full_like(good, 255)])
     together = measure(pictures)

@@ -169,6 +169,30 @@ def test_what_is_wider_than_4_to_3_loses_its_ends() -> None:
     assert np.all(found[:, 1:-1] == 200)  # the outermost columns are blended with what is beside
 
 
+def test_what_is_higher_than_4_to_3_does_too() -> None:
+    high = np.zeros((200, 60, 3), np.uint8)
+    high[60:140] = 200
+    found = decode(encode(high, "PNG"), 32, 32).pixels
+    assert np.all(found[1:-1] == 200)
+
+
+@pytest.mark.parametrize(
+    ("in_full", "target", "held"),
+    [
+        (False, (160, 160), 750 * 500),
+        (False, (500, 100), 750 * 500),
+        (False, (100, 501), 1500 * 1000),
+        (False, (1001, 100), 3000 * 2000),
+        (False, (2000, 2000), 3000 * 2000),
+        (False, (2001, 100), 6000 * 4000),
+        (True, (160, 160), 6000 * 4000),
+    ],
+)
+def test_so_many_pixels_are_held(in_full: bool, target: tuple[int, int], held: int) -> None:
+    for size in ((6000, 4000), (4000, 6000)):
+        assert images._held_pixels(size, in_full, *target) == held
+
+
 def test_transparency_is_laid_on_white() -> None:
     clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     assert decode(encode(np.asarray(clear), "PNG"), 32, 32).pixels.min() == 255
@@ -221,6 +245,7 @@ def test_a_palette_that_is_missing_is_damage() -> None:
         (4, 0, [0x55], [0xAA], [0, 5], [170, 170, 170]),
         (8, 0, [50], [200], [0, 50], [200, 200, 200]),
         (16, 0, [40, 7], [200, 7], [40, 7], [200, 200, 200]),
+        (8, 2, [9, 8, 7], [200, 90, 30], [0, 9, 0, 8, 0, 7], [200, 90, 30]),
         (16, 2, [9, 7] * 3, [200, 0, 90, 0, 30, 0], [9, 7] * 3, [200, 90, 30]),
     ],
 )
@@ -278,6 +303,14 @@ def test_a_png_damaged_in_the_middle_is_refused() -> None:
     data[middle : middle + 200] = bytes(200)
     with pytest.raises(CorruptImageError):
         decode(bytes(data), 32, 32)
+
+
+def test_what_is_too_large_is_told_how_large_it_may_be() -> None:
+    with pytest.raises(ImageTooLargeError) as caught:
+        decode(huge_png(), 32, 32)
+    assert str(caught.value) == (
+        "The image has 30000 x 30000 = 900.0 megapixels; at most 30 are accepted for PNG."
+    )
 
 
 def test_several_pages_are_refused() -> None:
