@@ -47,8 +47,12 @@ def test_an_artifact_that_is_changed_after_it_was_verified_is_not_read(tmp_path:
     bundle = make_bundle(tmp_path / "bundle")
     (artifact,) = bundle.manifest.artifacts
     assert hashlib.sha256(bundle.read(artifact)).hexdigest() == artifact.sha256
-    bundle.path(artifact).write_bytes(b"another")
-    with pytest.raises(BundleError, match="is not the file that the manifest describes"):
+    bundle.path(artifact).write_bytes(bytes(artifact.bytes))
+    with pytest.raises(BundleError, match=r"is not the file that the manifest describes \(SHA-256"):
+        bundle.read(artifact)
+    with bundle.path(artifact).open("a") as file:
+        file.truncate(2**40)  # which takes no place on the disk, and would not fit in memory
+    with pytest.raises(BundleError, match=r"manifest describes \(1,099,511,627,776 bytes"):
         bundle.read(artifact)
 
 
@@ -92,6 +96,21 @@ def test_an_artifact_may_not_lie_outside_the_bundle(tmp_path: Path) -> None:
         load_bundle(made.folder)
 
 
+def test_the_shapes_of_outputs_follow_from_the_tasks(tmp_path: Path) -> None:
+    manifest = make_bundle(tmp_path / "bundle").manifest
+    assert manifest.output_shapes() == {
+        "melanoma_logit": (None,),
+        "age_years": (None,),
+        "melanoma_map": (None, None, None),
+        "ood_score": (None,),
+        **{
+            task.name: (None, len(task.labels))
+            for task in manifest.tasks
+            if task.name != "melanoma"
+        },
+    }
+
+
 def test_asking_for_another_format_names_those_that_are_there(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="has no torchscript artifact; it has onnx"):
         make_bundle(tmp_path / "bundle").artifact("torchscript")
@@ -107,6 +126,13 @@ def test_saving_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     with pytest.raises(BundleError, match="is not a bundle"):
         save_bundle(tmp_path, manifest, files)
+
+
+def test_a_new_bundle_s_folders_are_made_and_others_may_read_it(tmp_path: Path) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    files = {"model.onnx": made.folder / "model.onnx"}
+    new = save_bundle(tmp_path / "a" / "b" / "bundle", made.manifest, files)
+    assert new.folder.stat().st_mode & 0o777 == 0o755
 
 
 def test_a_save_that_fails_leaves_the_old_bundle(
