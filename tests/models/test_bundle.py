@@ -56,6 +56,21 @@ def test_an_artifact_that_is_changed_after_it_was_verified_is_not_read(tmp_path:
         bundle.read(artifact)
 
 
+def test_what_fits_another_manifest_is_neither_a_manifest_nor_a_stranger_s_file(
+    tmp_path: Path,
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    elsewhere = tmp_path / "elsewhere.onnx"
+    bundle.path(bundle.artifact("onnx")).rename(elsewhere)
+    (bundle.folder / "model.onnx").symlink_to(elsewhere)
+    (bundle.folder / "link.md").symlink_to(elsewhere)
+    for name in ("bundle.json.sig", "model_card.md", "note.md"):
+        (bundle.folder / name).write_text(name)
+    (bundle.folder / "folder").mkdir()
+    assert set(bundle.files()) == {"model.onnx", "model_card.md", "note.md"}
+    assert set(bundle.files("note.md")) == {"model.onnx", "model_card.md"}
+
+
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"):
         load_bundle(tmp_path)
@@ -193,6 +208,8 @@ def test_golden_images_are_the_same_everywhere() -> None:
     image = golden_image(1, 160, 160)
     assert image.shape == (160, 160, 3)
     assert hashlib.sha256(image.tobytes()).hexdigest()[:16] == "52317a2c75f81871"
+    twelve = b"".join(golden_image(seed, 40, 56).tobytes() for seed in range(12))
+    assert hashlib.sha256(twelve).hexdigest()[:16] == "3ee6714b51631b42"
 
 
 def test_a_network_that_answers_otherwise_is_refused(tmp_path: Path) -> None:
