@@ -289,7 +289,7 @@ def test_neither_an_end_nor_a_failure_leaves_a_file_open(
     monkeypatch.setattr("app.audit.os.pread", fail)
     with pytest.raises(AuditError, match=r"audit\.jsonl cannot be written: Input/output error\."):
         AuditLog(path, 10_000)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_line_that_another_process_is_writing_is_not_taken_for_a_torn_one(path: Path) -> None:
