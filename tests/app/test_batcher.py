@@ -487,7 +487,7 @@ async def test_a_worker_that_hangs_is_seen_and_its_callers_refused(
 async def test_an_old_batcher_ends_with_its_last_request(batcher: Batcher, engine: Engine) -> None:
     with batcher.reserve(1):
         first = await hold(engine, batcher)
-        retiring = asyncio.create_task(asyncio.to_thread(batcher.retire, 5))
+        retiring = asyncio.create_task(asyncio.to_thread(batcher.retire, 60))
         await asyncio.sleep(0.02)
         assert batcher.alive
         engine.gate.set()
@@ -660,13 +660,14 @@ async def test_images_that_fail_alone_break_no_network(batcher: Batcher) -> None
 async def test_failures_with_answers_between_them_break_no_network(
     batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for _ in range(4):
+    for _ in range(3):
         with monkeypatch.context() as failing:
             failing.setattr(batcher._engine, "run", lambda _: refuse())
             failing.setattr(batcher._engine, "run_alone", lambda _: refuse())
-            with pytest.raises(InferenceFailed):
-                await ask(batcher, 1)
-            until(lambda: not batcher._busy)
+            for _ in range(2):
+                with pytest.raises(InferenceFailed):
+                    await ask(batcher, 1)
+                until(lambda: not batcher._busy)
         assert await ask(batcher, 1) == 1
 
 

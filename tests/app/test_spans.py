@@ -9,10 +9,12 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 from starlette.datastructures import Headers
 
 from app.settings import Settings
 from app.spans import Spans, SpansError
+from app.trace import Trace
 from tests.conftest import started
 from tests.lesions import flat
 
@@ -76,7 +78,9 @@ def test_a_request_is_a_span_of_its_caller_s_trace_and_its_stages_are_in_it(
     assert request.parent_span_id.hex() == PARENT
     assert answer.headers["traceparent"] == f"00-{TRACE}-{request.span_id.hex()}-01"
     told = attributes(request)
+    assert (told["http.request.method"], told["http.route"]) == ("POST", "/predict")
     assert told["http.response.status_code"] == 200
+    assert told["mmtl.model.version"] == "1.2.3"
     assert told["mmtl.request_id"] == answer.headers["X-Request-ID"]
     assert told["mmtl.images"] == 1
     stages = [span for span in found if span is not request]
@@ -95,6 +99,18 @@ def test_a_request_is_a_span_of_its_caller_s_trace_and_its_stages_are_in_it(
     assert attributes(other)["error.type"] == "unsupported-media-type"
     assert other.trace_id.hex() != TRACE
     assert not any("Jane" in str(span) for span in collected)
+
+
+@pytest.mark.parametrize(
+    ("status", "fails"), [(200, False), (499, False), (500, True), (503, True)]
+)
+def test_the_service_s_own_failures_alone_are_errors(status: int, fails: bool) -> None:
+    exporter = InMemorySpanExporter()
+    spans = Spans(exporter)
+    spans.end(spans.begin("POST", Headers()), "POST", "/predict", status, Trace("a"))
+    spans.close()
+    (span,) = exporter.get_finished_spans()
+    assert (span.status.status_code is StatusCode.ERROR) is fails
 
 
 def test_a_bucket_names_a_trace_of_it(settings: Settings, collected: list[Span]) -> None:

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import logging
 import warnings
 from collections.abc import Callable, Coroutine
 from io import StringIO
@@ -38,6 +39,13 @@ def test_every_label_is_there_before_the_first_request(client: TestClient) -> No
     assert found[key("mmtl_rejected_total", "saturated")] == 0
     assert found[key("mmtl_predicted_total", "site", "torso")] == 0
     assert found[key("mmtl_predicted_total", "melanoma", "below_threshold")] == 0
+    for status in ("200", "500", "503"):
+        requests = key("mmtl_http_request_duration_seconds_count", "POST", "/predict", status)
+        assert found[requests] == 0
+    for reason in ("gone", "deadline"):
+        assert found[key("mmtl_dropped_total", reason)] == 0
+    for outcome in ("switched", "refused"):
+        assert found[key("mmtl_reloads_total", outcome)] == 0
     assert found[key("mmtl_queue_depth")] == 0
     assert found[key("mmtl_out_of_distribution_total")] == 0
     info = next(labels for name, labels in found if name == "mmtl_model_info")
@@ -135,6 +143,30 @@ def test_logs_tell_what_happened_and_nothing_of_the_patient(
     assert {"decode_ms", "queue_ms", "inference_ms", "milliseconds"} <= line.keys()
     assert not any("Jane" in json.dumps(line) for line in lines)
     assert not any(key in line for key in ("probability", "filename", "sha256"))
+
+
+@pytest.mark.usefixtures("logs_as_before")
+@pytest.mark.parametrize("process", [None, 3])
+def test_what_libraries_log_and_warn_of_is_json_like_our_own_lines(
+    capsys: pytest.CaptureFixture[str], process: int | None
+) -> None:
+    configure_logs("WARNING", process)
+    structlog.get_logger().warning("ours", images=1)
+    logging.getLogger("a.library").warning("%d of theirs", 2)
+    logging.getLogger("a.library").info("which nobody asked for")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # pytest's makes errors of them
+        configure_logs("WARNING", process)
+        warnings.warn("a warning", stacklevel=1)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    ours, theirs, warned = lines
+    assert (ours["event"], ours["images"]) == ("ours", 1)
+    assert theirs["event"] == "2 of theirs"
+    assert "a warning" in warned["event"]
+    for line in lines:
+        assert line["level"] == "warning"
+        assert line["timestamp"].endswith("Z")
+        assert line.get("process") == process
 
 
 @pytest.mark.usefixtures("logs_as_before")

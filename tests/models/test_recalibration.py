@@ -34,6 +34,7 @@ def test_outcomes_give_calibration_threshold_and_prevalence(bundle_folder: Path)
     found = recalibrate(manifest, logits, melanoma, "a clinic", sensitivity=0.95)
     assert found.prevalence == pytest.approx(melanoma.mean())
     assert found.operating_point.dataset == "a clinic"
+    assert found.operating_point.criterion == "sensitivity of at least 95 %"
     for artifact in found.artifacts:
         assert artifact.calibration.slope == pytest.approx(0.7, abs=0.1)
         probability = melanoma_probability(logits, artifact.calibration)
@@ -82,7 +83,9 @@ def test_the_new_bundle_says_so_and_the_old_one_stays(bundle_folder: Path, tmp_p
     bundle = load_bundle(tmp_path / "old")
     changed = change_prevalence(bundle.manifest, 0.2)
     saved = save_recalibrated(bundle, tmp_path / "new", changed, "to 20 %")
-    assert (saved.folder / "MODEL_CARD.md").read_text().startswith("> Recalibrated: to 20 %.")
+    card = (saved.folder / "MODEL_CARD.md").read_text()
+    assert card.startswith("> Recalibrated: to 20 %.")
+    assert card.endswith("\n\n# The card\n")
     assert not (saved.folder / "metrics.json").exists()
     assert load_bundle(tmp_path / "new").manifest == changed
     assert load_bundle(tmp_path / "old").manifest == bundle.manifest
