@@ -2,6 +2,7 @@ import base64
 from io import BytesIO
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from app.heatmap import draw_overlay
@@ -21,6 +22,23 @@ def test_what_raises_the_logit_is_red_and_what_lowers_it_blue() -> None:
     assert picture.shape == (384, 512, 3)
     assert raised[0] > 140 > lowered[0]
     assert lowered[2] > 110 > raised[2]
+
+
+@pytest.mark.parametrize(
+    ("contribution", "share", "colour"),
+    [
+        (1.5, 0.15, (214, 39, 40)),
+        (6, 0.6, (214, 39, 40)),
+        (12, 0.6, (214, 39, 40)),
+        (-3, 0.3, (31, 119, 180)),
+        (-6, 0.6, (31, 119, 180)),
+    ],
+)
+def test_the_colour_is_as_opaque_as_the_evidence_is_strong_up_to_six_tenths(
+    contribution: float, share: float, colour: tuple[int, int, int]
+) -> None:
+    blended = (1 - share) * np.array((100, 100, 50)) + share * np.array(colour)
+    assert np.abs(overlay([[contribution]]) - blended).max() <= 1.5
 
 
 def test_without_evidence_the_picture_stays_as_it_is() -> None:

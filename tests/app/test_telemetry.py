@@ -66,21 +66,23 @@ def test_requests_and_images_are_counted(client: TestClient) -> None:
     import numpy as np
 
     green = encode(np.full((64, 64, 3), (250, 220, 10), np.uint8), "PNG")
-    client.post("/predict", files=[("files", flat(10)), ("files", green), ("files", b"text")])
+    files = [("files", flat(10)), ("files", green), ("files", flat(11)), ("files", b"text")]
+    client.post("/predict", files=files)
     client.post("/predict", content=b"x", headers={"Content-Type": "text/plain"})
     client.request("BREW", "/somewhere")
     found = samples(client)
-    assert found[key("mmtl_images_total", "ok")] == 2
+    assert found[key("mmtl_images_total", "ok")] == 3
     assert found[key("mmtl_images_total", "error")] == 1
     assert found[key("mmtl_rejected_total", "unsupported-image")] == 1
     assert found[key("mmtl_rejected_total", "unsupported-media-type")] == 1
     assert found[key("mmtl_out_of_distribution_total")] == 1
     assert found[key("mmtl_predicted_total", "melanoma", "at_or_above_threshold")] == 1
-    assert found[key("mmtl_melanoma_probability_count")] == 2
+    assert found[key("mmtl_predicted_total", "melanoma", "below_threshold")] == 2
+    assert found[key("mmtl_melanoma_probability_count")] == 3
     total = 40 * found[key("mmtl_melanoma_probability_sum")]
     assert total == pytest.approx(round(total))  # which tells no more than the buckets
-    assert found[key("mmtl_stage_duration_seconds_count", "decode")] == 3
-    assert found[key("mmtl_batch_size_sum")] == 2
+    assert found[key("mmtl_stage_duration_seconds_count", "decode")] == 4
+    assert found[key("mmtl_batch_size_sum")] == 3
     requests = "mmtl_http_request_duration_seconds_count"
     assert found[key(requests, "POST", "/predict", "200")] == 1
     assert found[key(requests, "POST", "/predict", "415")] == 1
