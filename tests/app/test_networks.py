@@ -67,6 +67,7 @@ def test_a_reload_serves_the_new_bundle(client: TestClient, folder: Path) -> Non
     assert client.get("/model").json()["version"] == "1.3.0"
     assert metric(client, 'mmtl_reloads_total{outcome="switched"}') == 1
     assert metric(client, "mmtl_model_info{") == 1  # a single line
+    assert 'version="1.3.0"' in client.get("/metrics").text
     assert metric(client, "mmtl_ready") == 1
 
 

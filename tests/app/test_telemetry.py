@@ -78,6 +78,12 @@ def test_requests_and_images_are_counted(client: TestClient) -> None:
     assert found[key("mmtl_out_of_distribution_total")] == 1
     assert found[key("mmtl_predicted_total", "melanoma", "at_or_above_threshold")] == 1
     assert found[key("mmtl_predicted_total", "melanoma", "below_threshold")] == 2
+    predicted = "mmtl_predicted_total"
+    for task in ("age", "site"):
+        named = [
+            value for (name, labels), value in found.items() if name == predicted and task in labels
+        ]
+        assert sum(named) == 3
     assert found[key("mmtl_melanoma_probability_count")] == 3
     total = 40 * found[key("mmtl_melanoma_probability_sum")]
     assert total == pytest.approx(round(total))  # which tells no more than the buckets
