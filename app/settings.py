@@ -20,7 +20,14 @@ PREFIX = "MMTL_"
 DEFAULT_BUNDLE = Path(models.__file__).parent / "default"
 # What docker-compose.yml reads, and the service does not.
 OF_COMPOSE = frozenset(
-    {"MMTL_BUNDLE_NAME", "MMTL_BUNDLES_FOLDER", "MMTL_CPUS", "MMTL_DOMAIN", "MMTL_PUBLISH"}
+    {
+        "MMTL_BUNDLE_NAME",
+        "MMTL_BUNDLES_FOLDER",
+        "MMTL_CPUS",
+        "MMTL_DOMAIN",
+        "MMTL_MEMORY",
+        "MMTL_PUBLISH",
+    }
 )
 
 # Where a provider's keys come from: nobody on the way may change them.
