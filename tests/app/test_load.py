@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from app import load
-from app.load import LoadError, Target, draw_images, run_load
+from app.load import LoadError, Measured, Target, draw_images, run_load
 from models.images import decode
 
 pytestmark = pytest.mark.anyio
@@ -165,6 +165,46 @@ def test_a_target_keeps_a_path_and_adds_headers() -> None:
     assert request.startswith(b"POST /v2/x HTTP/1.1\r\nHost: h:1\r\nAuthorization: Bearer y\r\n")
     (request,) = Target("http://h:1?explain=true", [b"x"]).requests
     assert request.startswith(b"POST /predict?explain=true HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize(
+    ("url", "port"),
+    [("http://a", 80), ("https://a", 443), ("http://a:8000", 8000), ("https://a:80", 80)],
+)
+def test_a_url_without_a_port_has_its_scheme_s(url: str, port: int) -> None:
+    assert Target(url, [b"x"]).port == port
+
+
+def test_what_was_measured_is_told_in_images_a_second_and_milliseconds() -> None:
+    measured = Measured(seconds=4.0, images=100, answers=125, generator_seconds=0.5, unsent=3)
+    for hundredths in range(101):
+        measured.note(200, False, hundredths / 100)
+    for seconds, says_when in ((0.002, True), (0.002, False)):
+        measured.note(503, says_when, seconds)
+    for status in (422, 0, 500):
+        measured.note(status, False, 9.0)
+    assert measured.summary() == {
+        "images_per_second": 25.0,
+        "p50_ms": pytest.approx(500),
+        "p95_ms": pytest.approx(950),
+        "p99_ms": pytest.approx(990),
+        "refused": 2,
+        "refused_p99_ms": pytest.approx(2),
+        "failed": 3,
+        "without_retry_after": 1,
+        "statuses": {"200": 101, "503": 2, "422": 1, "broken": 1, "500": 1},
+        "unsent": 3,
+        "answers_in_all": 0,
+        "seconds": 4.0,
+        "generator_cpu_ms_per_answer": 4.0,
+    }
+
+
+def test_where_nothing_was_measured_there_are_no_percentiles() -> None:
+    found = Measured().summary()
+    assert (found["images_per_second"], found["generator_cpu_ms_per_answer"]) == (0, 0)
+    assert found["p50_ms"] is None
+    assert found["refused_p99_ms"] is None
 
 
 def test_drawn_images_are_images() -> None:
