@@ -158,13 +158,12 @@ def test_logs_tell_what_happened_and_nothing_of_the_patient(
 def test_what_libraries_log_and_warn_of_is_json_like_our_own_lines(
     capsys: pytest.CaptureFixture[str], process: int | None
 ) -> None:
-    configure_logs("WARNING", process)
-    structlog.get_logger().warning("ours", images=1)
-    logging.getLogger("a.library").warning("%d of theirs", 2)
-    logging.getLogger("a.library").info("which nobody asked for")
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # pytest's makes errors of them
         configure_logs("WARNING", process)
+        structlog.get_logger().warning("ours", images=1)
+        logging.getLogger("a.library").warning("%d of theirs", 2)
+        logging.getLogger("a.library").info("which nobody asked for")
         warnings.warn("a warning", stacklevel=1)
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     ours, theirs, warned = lines
