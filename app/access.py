@@ -1,6 +1,6 @@
-"""Who may call what: the routes' dependencies on API keys and tokens."""
+"""Who may call what: the routes' dependencies on API keys and tokens, and browsers' origins."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 from fastapi import Request, Security
 from fastapi.security import HTTPBearer
@@ -14,6 +14,8 @@ from app.tokens import Bearer, ProviderUnreachable, Tokens
 from app.trace import trace_of
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+# That a page of another origin may read.
+EXPOSED_HEADERS = ("X-Request-ID", "X-Model-Version", "Server-Timing", "Retry-After")
 _bearer = HTTPBearer(
     auto_error=False,
     description="A key of `mmtl keys create`, or an identity provider's token.",
@@ -91,6 +93,22 @@ def require(scope: Scope) -> Dependency:
         await authorize(request, scope)
 
     return check
+
+
+def as_cors(origins: Collection[str], origin: str) -> dict[str, str]:
+    """Headers by which a page may read an answer that Starlette's middleware has not seen.
+
+    Args:
+        origins: That may; "*" is any.
+        origin: The page's; none of another has headers.
+    """
+    if not origin or not {origin, "*"} & set(origins):
+        return {}
+    return {
+        "Access-Control-Allow-Origin": "*" if "*" in origins else origin,
+        "Access-Control-Expose-Headers": ", ".join(EXPOSED_HEADERS),
+        "Vary": "Origin",
+    }
 
 
 def check_exposure(settings: Settings, insecure: bool) -> None:

@@ -9,6 +9,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
 from app import problems
+from app.access import EXPOSED_HEADERS
 from app.audit import AuditError, AuditLog
 from app.engines import EngineError
 from app.keys import Keys, KeysError
@@ -131,7 +132,7 @@ def create_app(
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "X-Model-Version", "Server-Timing", "Retry-After"],
+            expose_headers=EXPOSED_HEADERS,
         )
     return app
 

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app import problems
+from app.access import as_cors
 from app.networks import Networks
 from app.problems import Kind, Problem, respond
 from app.settings import Settings
@@ -298,7 +299,11 @@ class Protocol(HttpToolsProtocol):
             # The request at hand is what is refused, in mid-body: the application has no say in it.
             cycle.disconnected = True
             cycle.message_event.set()
-        answer = respond(problem, headers={"X-Request-ID": request_id})
+        origin = dict(self.headers or ()).get(b"origin", b"").decode("latin-1")
+        answer = respond(
+            problem,
+            headers={"X-Request-ID": request_id, **as_cors(self._settings.cors_origins, origin)},
+        )
         status = HTTPStatus(answer.status_code)
         lines = [
             f"HTTP/1.1 {status} {status.phrase}".encode(),

@@ -16,6 +16,7 @@ from select import select
 import numpy as np
 import pytest
 
+from app.access import as_cors
 from app.main import create_app
 from app.server import Protocol, Server
 from app.settings import Settings
@@ -23,6 +24,8 @@ from app.telemetry import Metrics
 from app.uploads import Body
 from models.turns import in_turn
 from tests.lesions import encode, flat, lesion
+
+VIEWER = "https://viewer.example"
 
 
 @pytest.fixture
@@ -37,6 +40,7 @@ def server(settings: Settings) -> Iterator[Server]:
             "upload_seconds": 0.3,
             "max_header_bytes": 2048,
             "max_connections": 5,
+            "cors_origins": (VIEWER,),
         }
     )
     server = Server(create_app(limited), limited)
@@ -188,6 +192,28 @@ def test_headers_that_are_too_large_are_refused_even_when_whole(port: int) -> No
         answer = greedy.recv(1000)
         assert status(answer) == 431
         assert greedy.recv(1000) == b""
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"), [(VIEWER, VIEWER), ("https://other.example", None), ("", None)]
+)
+def test_a_page_that_may_call_reads_why_it_is_refused(
+    port: int, origin: str, allowed: str | None
+) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.request("GET", "/model", headers={"Origin": origin, "X": "x" * 3000})
+    answer = connection.getresponse()
+    assert answer.status == 431
+    assert answer.headers["Access-Control-Allow-Origin"] == allowed
+    if allowed:
+        assert answer.headers["Vary"] == "Origin"
+        assert "Retry-After" in answer.headers["Access-Control-Expose-Headers"]
+    connection.close()
+
+
+def test_any_page_may_read_where_any_may_call() -> None:
+    assert as_cors(("*",), VIEWER)["Access-Control-Allow-Origin"] == "*"
+    assert as_cors((), VIEWER) == {}
 
 
 def test_a_large_body_is_no_large_header(port: int) -> None:
