@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from training.config import Config, changed_fields, configure, parse_config
 from training.data.manifest import DataError
@@ -41,6 +42,7 @@ def test_a_spreadsheet_s_mark_is_no_mistake_and_an_option_is_not_the_file_s(tmp_
         ("epochs = 2\nsizes = [32, 48, 64]", "sizes: 3 of them take more than 2 epochs."),
         ("size = 64\nsizes = [32, 96]", "sizes: 96 is larger than size (64)."),
         ('train_on = ["a"]\ntest_on = ["b", "a"]', "test_on: a is in train_on, too."),
+        ('folds = 2\nstart_from = "runs/a"', "start_from: with folds, the other run has learned"),
         ("epochs = ", "is not TOML"),
     ],
 )
@@ -71,10 +73,47 @@ def test_the_papers_setting_is_the_papers() -> None:
     assert (paper.backbone, paper.batch_size) == ("regnet_x_16gf", 32)
 
 
-@pytest.mark.parametrize(
-    "values", [{"learning_rate": float("inf")}, {"weight_decay": float("inf")}, {"train_on": []}]
-)
-def test_a_recipe_that_cannot_be_followed_is_refused(values: dict[str, object]) -> None:
-    (name,) = values
-    with pytest.raises(DataError, match=f"a recipe: {name}: "):
-        parse_config(values, "a recipe")
+# What is refused, and what is just taken.
+BOUNDS = {
+    "mixing_concentration": ([0, float("inf")], [1e-9]),
+    "seed": ([-1, 2**32], [0, 2**32 - 1]),
+    "size": ([31, 1025], [32, 1024]),
+    "sizes": ([(31,)], [(32,)]),
+    "folds": ([0, 101], [1, 100]),
+    "epochs": ([0], [1]),
+    "batch_size": ([1], [2]),
+    "accumulate": ([0], [1]),
+    "learning_rate": ([0, float("inf")], [1e-9]),
+    "backbone_rate": ([0], [1e-9]),
+    "first_layer_rate": ([0, 1.01], [1e-9, 1]),
+    "weight_decay": ([-1e-9, float("inf")], [0]),
+    "warmup_epochs": ([-1e-9, 14.01], [0, 14]),
+    "frozen_epochs": ([-1], [0]),
+    "patience": ([0], [1]),
+    "ema_decay": ([-1e-9, 1], [0, 0.999]),
+    "trunk_channels": ([0], [1]),
+    "drop_path": ([-1e-9, 1], [0, 0.999]),
+    "distillation": ([-1e-9, 1.01], [0, 1]),
+    "train_on": ([()], [("a",)]),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_recipe_that_cannot_be_followed_is_refused(name: str) -> None:
+    refused, taken = BOUNDS[name]
+    for value in refused:
+        with pytest.raises(DataError, match=f"a recipe: {name}"):
+            parse_config({name: value}, "a recipe")
+    for value in taken:
+        assert getattr(parse_config({name: value}, "a recipe"), name) == value
+
+
+def test_a_training_that_is_under_way_keeps_its_recipe() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().epochs = 3  # type: ignore[misc]
+
+
+def test_images_grow_in_equal_steps() -> None:
+    assert Config(epochs=2, size=64).training_size(1) == 64
+    growing = Config(epochs=5, warmup_epochs=0, size=64, sizes=(32, 48, 64))
+    assert [growing.training_size(epoch) for epoch in range(6)] == [32, 32, 48, 48, 64, 64]

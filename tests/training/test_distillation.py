@@ -29,16 +29,19 @@ def test_the_soft_targets_are_the_teachers_mean_answers(
     teacher: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.distillation.TAUGHT", {"site": ()})
+    monkeypatch.setattr("training.distillation.BATCH_SIZE", 2)
     run = Run(tmp_path)
-    soft = soft_targets(run, [teacher, teacher], RECORDS, IMAGES, [1, 3])
+    asked = [1, 3, 4]
+    soft = soft_targets(run, [teacher, teacher], RECORDS, IMAGES, asked)
     melanoma = 1 / (1 + np.exp(-expected_outputs(IMAGES)[LOGIT]))
-    assert soft["melanoma"][[1, 3], 1].numpy() == pytest.approx(melanoma[[1, 3]], abs=1e-5)
+    assert soft["melanoma"][asked, 1].numpy() == pytest.approx(melanoma[asked], abs=1e-5)
+    assert soft["melanoma"][asked].sum(1).tolist() == pytest.approx([1, 1, 1])
     assert soft["site"][3].tolist() == pytest.approx([0.25, 0.75])
-    assert not soft["melanoma"][[0, 2, 4]].any()
+    assert not soft["melanoma"][[0, 2]].any()
     # Asked once: what was said is kept.
     (kept,) = run.teachers.iterdir()
     monkeypatch.setattr("training.distillation._ask", None)
-    again = soft_targets(run, [teacher], RECORDS, IMAGES, [1, 3])
+    again = soft_targets(run, [teacher], RECORDS, IMAGES, asked)
     assert torch.equal(again["melanoma"], soft["melanoma"])
     assert kept.suffix == ".npz"
 

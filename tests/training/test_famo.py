@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.famo import RATE, Famo
+from training.famo import DECAY, RATE, Famo
 
 
 def test_factors_are_shares_of_the_losses_logarithms() -> None:
@@ -22,6 +22,32 @@ def test_a_task_that_gains_less_weighs_more() -> None:
     slow, fast, absent = famo.logits.tolist()
     assert slow > absent > fast
     assert slow <= 10 * RATE + 1e-6
+
+
+def test_a_step_follows_the_authors_gradient() -> None:
+    """Of sum(z log L) by the logits: z times what each task gained more than the mean.
+
+    Adam's first step is the rate, whichever way the gradient points; what it keeps of it is not.
+    """
+    famo = Famo(["one", "two", "absent"])
+    famo.logits.copy_(torch.tensor([0.0, 1.0, 0.5]))
+    famo.factors({"one": torch.tensor(2.0), "two": torch.tensor(0.3)})
+    famo.follow({"one": torch.tensor(1.0), "two": torch.tensor(0.2)})
+    shares = torch.tensor([0.0, 1.0, 0.5]).softmax(0)
+    gained = torch.tensor([2.0, 0.3]).log() - torch.tensor([1.0, 0.2]).log()
+    mean = (shares[:2] * gained).sum() / shares[:2].sum()
+    gradient = torch.tensor([*(shares[:2] * (gained - mean)), 0.0])
+    decayed = gradient + DECAY * torch.tensor([0.0, 1.0, 0.5])
+    assert famo.mean.tolist() == pytest.approx((0.1 * decayed).tolist(), abs=1e-6)
+    expected = torch.tensor([0.0, 1.0, 0.5]) - RATE * decayed.sign()
+    assert famo.logits.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_without_a_label_in_a_batch_nothing_moves() -> None:
+    famo = Famo(["one"])
+    assert famo.factors({}) == {}
+    famo.follow({})
+    assert float(famo.steps) == 0
 
 
 def test_tasks_under_one_rate_fall_at_the_same_rate() -> None:

@@ -43,6 +43,22 @@ def test_no_label_at_all_is_no_loss() -> None:
     assert (float(total), parts) == (0.0, {})
 
 
+def test_no_label_at_all_moves_no_weights() -> None:
+    loss = loss_of(task_balancing="famo")
+    unknown = targets(melanoma=[MISSING])
+    total, parts = loss(zero_logits(1), unknown)
+    loss.follow(zero_logits(1), unknown)
+    assert (float(total), parts) == (0.0, {})
+    assert float(loss.famo.steps) == 0
+
+
+def test_famo_weighs_the_losses() -> None:
+    shown = targets(melanoma=[1], sex=[0])
+    total, parts = loss_of(task_balancing="famo")(zero_logits(1), shown)
+    # Shares of one, each over its loss, on top of the fixed weights.
+    assert float(total) == pytest.approx(0.5 * parts["melanoma"] + 0.1 * 0.5 * parts["sex"])
+
+
 def test_the_total_is_weighted() -> None:
     total, parts = loss_of()(zero_logits(1), targets(melanoma=[1], sex=[0]))
     assert float(total) == pytest.approx(parts["melanoma"] + 0.1 * parts["sex"])

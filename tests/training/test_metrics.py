@@ -58,6 +58,33 @@ def test_slope_and_intercept_find_what_is_wrong() -> None:
     )
 
 
+def test_the_slope_of_a_worked_case_is_not_drawn_to_zero() -> None:
+    """Two probabilities are a line through two points: log-odds of 3 in 5 where 4 in 5 are said."""
+    probability = np.repeat([0.2, 0.8], 5)
+    truth = np.array([1, 1, 0, 0, 0, 1, 1, 1, 0, 0])
+    found = metrics.calibration_slope(truth, probability)
+    assert found == pytest.approx(np.log(3 / 2) / np.log(4), abs=1e-4)
+
+
+def test_a_certain_probability_is_in_the_last_bin_and_has_finite_log_odds() -> None:
+    assert metrics.bin_numbers(np.array([0.0, 1 / 15, 0.99, 1.0])).tolist() == [0, 1, 14, 14]
+    truth = np.array([0, 1, 1, 0])
+    assert np.isfinite(metrics.calibration_slope(truth, np.array([0.0, 0.3, 1.0, 0.6])))
+
+
+def test_the_bins_of_a_reliability_diagram_have_their_own_images() -> None:
+    found = metrics.reliability(np.array([0, 1, 1]), np.array([0.01, 0.03, 0.99]))
+    assert found == [
+        {"probability": pytest.approx(0.02), "share": 0.5, "images": 2},
+        {"probability": pytest.approx(0.99), "share": 1.0, "images": 1},
+    ]
+
+
+def test_too_high_probabilities_are_above_the_prevalence() -> None:
+    of = metrics.binary(0.5)["mean probability less prevalence"]
+    assert of(np.array([0, 0, 0, 1]), np.full(4, 0.5)) == pytest.approx(0.25)
+
+
 def test_the_partial_auroc_is_the_area_above_80_percent_sensitivity() -> None:
     truth, probability = simulated()
     rate, sensitivity, _ = roc_curve(truth, probability)
@@ -83,6 +110,9 @@ def test_figures_at_a_threshold_of_a_worked_case() -> None:
         # Two hits, and one alarm that weighs as much at even odds.
         "net benefit": pytest.approx((2 - 1) / 8),
     }
+    # Who is at the threshold is called.
+    called = {name: of(truth, probability) for name, of in metrics.at_threshold(0.6).items()}
+    assert called == {**found, "net benefit": pytest.approx((2 - 1.5) / 8)}
     assert metrics.net_benefit(truth, probability, 0.2) == pytest.approx((2 - 3 / 4) / 8)
     assert np.isnan(metrics.net_benefit(truth, probability, 1.0))
     nothing_called = metrics.at_threshold(1.0)["positive predictive value"]
@@ -101,6 +131,19 @@ def test_f1_is_given_in_every_reading() -> None:
     of_three = metrics.f1_readings(np.array([0, 1]), range(3))
     assert set(of_three) == {"macro", "weighted"}
     assert of_three["macro"](np.array([0, 1]), np.array([0, 2])) == pytest.approx(0.5)
+
+
+def test_nothing_found_is_an_f1_of_zero() -> None:
+    truth, nothing = np.array([1, 0, 0]), np.zeros(3, int)
+    readings = metrics.f1_readings(truth, range(2))
+    assert readings["binary"](truth, nothing) == 0
+    assert readings["binary"](np.zeros(3, int), nothing) == 0
+    assert readings["macro"](truth, nothing) == pytest.approx(4 / 5 / 2)
+
+
+def test_the_balanced_accuracy_is_the_mean_recall_of_the_classes_that_are_there() -> None:
+    of = metrics.categorical(np.array([0, 1]), range(3))["balanced accuracy"]
+    assert of(np.array([0, 0, 0, 0, 2]), np.array([0, 0, 0, 1, 1])) == pytest.approx(3 / 4 / 2)
 
 
 def test_far_misses_weigh_more_in_the_quadratic_kappa() -> None:
