@@ -1,4 +1,4 @@
-# Every target sets itself up: it needs Python 3.11 or newer, make and a C library, nothing else.
+# Every target sets itself up: it needs Python 3.11 or newer with pip and venv, and make.
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?= ../shared/data
@@ -131,6 +131,7 @@ docs: $(VENV)/.dev
 	$(VENV)/bin/pytest -q tests/app/test_openapi.py -k breaking
 	$(VENV)/bin/mmtl openapi > docs/openapi.json.part && mv docs/openapi.json.part docs/openapi.json
 	$(VENV)/bin/mmtl settings > docs/settings.md.part && mv docs/settings.md.part docs/settings.md
+	$(VENV)/bin/mmtl problems > docs/problems.md.part && mv docs/problems.md.part docs/problems.md
 
 $(uv): requirements/bootstrap.txt
 	@$(PYTHON) -m venv $(VENV)

@@ -10,12 +10,13 @@ from app import problems
 from app.keys import Key, Keys, Scope
 from app.problems import Problem
 from app.settings import Settings
+from app.telemetry import HEADERS
 from app.tokens import Bearer, ProviderUnreachable, Tokens
 from app.trace import trace_of
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 # That a page of another origin may read.
-EXPOSED_HEADERS = ("X-Request-ID", "X-Model-Version", "Server-Timing", "Retry-After")
+EXPOSED_HEADERS = (*HEADERS, "Retry-After")
 _bearer = HTTPBearer(
     auto_error=False,
     description="A key of `mmtl keys create`, or an identity provider's token.",
@@ -121,7 +122,7 @@ def check_exposure(settings: Settings, insecure: bool) -> None:
     if settings.host not in LOOPBACK and not asked and not insecure:
         raise Exposed(
             f"MMTL_HOST={settings.host} lets other machines in, and no key is asked of them: make "
-            "one with `mmtl keys create`, set MMTL_KEYS to its file, or say --insecure."
+            "one with `mmtl keys create NAME`, set MMTL_KEYS to its file, or say --insecure."
         )
 
 

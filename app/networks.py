@@ -15,7 +15,6 @@ from app.schemas import ModelFacts
 from app.settings import Settings
 from app.telemetry import Metrics
 from models.bundle import Artifact, Bundle, load_bundle
-from models.cores import available_cores
 from models.memory import give_back
 from models.threads import begin
 
@@ -299,7 +298,7 @@ class Networks:
             Batcher(
                 engine,
                 (manifest.input.height, manifest.input.width),
-                settings.threads or available_cores(),
+                settings.cores,
                 settings.queue_size,
                 self._metrics,
                 measure,

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -27,11 +26,20 @@ _URN = "urn:mmtl:problem:"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A row of the table: the end of the type's URN, the status, the title."""
+    """A row of the table.
+
+    Attributes:
+        name: The end of the type's URN.
+        status: Of the answer.
+        title: The same for each occurrence.
+        retry_after: Seconds after which trying again makes sense; None where it does not, or where
+            each occurrence has its own.
+    """
 
     name: str
     status: int
     title: str
+    retry_after: int | None = None
 
     @property
     def type(self) -> str:
@@ -64,65 +72,23 @@ METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "The path does not take thi
 ADMIN_CLOSED = Kind("admin-closed", 403, "The service has no key for administrators")
 RELOAD_REFUSED = Kind("reload-refused", 409, "The served network stays")
 RELOADED_IN_PART = Kind("reloaded-in-part", 409, "Not every process took the bundle")
-SATURATED = Kind("saturated", 503, "The service is busy")
-DRAINING = Kind("draining", 503, "The service is shutting down")
-DEADLINE_EXCEEDED = Kind("deadline-exceeded", 503, "The request took too long")
-NOT_READY = Kind("not-ready", 503, "The service is not ready")
-PROVIDER_UNREACHABLE = Kind("provider-unreachable", 503, "The identity provider cannot be asked")
-AUDIT_UNAVAILABLE = Kind("audit-unavailable", 503, "The audit log cannot be written")
+SATURATED = Kind("saturated", 503, "The service is busy", 1)
+DRAINING = Kind("draining", 503, "The service is shutting down", 5)
+DEADLINE_EXCEEDED = Kind("deadline-exceeded", 503, "The request took too long", 5)
+NOT_READY = Kind("not-ready", 503, "The service is not ready", 5)
+PROVIDER_UNREACHABLE = Kind(
+    "provider-unreachable", 503, "The identity provider cannot be asked", 30
+)
+AUDIT_UNAVAILABLE = Kind("audit-unavailable", 503, "The audit log cannot be written", 30)
 INFERENCE_FAILED = Kind("inference-failed", 500, "The network failed on this image")
 INTERNAL = Kind("internal", 500, "The service failed")
 
-KINDS = {
-    kind.name: kind
-    for kind in (
-        EMPTY_IMAGE,
-        UNSUPPORTED_IMAGE,
-        CORRUPT_IMAGE,
-        IMAGE_TOO_LARGE,
-        NO_FILES,
-        TOO_MANY_FILES,
-        UNEXPECTED_FIELD,
-        MALFORMED_FORM,
-        BODY_TOO_LARGE,
-        UPLOAD_TOO_SLOW,
-        MALFORMED_REQUEST,
-        HEADERS_TOO_LARGE,
-        UNSUPPORTED_MEDIA_TYPE,
-        ALL_FILES_FAILED,
-        INVALID_PARAMETER,
-        UNAUTHORIZED,
-        FORBIDDEN,
-        QUOTA_EXCEEDED,
-        NOT_FOUND,
-        METHOD_NOT_ALLOWED,
-        ADMIN_CLOSED,
-        RELOAD_REFUSED,
-        RELOADED_IN_PART,
-        SATURATED,
-        DRAINING,
-        DEADLINE_EXCEEDED,
-        NOT_READY,
-        PROVIDER_UNREACHABLE,
-        AUDIT_UNAVAILABLE,
-        INFERENCE_FAILED,
-        INTERNAL,
-    )
-}
+KINDS = {kind.name: kind for kind in list(globals().values()) if isinstance(kind, Kind)}
 # Of an answer, by its status.
 _HEADERS: dict[int | str, dict[str, str]] = {
     401: {"WWW-Authenticate": "`Bearer`."},
     429: {"Retry-After": "Seconds after which the key's quota has a request again."},
     503: {"Retry-After": "Seconds after which trying again makes sense."},
-}
-# Seconds after which trying again makes sense.
-RETRY_AFTER = {
-    SATURATED: 1,
-    DRAINING: 5,
-    DEADLINE_EXCEEDED: 5,
-    NOT_READY: 5,
-    PROVIDER_UNREACHABLE: 30,
-    AUDIT_UNAVAILABLE: 30,
 }
 
 _OF_IMAGE_ERROR: dict[type[ImageError], Kind] = {
@@ -131,6 +97,11 @@ _OF_IMAGE_ERROR: dict[type[ImageError], Kind] = {
     CorruptImageError: CORRUPT_IMAGE,
     ImageTooLargeError: IMAGE_TOO_LARGE,
 }
+
+
+def kind_of(body: ProblemBody) -> Kind:
+    """Of a problem, as it stands in an answer."""
+    return KINDS[body.type.removeprefix(_URN)]
 
 
 def describe(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
@@ -197,11 +168,15 @@ def respond(
 
     `answer` is for a request that has a trace.
     """
-    retry = RETRY_AFTER.get(problem.kind)
+    retry = problem.kind.retry_after
     return Response(
         (body or problem.body()).model_dump_json(exclude_unset=True),
         problem.kind.status,
-        {**(headers or {}), **({"Retry-After": str(retry)} if retry else {})},
+        {
+            **(problem.headers or {}),
+            **(headers or {}),
+            **({"Retry-After": str(retry)} if retry else {}),
+        },
         MEDIA_TYPE,
     )
 
@@ -209,7 +184,7 @@ def respond(
 def answer(scope: Scope, problem: Problem) -> Response:
     """The HTTP answer to a request that a problem ended, which its trace is told of."""
     trace_of(scope).problems.append(problem.kind.name)
-    return respond(problem, headers=problem.headers)
+    return respond(problem)
 
 
 def install(app: FastAPI) -> None:
@@ -222,9 +197,8 @@ def install(app: FastAPI) -> None:
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         kind = {404: NOT_FOUND, 405: METHOD_NOT_ALLOWED}.get(error.status_code)
-        if kind is None:
-            phrase = HTTPStatus(error.status_code).phrase
-            kind = Kind(phrase.lower().replace(" ", "-"), error.status_code, phrase)
+        if kind is None:  # nobody here raises another
+            raise error
         detail = "See /docs for what the service answers."
         headers = dict(error.headers or {})
         if "Allow" in headers:

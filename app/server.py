@@ -117,7 +117,7 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request."""
-        if self._refused:
+        if self._deaf:
             return
         self._heard = True
         bodies = self._bodies
@@ -125,7 +125,7 @@ class Protocol(HttpToolsProtocol):
             self._header_bytes += len(data)
         self._unset_keepalive_if_required()
         self._parse(data)
-        if self._refused:
+        if self._deaf:
             return
         if not self._reading_headers and self._bodies == bodies:
             self._header_bytes += len(data)  # extensions of chunks, or trailers
@@ -166,7 +166,7 @@ class Protocol(HttpToolsProtocol):
         """From here on the request is answered; its body has its own time."""
         self._reading_headers = False
         self._header_bytes = 0
-        if self._refused:
+        if self._deaf:
             return
         if self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers):
             self._offered = True
@@ -200,7 +200,7 @@ class Protocol(HttpToolsProtocol):
         """A part of a request's body; that of a refused one is dropped."""
         self._bodies += 1
         self._header_bytes = 0  # a client may send each chunk's size by itself
-        if self._refused or self.cycle.response_complete:
+        if self._deaf or self.cycle.response_complete:
             return
         # Uvicorn would copy it here, and once more for who receives it, though it is alone mostly.
         if not self.cycle.body:
@@ -216,7 +216,7 @@ class Protocol(HttpToolsProtocol):
         self._stop_timer()
         self._reading_headers = True
         self._header_bytes = 0
-        if not self._refused:
+        if not self._deaf:
             super().on_message_complete()
 
     def pause_writing(self) -> None:
@@ -239,7 +239,7 @@ class Protocol(HttpToolsProtocol):
         self.transport.abort()
 
     @property
-    def _refused(self) -> bool:
+    def _deaf(self) -> bool:
         """Whether no more is read."""
         return self._lingers or self.transport.is_closing()
 
@@ -287,7 +287,7 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse(self, problem: Problem, lingers: bool = False) -> None:
         self._stop_timer()
-        if self._refused:
+        if self._deaf:
             return
         request_id = self._note(problem.kind)
         if not self._answered:

@@ -18,7 +18,8 @@ from models.images import Limits
 
 PREFIX = "MMTL_"
 DEFAULT_BUNDLE = Path(models.__file__).parent / "default"
-# What docker-compose.yml reads, and the service does not.
+# What docker-compose.yml reads, and the service does not: a setting that is given on there needs a
+# name of its own in it (MMTL_BUNDLE: …/${MMTL_BUNDLE_NAME}), or is written into the file.
 OF_COMPOSE = frozenset(
     {
         "MMTL_BUNDLE_NAME",
@@ -151,7 +152,8 @@ class Settings(BaseSettings):
     """Audience that such a token must name."""
 
     jwt_jwks_url: str | None = Field(None, pattern=JWKS_URL)
-    """Where that issuer publishes its keys: `jwks_uri` of its OpenID configuration."""
+    """Where that issuer publishes its keys, by HTTPS (or on this machine): `jwks_uri` of its OpenID
+    configuration."""
 
     open_metrics: bool = False
     """Answer `/metrics` without a key, where there are keys."""
@@ -180,7 +182,7 @@ class Settings(BaseSettings):
         return origins
 
     @model_validator(mode="after")
-    def _one_request_fits(self) -> "Settings":
+    def _fit_together(self) -> "Settings":
         each = " times MMTL_PROCESSES" if self.processes > 1 else ""
         if self.queue_size < self.max_files * self.processes:
             raise ValueError(f"MMTL_QUEUE_SIZE must be at least MMTL_MAX_FILES{each}")
@@ -188,7 +190,9 @@ class Settings(BaseSettings):
             raise ValueError(f"MMTL_MAX_BYTES_IN_FLIGHT must be at least MMTL_MAX_BYTES{each}")
         jwt = {self.jwt_issuer, self.jwt_audience, self.jwt_jwks_url}
         if None in jwt and jwt != {None}:
-            raise ValueError("MMTL_JWT_ISSUER, _AUDIENCE and _JWKS_URL belong together")
+            raise ValueError(
+                "MMTL_JWT_ISSUER, _AUDIENCE and _JWKS_URL belong together: set all three, or none"
+            )
         return self
 
     def share(self) -> "Settings":
@@ -196,7 +200,7 @@ class Settings(BaseSettings):
         return self.model_copy(
             update={
                 "processes": 1,
-                "threads": max((self.threads or available_cores()) // self.processes, 1),
+                "threads": max(self.cores // self.processes, 1),
                 "queue_size": self.queue_size // self.processes,
                 "max_bytes_in_flight": self.max_bytes_in_flight // self.processes,
                 "max_connections": ceil(self.max_connections / self.processes),
@@ -204,9 +208,19 @@ class Settings(BaseSettings):
         )
 
     @property
+    def cores(self) -> int:
+        """Threads that decode and infer, in all processes together."""
+        return self.threads or available_cores()
+
+    @property
     def limits(self) -> Limits:
         """What an image may be."""
         return Limits(self.max_bytes, self.max_pixels, self.max_pixels_in_full)
+
+
+def meaning(name: str) -> str:
+    """What the field of this name is, in one line."""
+    return " ".join((Settings.model_fields[name].description or "").split())
 
 
 def load_settings() -> Settings:
@@ -224,8 +238,10 @@ def load_settings() -> Settings:
                 f"{name} is for docker-compose.yml, not for the service: unset it here."
             )
         if name.upper() not in known:
-            near = get_close_matches(name.upper(), known, n=1, cutoff=0.7)
-            hint = f"Did you mean {near[0]}?" if near else "`mmtl settings` lists them."
+            # Without what all have in common, which would make any two alike.
+            names = [other.removeprefix(PREFIX) for other in known | OF_COMPOSE]
+            near = get_close_matches(name.upper().removeprefix(PREFIX), names, n=1, cutoff=0.7)
+            hint = f"Did you mean {PREFIX}{near[0]}?" if near else "`mmtl settings` lists them."
             raise SettingsError(f"{name} is not a setting. {hint}")
         if not value:  # a variable of a script that was never set, most often
             raise SettingsError(f"{name} is set, but empty: unset it, or give it a value.")
@@ -238,9 +254,8 @@ def load_settings() -> Settings:
             raise SettingsError(f"{said}.") from None
         name = str(first["loc"][0])
         if first["type"] == "string_pattern_mismatch":
-            said = f"{first['input']} does not fit. {Settings.model_fields[name].description}"
+            said = f"{first['input']} does not fit. {meaning(name)}"
         raise SettingsError(f"{PREFIX}{name.upper()}: {said.removesuffix('.')}.") from None
-    except SettingsSourceError:  # the one setting that is a list
-        raise SettingsError(
-            f'{PREFIX}CORS_ORIGINS must be a JSON list, such as ["https://viewer.example"].'
-        ) from None
+    except SettingsSourceError as error:  # of a list, whose field it names
+        name = str(error).split('"')[1]
+        raise SettingsError(f"{PREFIX}{name.upper()} must be JSON. {meaning(name)}") from None

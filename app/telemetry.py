@@ -305,7 +305,7 @@ class Telemetry:
 def _route(scope: Scope) -> tuple[str, str]:
     """Method and route, of which there are only so many."""
     method = scope["method"] if scope["method"] in _METHODS else "other"
-    return method, getattr(scope.get("route"), "path", "unmatched")
+    return method, getattr(scope.get("route"), "path", "other")
 
 
 class _Lines:

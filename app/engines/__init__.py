@@ -18,7 +18,7 @@ from models.bundle import (
     check_golden,
     golden_batch,
 )
-from models.cores import available_cores, multiplies_bfloat16
+from models.cores import multiplies_bfloat16
 
 # Images in one run on a CPU; more of them take more memory than they gain, but with AMX.
 BATCH_ON_CPU = 4
@@ -127,7 +127,7 @@ def _choices(bundle: Bundle, settings: Settings) -> list[tuple[Artifact, Setting
 
 def _prefers_openvino(settings: Settings) -> bool:
     """Whether OpenVINO is there, and the faster for integers, in memory that is not much."""
-    few = (settings.threads or available_cores()) <= _MOST_THREADS
+    few = settings.cores <= _MOST_THREADS
     return few and multiplies_bfloat16() and find_spec("openvino") is not None
 
 
@@ -182,7 +182,7 @@ def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engin
 
 
 def _load(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
-    threads = settings.threads or available_cores()
+    threads = settings.cores
     if artifact.format == "onnx" and settings.runtime == "openvino":
         if settings.device.startswith("cuda"):
             raise EngineError(

@@ -24,8 +24,8 @@ async def administrator(request: Request) -> None:
     if not asks(request.app.state):
         raise Problem(
             problems.ADMIN_CLOSED,
-            "Set MMTL_KEYS to a key file, and make a key with `mmtl keys create --scope admin`; or "
-            "send the process SIGHUP.",
+            "Set MMTL_KEYS to a key file, and make a key with "
+            "`mmtl keys create NAME --scope admin`; or send the process SIGHUP.",
         )
     await authorize(request, "admin")
 

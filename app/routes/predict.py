@@ -130,8 +130,7 @@ def _respond(
         body = PredictResponse(request_id=trace.request_id, model=model, results=results)
         return _HeldResponse(body.model_dump_json(exclude_unset=True), held)
     if len(errors) == 1:
-        kind = problems.KINDS[errors[0].type.rpartition(":")[2]]
-        return respond(Problem(kind, errors[0].detail))
+        return respond(Problem(problems.kind_of(errors[0]), errors[0].detail))
     problem = Problem(
         problems.ALL_FILES_FAILED, f"None of the {len(errors)} images could be used; see results."
     )
@@ -230,7 +229,7 @@ def _outcomes(uploads: list[Upload], results: list[Result] | None) -> list[tuple
 def _outcome(upload: Upload, result: Result | None) -> tuple[str, str]:
     if isinstance(result, Success):
         return result.image.sha256, "ok"
-    name = "gone" if result is None else result.error.type.rpartition(":")[2]
+    name = "gone" if result is None else problems.kind_of(result.error).name
     return hashlib.sha256(upload.data).hexdigest(), name
 
 

@@ -381,8 +381,9 @@ def test_a_bundle_is_recalibrated_into_another_one_and_compared(
         assert (status, sentence in error) == (2, True)
 
 
-def test_the_settings_page_is_the_program_s(run) -> None:
-    assert (ROOT / "docs" / "settings.md").read_text() == run("settings")[1], "run `make docs`"
+@pytest.mark.parametrize("page", ["settings", "problems"])
+def test_a_page_of_reference_is_the_program_s(run, page: str) -> None:
+    assert (ROOT / "docs" / f"{page}.md").read_text() == run(page)[1], "run `make docs`"
 
 
 def test_pictures_of_one_name_are_told_apart(

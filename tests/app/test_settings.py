@@ -30,6 +30,9 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("MMTL_PROT", "1", r"MMTL_PROT is not a setting\. Did you mean MMTL_PORT\?"),
         ("MMTL_MAXBYTES", "1", "Did you mean MMTL_MAX_BYTES"),
+        ("MMTL_MEMROY", "1", r"Did you mean MMTL_MEMORY\?"),
+        ("MMTL_GPU", "1", "is not a setting. `mmtl settings` lists them"),
+        ("MMTL_WORKERS", "1", "is not a setting. `mmtl settings` lists them"),
         ("MMTL_PORT", "http", r"MMTL_PORT: .*integer"),
         ("MMTL_DEVICE", "gpu", r"MMTL_DEVICE: gpu does not fit\. `auto` .*`cuda:0`\.$"),
         ("MMTL_SOMETHING_ELSE", "1", "is not a setting. `mmtl settings` lists them"),
@@ -39,7 +42,8 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MMTL_DEADLINE_SECONDS", "0", r"MMTL_DEADLINE_SECONDS: .*greater than 0"),
         ("MMTL_DEADLINE_SECONDS", "inf", r"MMTL_DEADLINE_SECONDS: .*finite"),
         ("MMTL_QUEUE_SIZE", "1", r"^MMTL_QUEUE_SIZE must be at least MMTL_MAX_FILES"),
-        ("MMTL_CORS_ORIGINS", "https://viewer.example", r'MMTL_CORS_ORIGINS must be .* \["https'),
+        ("MMTL_CORS_ORIGINS", "https://viewer.example", r'MMTL_CORS_ORIGINS must be .*\["https'),
+        ("MMTL_JWT_ISSUER", "https://a.example", "belong together: set all three, or none"),
         ("MMTL_KEYS", "", "MMTL_KEYS is set, but empty: unset it"),
         ("MMTL_CPUS", "2", "MMTL_CPUS is for docker-compose.yml, not for the service"),
     ],
@@ -56,6 +60,8 @@ def test_what_does_not_fit_is_one_sentence(
 def test_what_compose_reads_is_known() -> None:
     files = [path.read_text() for path in ROOT.glob("docker-compose*.yml")]
     assert {name for text in files for name in re.findall(r"\$\{(MMTL_\w+)", text)} == OF_COMPOSE
+    # Or the service, which is given it on, would refuse to start.
+    assert not OF_COMPOSE & {f"MMTL_{name.upper()}" for name in Settings.model_fields}
 
 
 def test_processes_share_cores_queue_bytes_and_connections() -> None:

@@ -92,7 +92,7 @@ def test_requests_and_images_are_counted(client: TestClient) -> None:
     requests = "mmtl_http_request_duration_seconds_count"
     assert found[key(requests, "POST", "/predict", "200")] == 1
     assert found[key(requests, "POST", "/predict", "415")] == 1
-    assert found[key(requests, "other", "unmatched", "404")] == 1
+    assert found[key(requests, "other", "other", "404")] == 1
     assert found[key("mmtl_queue_depth")] == 0
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from app.problems import KINDS
 from app.settings import Settings
+from app.telemetry import Metrics
 from tests.conftest import ROOT
 
 TOOLS = Path(sys.executable).parent
@@ -118,3 +120,18 @@ def test_the_dashboard_asks_the_provisioned_source() -> None:
             assert target["datasource"]["uid"] == source["uid"]
     numbers = [panel["id"] for panel in dashboard["panels"]]
     assert len(set(numbers)) == len(numbers)
+
+
+def test_rules_and_dashboards_ask_for_metrics_that_the_service_has() -> None:
+    exposed = Metrics(8, KINDS).expose("text/plain")[0].decode()
+    families = re.findall(r"^# TYPE (mmtl_\w+)", exposed, re.MULTILINE)
+    parts = ("", "_total", "_sum", "_count", "_bucket")
+    known = {family + part for family in families for part in parts}
+    files = [path for folder in ("docker", "kubernetes") for path in (ROOT / folder).rglob("*.*")]
+    asked = {
+        name
+        for path in files
+        if path.suffix in (".yml", ".yaml", ".json") and "secrets" not in path.parts
+        for name in re.findall(r"\bmmtl_[a-z_]+", path.read_text())
+    }
+    assert {"mmtl_ready", "mmtl_rejected_total"} <= asked <= known
