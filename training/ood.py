@@ -106,7 +106,7 @@ def fit_feature_distance(features: Floats, axes: int = AXES) -> FeatureDistance:
     """
     values = np.asarray(features, np.float64)
     mean = values.mean(axis=0)
-    variances, directions = np.linalg.eigh(np.cov(values - mean, rowvar=False))
+    variances, directions = np.linalg.eigh(np.cov(values, rowvar=False))
     kept = max(1, min(axes, len(values) - 1, values.shape[1] - 1))
     noise = max(float(variances[:-kept].mean()), 1e-9)
 

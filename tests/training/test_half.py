@@ -90,6 +90,17 @@ def test_batch_norm_goes_into_the_convolution_before_it(
 
 
 @torch.no_grad()
+def test_a_convolution_s_own_bias_is_scaled_too_and_nothing_is_left_behind(images: Tensor) -> None:
+    network = with_statistics(Named(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).eval())
+    nn.init.normal_(network.body[0].bias)
+    expected = network(images)["features"]
+    fold_batch_norm(network, images)
+    assert not norms(network)
+    torch.testing.assert_close(network(images)["features"], expected, rtol=1e-5, atol=1e-5)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+@torch.no_grad()
 def test_what_is_read_elsewhere_too_is_not_folded(images: Tensor) -> None:
     network = with_statistics(Named(Forked()).eval())
     copy = rounded(network, images)

@@ -15,10 +15,11 @@ def score(distance: torch.nn.Module, features: np.ndarray) -> np.ndarray:
 def test_the_distance_is_mahalanobis_under_probabilistic_pca() -> None:
     generator = np.random.default_rng(0)
     widths = np.array([9.0, 4.0, *[0.5] * 18])
-    features = generator.normal(size=(5000, 20)) * widths + 7
+    middle = np.arange(20.0)
+    features = generator.normal(size=(5000, 20)) * widths + middle
     distance = fit_feature_distance(features, axes=2)
     assert (score(distance, features) ** 2).mean() == pytest.approx(1, rel=0.02)
-    along, across = np.full((1, 20), 7.0), np.full((1, 20), 7.0)
+    along, across = middle[None].copy(), middle[None].copy()
     along[0, 0] += 9
     across[0, 9] += 9
     # One standard deviation of twenty directions, against eighteen.
@@ -40,6 +41,14 @@ class Colours:
 
     def maps(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return images, images.float()
+
+
+def test_each_image_has_its_own_features_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.ood._BATCH", 2)
+    monkeypatch.setattr("training.ood.training_transform", lambda size, augmentation: lambda i: i)
+    pixels = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
+    found = middle_features(Colours(), pixels, [4, 0, 3, 1, 2], Config(size=32))
+    assert found[:, 0].tolist() == [4, 0, 3, 1, 2]
 
 
 def test_training_images_are_taken_as_augmentation_shows_them_always_the_same() -> None:

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from training.data.manifest import DataError
-from training.quantize import TRUNK_WEIGHT, Backbone, _agreeing_threshold
+from training.quantize import TRUNK_WEIGHT, Backbone, Cost, _agreeing_threshold
 from training.runners import onnx_runner
 
 SIZE, WIDE = 8, 12
+_0 = np.zeros(0)
 
 
 def weights(*shape: int) -> NDArray[np.float32]:
@@ -80,6 +81,35 @@ def test_the_first_convolutions_stay_in_floats_if_so_asked(tmp_path: Path) -> No
         widened = {o for n in graph.node if n.op_type == "DequantizeLinear" for o in n.output}
         convolutions = [node for node in graph.node if node.op_type == "Conv"]
         assert {n.name for n in convolutions if n.input[1] not in widened} == in_floats
+
+
+def test_integers_have_seven_bits_and_each_channel_a_scale_of_its_own(tmp_path: Path) -> None:
+    """A processor without VNNI adds two products in 16 bits, where two of eight bits overflow."""
+    write_network(tmp_path / "floats.onnx")
+    Backbone(tmp_path / "floats.onnx", tmp_path, images(16, seed=1)).write(tmp_path / "q.onnx", 0)
+    graph = onnx.load(tmp_path / "q.onnx").graph
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weighed = [node.input for node in graph.node if node.op_type == "DequantizeLinear"]
+    integers = {name: scale for name, scale, _ in weighed if tensors.get(name, _0).dtype == np.int8}
+    assert sorted(tensors[name].shape for name in integers) == [(WIDE, 1, 3, 3), (WIDE, 3, 3, 3)]
+    assert max(int(np.abs(tensors[name]).max()) for name in integers) == 64
+    assert {tensors[scale].shape for scale in integers.values()} == {(WIDE,)}
+    written = [node.input[2] for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert {tensors[zero].dtype for zero in written} == {np.dtype(np.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("cost", "small"),
+    [
+        (Cost(0, 0.0029, 0.005, 0.005), True),
+        (Cost(0, -0.1, 0.0, 0.0), True),
+        (Cost(0, 0.003, 0.0, 0.0), False),
+        (Cost(0, 0.0, 0.0051, 0.0), False),
+        (Cost(0, 0.0, 0.0, 0.0051), False),
+    ],
+)
+def test_integers_are_taken_where_each_of_their_costs_is_small(cost: Cost, small: bool) -> None:
+    assert cost.small == small
 
 
 def test_a_network_of_others_is_refused_in_a_sentence(tmp_path: Path) -> None:
