@@ -96,8 +96,8 @@ class _Job:
     waited: float = 0.0
     pixels: Pixels | None = None
 
-    def dropped(self, now: float) -> str | None:
-        """Why the job is not worth working on, if it is not."""
+    def why_not(self, now: float) -> str | None:
+        """Count its wait so far, and say why it is not worth working on, if it is not."""
         self.waited += now - self.since
         self.since = now
         if now > self.deadline:  # at which the request gives its images up, too
@@ -227,7 +227,7 @@ class Batcher:
         """Admit no more requests, and answer those that have begun. Safe in a signal handler."""
         self._draining = True
 
-    def close(self, timeout: float | None = None) -> None:
+    def close(self, timeout: float) -> None:
         """Take no more images, run those that wait, and stop the workers.
 
         Args:
@@ -243,12 +243,12 @@ class Batcher:
         if not self._join(_LAST_SECONDS):
             skip_turn()  # it may hang in its turn
 
-    def _join(self, timeout: float | None) -> bool:
+    def _join(self, timeout: float) -> bool:
         """Wait for the workers' end; whether all have ended, or not begun."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = time.monotonic() + timeout
         for worker in self._workers:
             if worker.is_alive():
-                worker.join(None if deadline is None else max(deadline - time.monotonic(), 0))
+                worker.join(max(deadline - time.monotonic(), 0))
         return not any(worker.is_alive() for worker in self._workers)
 
     def retire(self, timeout: float) -> None:
@@ -380,7 +380,7 @@ class Batcher:
                     jobs = self._batch()
                 elif to_decode:
                     job = to_decode.popleft()
-                    jobs = [job] if self._worth(job, time.monotonic()) else []
+                    jobs = [job] if self._still_wanted(job, time.monotonic()) else []
                 elif self._closed and not self._decoded and not self._large:
                     break
                 else:
@@ -388,7 +388,9 @@ class Batcher:
                     self._changed.wait(_TURN_SECONDS if self._large else None)
                     if self._large:
                         now = time.monotonic()
-                        self._large = deque(job for job in self._large if self._worth(job, now))
+                        self._large = deque(
+                            job for job in self._large if self._still_wanted(job, now)
+                        )
                     continue
                 if jobs:  # a job is always somewhere where `abandon` finds it
                     self._busy[name] = time.monotonic(), jobs
@@ -403,14 +405,14 @@ class Batcher:
         jobs: list[_Job] = []
         while self._decoded and len(jobs) < self._max_batch:
             job = self._decoded.popleft()
-            if self._worth(job, now):
+            if self._still_wanted(job, now):
                 jobs.append(job)
         self._running += bool(jobs)
         return jobs
 
-    def _worth(self, job: _Job, now: float) -> bool:
+    def _still_wanted(self, job: _Job, now: float) -> bool:
         """Whether somebody still waits for it."""
-        if (why := job.dropped(now)) is not None and job.decodes:
+        if (why := job.why_not(now)) is not None and job.decodes:
             self._metrics.dropped.labels(why).inc()
         return why is None
 

@@ -69,6 +69,7 @@ class Networks:
         self._stopped = threading.Event()
         self._draining = False
         self._replacements = 0
+        # At most one. As an argument it would be in memory until its thread has given that back.
         self._retiring: list[Network] = []
         # The one that is being loaded, which `close` looks for: it has begun before it is noted.
         self._loading: Future[Network] | None = None
@@ -139,7 +140,9 @@ class Networks:
             ReloadError: The bundle cannot be used, or another is taking over just now.
         """
         if not self._switching.acquire(blocking=False):
-            raise self._refused(ReloadError("Another network is taking over just now. Try again."))
+            raise self._note_refusal(
+                ReloadError("Another network is taking over just now. Try again.")
+            )
         return self._switch()
 
     def _switch(self) -> Network:
@@ -149,7 +152,7 @@ class Networks:
             old, self.current = self.current, self._load_apart()
         except Exception as error:  # each runtime raises types of its own
             self._switching.release()
-            raise self._refused(error) from None
+            raise self._note_refusal(error) from None
         if self._draining:
             self.current.batcher.drain()
         self._metrics.reloads.labels("switched").inc()
@@ -168,7 +171,7 @@ class Networks:
             return begin(self.reload)
         except RuntimeError as error:  # no thread is to be had just now
             refused: Future[Network] = Future()
-            refused.set_exception(self._refused(error))
+            refused.set_exception(self._note_refusal(error))
             return refused
 
     def hang_up(self) -> None:
@@ -179,7 +182,7 @@ class Networks:
             begin(self._reload_next)
         except RuntimeError as error:  # no thread is to be had just now
             self._next.release()
-            self._refused(error)
+            self._note_refusal(error)
 
     def _reload_next(self) -> None:
         self._switching.acquire()
@@ -187,7 +190,8 @@ class Networks:
         with suppress(ReloadError):  # which is logged
             self._switch()
 
-    def _refused(self, error: Exception) -> ReloadError:
+    def _note_refusal(self, error: Exception) -> ReloadError:
+        """Count and log it; what to raise."""
         reason = str(error) or type(error).__name__
         self._metrics.reloads.labels("refused").inc()
         log.error("reload refused", error=type(error).__name__, reason=reason)

@@ -32,6 +32,9 @@ _MOST_TOLERANCE = 1.0
 FORMAT_VERSION: Literal[1] = 1
 NAME = r"^[a-z0-9][a-z0-9-]*$"
 VERSION = r"^\d+\.\d+\.\d+$"
+# Tasks, for each of which an answer of the service has a field.
+REQUIRED_TASKS = frozenset({"melanoma", "age", "site"})
+OPTIONAL_TASKS = frozenset({"sex", "diagnosis"})
 # ISIC records `age_approx` in steps of five years, 0 to 90.
 AGE_GRID = tuple(range(0, 91, 5))
 
@@ -201,9 +204,13 @@ class Manifest(_Part):
         ):
             if len(set(names)) != len(names):
                 raise ValueError(f"a {what} stands twice")
-        missing = {"melanoma", "age", "site"} - {task.name for task in self.tasks}
-        if missing:
+        named = {task.name for task in self.tasks}
+        if missing := REQUIRED_TASKS - named:
             raise ValueError(f"the task {sorted(missing)[0]} is missing")
+        if unknown := named - REQUIRED_TASKS - OPTIONAL_TASKS:
+            raise ValueError(
+                f"the task {sorted(unknown)[0]} is none that this version of mmtl answers"
+            )
         for task in self.tasks:
             if (task.kind == "binary") != (task.name == "melanoma"):
                 raise ValueError(f"the task {task.name} cannot be {task.kind}")

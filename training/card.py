@@ -51,6 +51,9 @@ def model_card(bundle: Bundle, report: Report) -> str:
     tasks = "\n".join(
         f"| {task.name} | {task.kind} | {', '.join(task.labels)} |" for task in manifest.tasks
     )
+    # The one that ships; of another, whoever publishes its bundle has to look it up.
+    lite = "tf_efficientnet_lite" in manifest.description
+    licence = " (EfficientNet-Lite:\nApache-2.0)" if lite else ""
     cautions = "\n".join(f"- {line}" for line in report["cautions"])
     name = headline_set(report)
     first = report["sets"][name]
@@ -70,8 +73,7 @@ def model_card(bundle: Bundle, report: Report) -> str:
 
 {sources}
 
-The backbone started from ImageNet weights, under their publisher's licence (EfficientNet-Lite:
-Apache-2.0).
+The backbone started from ImageNet weights, under their publisher's licence{licence}.
 
 ## What it predicts
 

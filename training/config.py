@@ -164,6 +164,8 @@ def configure(path: Path | None = None, **flags: Any) -> Config:
     if path is not None:
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is not TOML: {error}.") from None
     given = {name: value for name, value in flags.items() if value is not None}

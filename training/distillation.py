@@ -53,8 +53,13 @@ def open_teachers(folders: Sequence[str], size: int) -> list[Bundle]:
             )
         for name, labels in TAUGHT.items():
             task = teacher.manifest.task(name)
-            if task is None or list(task.labels) != [str(label) for label in labels]:
-                raise DataError(f"teachers: {folder} has other labels for {name}.")
+            if task is None:
+                raise DataError(f"teachers: {folder} has no head for {name}: take one that has.")
+            if list(task.labels) != [str(label) for label in labels]:
+                raise DataError(
+                    f"teachers: {folder} has other labels for {name} than "
+                    f"{', '.join(map(str, labels))}: take one that has these."
+                )
     return teachers
 
 

@@ -136,7 +136,7 @@ def _without_melanoma(values: Tensor) -> Tensor:
 
 
 class ServedNetwork(nn.Module):
-    """The network as every artifact holds it: uint8 [N, H, W, 3] in, DESIGN.md's outputs out.
+    """The network as every artifact holds it: uint8 [N, H, W, 3] in, `Manifest.output_shapes` out.
 
     Args:
         network: Fitted.

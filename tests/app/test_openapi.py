@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from app.main import build_api
+from app.schemas import Prediction
+from models.bundle import OPTIONAL_TASKS, REQUIRED_TASKS
 from tests.conftest import ROOT
 
 COMMITTED = ROOT / "docs" / "openapi.json"
@@ -21,6 +23,12 @@ def test_every_schema_that_is_named_is_there() -> None:
     named = set(re.findall(r"#/components/schemas/(\w+)", described))
     assert "ProblemBody" in named
     assert named <= set(schemas)
+
+
+def test_an_answer_has_a_place_for_every_task_of_a_bundle() -> None:
+    fields = Prediction.model_fields
+    assert set(fields) == REQUIRED_TASKS | OPTIONAL_TASKS
+    assert {name for name, field in fields.items() if field.is_required()} == REQUIRED_TASKS
 
 
 def test_no_breaking_change() -> None:

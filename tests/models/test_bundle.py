@@ -315,6 +315,16 @@ def test_what_must_be_told_apart_is_no_binary_task(tmp_path: Path) -> None:
         load_bundle(changed(tmp_path, binary))
 
 
+def test_a_task_without_a_place_in_an_answer_is_refused(tmp_path: Path) -> None:
+    def further(manifest: dict) -> None:
+        site = next(task for task in manifest["tasks"] if task["name"] == "site")
+        manifest["tasks"].append({**site, "name": "itch"})
+
+    said = "the task itch is none that this version of mmtl answers"
+    with pytest.raises(BundleError, match=said):
+        load_bundle(changed(tmp_path, further))
+
+
 def test_a_cpu_takes_no_integers_of_another_format(tmp_path: Path) -> None:
     def torchscript(manifest: dict) -> None:
         first = manifest["artifacts"][0]

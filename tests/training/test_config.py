@@ -27,6 +27,13 @@ def test_a_spreadsheet_s_mark_is_no_mistake_and_an_option_is_not_the_file_s(tmp_
         configure(path, size=8)
 
 
+def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nope\.toml cannot be read: No such file"):
+        configure(tmp_path / "nope.toml")
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        configure(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

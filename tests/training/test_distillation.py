@@ -66,8 +66,14 @@ def test_a_teacher_of_other_images_or_labels_is_refused(teacher: Bundle, tmp_pat
     folder = str(teacher.folder)
     with pytest.raises(DataError, match=r"looks at 32 x 32 pixels; the run's images have 160"):
         open_teachers([folder], 160)
-    with pytest.raises(DataError, match="has other labels for diagnosis"):
+    with pytest.raises(DataError, match="has no head for diagnosis: take one that has"):
         open_teachers([folder], SIDE)
+    *others, site = teacher.manifest.tasks
+    diagnosis = site.model_copy(update={"name": "diagnosis"})
+    manifest = teacher.manifest.model_copy(update={"tasks": (*others, site, diagnosis)})
+    save_bundle(tmp_path / "two", manifest, {"model.onnx": teacher.folder / "model.onnx"})
+    with pytest.raises(DataError, match=r"other labels for diagnosis than actinic .*: take one"):
+        open_teachers([str(tmp_path / "two")], SIDE)
     with pytest.raises(BundleError):
         open_teachers([str(tmp_path / "nowhere")], SIDE)
     assert open_teachers([], 160) == []

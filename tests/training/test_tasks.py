@@ -1,3 +1,5 @@
+from models.bundle import OPTIONAL_TASKS, REQUIRED_TASKS
+from training import export
 from training.data.manifest import Record
 from training.data.vocabulary import Diagnosis, Sex, Site
 from training.network import ServedNetwork
@@ -30,7 +32,17 @@ def test_labels_are_encoded_in_the_order_of_the_vocabularies() -> None:
 def test_a_head_has_the_outputs_of_its_kind() -> None:
     outputs = {task.name: task.outputs for task in TASKS}
     assert outputs == {"melanoma": 1, "diagnosis": 7, "age": 18, "site": 6, "sex": 2}
-    assert {"age", "site", "sex", "diagnosis"} <= set(ServedNetwork.OUTPUTS)
+
+
+def test_every_head_is_exported_and_answered() -> None:
+    """A head that is trained and not served would be trained for nothing."""
+    trained = {task.name: task.classes for task in TASKS}
+    exported = {task.name: len(task.labels) for task in export.TASKS}
+    # Of age, bins are exported, not the grid that is learned.
+    assert exported | {"age": trained["age"]} == trained
+    assert set(trained) == REQUIRED_TASKS | OPTIONAL_TASKS
+    of_heads = {*trained, "melanoma_logit", "melanoma_map", "age_years"} - {"melanoma"}
+    assert {*of_heads, "ood_score"} == set(ServedNetwork.OUTPUTS)
 
 
 def test_no_records_have_no_targets() -> None:

@@ -106,7 +106,10 @@ def load_manifest(path: Path) -> list[Record]:
             file.seek(0)
             reader = csv.DictReader(file, delimiter=delimiter)
             if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise DataError(f"{path}: expected the columns {', '.join(COLUMNS)}.")
+                raise DataError(
+                    f"{path}: expected the columns {', '.join(COLUMNS)}. Write it anew with "
+                    "`mmtl-train prepare` or `mmtl-train data split`."
+                )
             records = [_parse(path, number, row) for number, row in enumerate(reader, start=2)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a CSV file in UTF-8: {error}.") from None

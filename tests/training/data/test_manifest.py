@@ -1,6 +1,6 @@
 """The manifest is read back as it was written; its fingerprint is of what can be learned."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,14 @@ def test_a_manifest_is_read_back_as_it_was(tmp_path_factory, written: list[Recor
     path = tmp_path_factory.mktemp("manifest") / "manifest.csv"
     save_manifest(path, written)
     assert load_manifest(path) == written
+
+
+def test_every_column_is_read_back(tmp_path: Path) -> None:
+    full = Record("a", "a.jpg", "d", "l", "p", True, Diagnosis.MEL, 50.0, Sex.MALE, Site.TORSO)
+    full = replace(full, split=Split.TEST, component="c")
+    assert all(asdict(full).values())
+    save_manifest(tmp_path / "manifest.csv", [full])
+    assert load_manifest(tmp_path / "manifest.csv") == [full]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
