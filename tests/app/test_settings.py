@@ -1,7 +1,9 @@
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from app.settings import DEFAULT_BUNDLE, OF_COMPOSE, Settings, SettingsError, load_settings
 from tests.conftest import ROOT
@@ -90,3 +92,70 @@ def test_a_request_fits_into_the_part_of_one_process(
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=message):
         load_settings()
+
+
+# What is refused, and what is just taken (with the others that it asks for).
+BOUNDS: dict[str, tuple[list[object], list[dict[str, object]]]] = {
+    "port": ([-1, 65536], [{"port": 0}, {"port": 65535}]),
+    "processes": ([0, 65], [{"processes": 1}, {"processes": 8, "max_files": 32}]),
+    "threads": ([-1], [{"threads": 0}]),
+    "max_batch": ([0, 257], [{"max_batch": 1}, {"max_batch": 256}]),
+    "queue_size": ([0, 31], [{"queue_size": 1, "max_files": 1}, {"queue_size": 32}]),
+    "deadline_seconds": ([0], [{"deadline_seconds": 1e-9}]),
+    "hang_seconds": ([0], [{"hang_seconds": 1e-9}]),
+    "max_files": ([0, 257], [{"max_files": 1}, {"max_files": 256}]),
+    "max_bytes": ([0, 1_000_000_001], [{"max_bytes": 1}, {"max_bytes": 1_000_000_000}]),
+    "max_bytes_in_flight": ([0], [{"max_bytes_in_flight": 1, "max_bytes": 1}]),
+    "upload_seconds": ([0], [{"upload_seconds": 1e-9}]),
+    "header_seconds": ([0], [{"header_seconds": 1e-9}]),
+    "max_header_bytes": ([1023], [{"max_header_bytes": 1024}]),
+    "max_connections": ([0], [{"max_connections": 1}]),
+    "max_pixels": ([0], [{"max_pixels": 1}]),
+    "max_pixels_in_full": ([0], [{"max_pixels_in_full": 1}]),
+    "audit_log_bytes": ([0], [{"audit_log_bytes": 1}]),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_number_is_within_its_bounds(name: str) -> None:
+    refused, taken = BOUNDS[name]
+    for value in refused:
+        with pytest.raises(ValidationError):
+            Settings(**{name: value})
+    for values in taken:
+        assert getattr(Settings(**values), name) == values[name]
+
+
+def test_every_number_has_bounds() -> None:
+    numbers = {n for n, field in Settings.model_fields.items() if field.annotation in (int, float)}
+    assert numbers == set(BOUNDS)
+
+
+@pytest.mark.parametrize(
+    ("url", "taken"),
+    [
+        ("https://idp.example/keys", True),
+        ("http://localhost:8080/keys", True),
+        ("http://127.0.0.1/keys", True),
+        ("http://idp.example/keys", False),
+        ("http://localhost.example/keys", False),
+        ("file:///etc/keys", False),
+    ],
+)
+def test_a_provider_s_keys_are_not_fetched_where_others_may_change_them(
+    url: str, taken: bool
+) -> None:
+    given = {"jwt_issuer": "https://idp.example", "jwt_audience": "mmtl", "jwt_jwks_url": url}
+    with nullcontext() if taken else pytest.raises(ValidationError, match="jwt_jwks_url"):
+        assert Settings(**given).jwt_jwks_url == url
+
+
+def test_nothing_is_open_or_trusted_or_sent_unasked() -> None:
+    settings = Settings()
+    assert (settings.open_metrics, settings.trust_torch, settings.traces) == (False,) * 3
+    assert settings.cors_origins == ()
+
+
+def test_settings_do_not_change_under_a_running_service() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().port = 1
