@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import DropPath
 from torchvision.ops import StochasticDepth
 
 from training.backbones import find_source, load_classifier
-from training.feature_maps import build_feature_map, last_and_middle
+from training.data.manifest import DataError
+from training.feature_maps import _grid, build_feature_map, last_and_middle
 from training.zoo import choose
 
 # One of every way in which the libraries build them.
@@ -107,6 +109,20 @@ def test_stochastic_depth_rises_with_depth(name: str) -> None:
     assert drops[0] == 0
     assert drops[-1] == pytest.approx(0.3)
     assert drops == sorted(drops)
+
+
+def test_timm_s_networks_have_stochastic_depth_too_and_are_left_in_training() -> None:
+    features, *_ = build_feature_map(*choose(["tf_efficientnet_lite0"]), None, drop_path=0.3)
+    drops = [m.drop_prob for m in features.modules() if isinstance(m, DropPath)]
+    assert 0.2 < max(drops) <= 0.3
+    assert drops == sorted(drops)
+    assert all(module.training for module in features.modules())
+
+
+def test_tokens_that_are_no_square_are_no_map() -> None:
+    assert _grid(torch.arange(20.0).reshape(1, 10, 2), 1).shape == (1, 2, 3, 3)
+    with pytest.raises(DataError, match="no square grid"):
+        _grid(torch.zeros(1, 9, 2), 1)
 
 
 def test_a_file_of_weights_is_used(tmp_path: Path) -> None:
