@@ -2,6 +2,7 @@ from typing import get_args
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from tests.lesions import draw_lesion
 from training.augment import (
@@ -37,6 +38,27 @@ def test_a_sample_of_an_epoch_is_always_drawn_alike(augmentation: Augmentation) 
     for other in ((1, 3, 7), (0, 4, 7), (0, 3, 8)):
         assert not torch.equal(look(*other), first)
     assert (first.shape, first.dtype) == ((3, 48, 48), torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "steps"),
+    [
+        ("plain", "RandomHorizontalFlip RandomVerticalFlip RandomResizedCrop Colour"),
+        ("clinic", "Framing Colour Resolution:0.3 Blur:0.15 Jpeg:0.3"),
+        # On the skin, before its colours.
+        ("occluded", "Framing Hairs:0.3 Ruler:0.1 Colour Resolution:0.3 Blur:0.15 Jpeg:0.3"),
+    ],
+)
+def test_each_augmentation_has_its_steps_as_often_as_it_should(
+    augmentation: Augmentation, steps: str
+) -> None:
+    named = [
+        f"{type(step.transforms[0]).__name__}:{step.p}"
+        if isinstance(step, v2.RandomApply)
+        else type(step).__name__
+        for step in training_transform(48, augmentation).transforms
+    ]
+    assert " ".join(named) == steps
 
 
 def test_the_caller_s_random_state_is_left_alone() -> None:

@@ -9,6 +9,7 @@ from models.bundle import AGE_GRID
 from training.network import (
     MELANOMA,
     MultiTaskNetwork,
+    ServedEnsemble,
     ServedNetwork,
     age_distribution,
     melanoma_log_odds,
@@ -52,6 +53,33 @@ def test_the_outputs_are_those_of_the_contract(served, images: torch.Tensor) -> 
     }
     for name in ("age", "site", "sex", "diagnosis"):
         torch.testing.assert_close(outputs[name].sum(dim=1), torch.ones(3))
+
+
+def test_the_backbone_sees_what_it_was_pretrained_on() -> None:
+    """Pixels from 0 to 1, less the mean, in standard deviations, each channel by its own."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    network = MultiTaskNetwork(nn.Identity(), 3, 6, mean, std).eval()
+    pixels = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    last, _ = network.maps(pixels)
+    expected = [(0 - 0.485) / 0.229, (1 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
+    assert last.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@torch.inference_mode()
+def test_an_ensemble_answers_the_mean_of_its_members(served, images: torch.Tensor) -> None:
+    torch.manual_seed(1)
+    heads = nn.ModuleDict(
+        {n: nn.Linear(6, h.out_features) for n, h in served.network.heads.items()}
+    )
+    network = small_network()
+    network.heads = heads
+    other = ServedNetwork(network, EDGES, served.distance).eval()
+    one, two = served(images), other(images)
+    found = ServedEnsemble([served, other])(images)
+    assert tuple(found) == ServedNetwork.OUTPUTS
+    for name, values in found.items():
+        torch.testing.assert_close(values, (one[name] + two[name]) / 2)
+    assert not torch.equal(one["site"], two["site"])
 
 
 @pytest.mark.parametrize("views", [4, 8])
