@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from fastapi import HTTPException
 from fastapi.testclient import TestClient
 
 from app.main import create_app
@@ -95,14 +96,18 @@ def test_cors_is_off_unless_set(settings: Settings) -> None:
         assert "X-Request-ID" in headers["access-control-expose-headers"]
 
 
+@pytest.mark.parametrize("query", ["", "?explain=false"])  # past the router, and through it
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a secret of the inside"), HTTPException(418, "a secret of the inside")]
+)
 def test_an_unexpected_failure_is_a_problem_too(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, error: Exception, query: str
 ) -> None:
     async def fails(*_: object) -> None:
-        raise RuntimeError("a secret of the inside")
+        raise error
 
     monkeypatch.setattr(client.app.state.predictor, "predict", fails)
-    answer = client.post("/predict", files={"files": flat(1)})
+    answer = client.post(f"/predict{query}", files={"files": flat(1)})
     assert answer.status_code == 500
     assert answer.json()["type"] == "urn:mmtl:problem:internal"
     assert "secret" not in answer.text
