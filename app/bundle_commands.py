@@ -12,7 +12,14 @@ from app.console import NOTICE, add_row, fail, printable, show
 from app.engines import load_engine
 from app.settings import load_settings
 from app.telemetry import configure_logs
-from models.bundle import MANIFEST, Artifact, Bundle, check_replaceable, load_bundle
+from models.bundle import (
+    MANIFEST,
+    Artifact,
+    Bundle,
+    OperatingPoint,
+    check_replaceable,
+    load_bundle,
+)
 from models.recalibration import (
     change_prevalence,
     differences,
@@ -81,21 +88,17 @@ def inspect(
     add_row(table, "input", f"{manifest.input.height} x {manifest.input.width} pixels, RGB")
     for task in manifest.tasks:
         add_row(table, task.name, f"{task.kind}: {', '.join(task.labels)}")
-    point = manifest.operating_point
-    add_row(
-        table,
-        "threshold from",
-        f"{point.criterion} on {point.dataset} ({point.images} images, {point.melanomas} "
-        f"melanomas): sensitivity {point.sensitivity:.3f}, specificity {point.specificity:.3f}",
-    )
+    add_row(table, "threshold from", _words(manifest.operating_point))
     add_row(table, "prevalence", f"{manifest.prevalence:.3f}")
     for artifact in manifest.artifacts:
         add_row(
             table,
             artifact.file,
             f"{artifact.format} {artifact.precision}, {artifact.bytes / 1e6:.1f} MB, "
-            f"melanoma threshold {artifact.melanoma_threshold:.3f}",
+            f"melanoma threshold {artifact.melanoma_threshold:.4f}",
         )
+        if artifact.operating_point:
+            add_row(table, "its threshold from", _words(artifact.operating_point))
     for metric in manifest.metrics:
         add_row(
             table,
@@ -105,6 +108,13 @@ def inspect(
         )
     add_row(table, "licence of the weights", manifest.training_data.licence)
     show(table)
+
+
+def _words(point: OperatingPoint) -> str:
+    return (
+        f"{point.criterion} on {point.dataset} ({point.images} images, {point.melanomas} "
+        f"melanomas): sensitivity {point.sensitivity:.3f}, specificity {point.specificity:.3f}"
+    )
 
 
 @cli.command("recalibrate")

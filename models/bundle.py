@@ -141,6 +141,9 @@ class Artifact(_Part):
     golden: tuple[Golden, ...] | None = Field(
         None, description="Its own golden predictions; None for those of the manifest."
     )
+    operating_point: OperatingPoint | None = Field(
+        None, description="Where its own threshold came from; None for that of the manifest."
+    )
 
     @field_validator("tolerance")
     @classmethod
@@ -221,6 +224,10 @@ class Manifest(_Part):
             if artifact.golden and [golden.seed for golden in artifact.golden] != seeds:
                 raise ValueError(f"{artifact.file} has golden predictions of other images")
         return self
+
+    def point(self, artifact: Artifact) -> OperatingPoint:
+        """Where the threshold of one of the artifacts came from."""
+        return artifact.operating_point or self.operating_point
 
     def task(self, name: str) -> Task | None:
         """The task of this name, None where the bundle has no such head."""

@@ -139,8 +139,10 @@ def recalibrate(
         specificity=float((probability[~melanoma] < threshold).mean()),
     )
     changed = _changed(manifest, lambda _: (calibration, threshold), float(melanoma.mean()))
+    artifacts = [each.model_copy(update={"operating_point": None}) for each in changed.artifacts]
     return changed.model_copy(
         update={
+            "artifacts": tuple(artifacts),
             "operating_point": point,
             "metrics": tuple(m for m in manifest.metrics if not _depends_on_threshold(m.name)),
         }

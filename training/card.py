@@ -42,7 +42,8 @@ def check_publishable(bundle: Bundle, split: str, data_fingerprint: str) -> None
 def model_card(bundle: Bundle, report: Report) -> str:
     """The card, in Markdown."""
     manifest = bundle.manifest
-    point = manifest.operating_point
+    (measured,) = (a for a in manifest.artifacts if a.sha256 == report["artifact_sha256"])
+    point = manifest.point(measured)
     sources = "\n".join(
         f"- {source.name}, {source.images:,} images for training and validation, "
         f"{source.licence}, <{source.url}>"
@@ -84,7 +85,7 @@ The backbone started from ImageNet weights, under their publisher's licence{lice
 Input: RGB, {manifest.input.height} x {manifest.input.width} pixels; what is wider than 4:3 loses
 its ends, the rest is stretched to the square.
 
-The melanoma threshold is {report["threshold"]:.4f}: {point.criterion} on the
+The melanoma threshold of {measured.file} is {report["threshold"]:.4f}: {point.criterion} on the
 {point.dataset} ({point.images:,} images, {point.melanomas} melanomas), where it gave a sensitivity
 of {point.sensitivity:.3f} and a specificity of {point.specificity:.3f}.
 

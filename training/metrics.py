@@ -202,7 +202,7 @@ def categorical(truth: Classes, labels: Sequence[int]) -> dict[str, Reading]:
     """Figures of a predicted class that can be given an interval; arguments as `f1_readings`."""
     return {
         "accuracy": lambda truth, found: float(accuracy_score(truth, found)),
-        "balanced accuracy": _balanced_accuracy,
+        "balanced accuracy": _balanced_accuracy(np.unique(truth)),
         **{f"F1, {name}": of for name, of in f1_readings(truth, labels).items()},
     }
 
@@ -229,9 +229,16 @@ def confusion(truth: Classes, found: Classes, labels: Sequence[str]) -> dict[str
     return {"labels": list(labels), "counts": counts.tolist()}
 
 
-def _balanced_accuracy(truth: Classes, found: Classes) -> float:
-    """Mean recall of the classes that are there (scikit-learn's warns of the others)."""
-    return float(np.mean([(found[truth == label] == label).mean() for label in np.unique(truth)]))
+def _balanced_accuracy(present: Classes) -> Reading:
+    """Mean recall of these classes; 0 of one that a resample lacks, as F1 has it."""
+
+    def reading(truth: Classes, found: Classes) -> float:
+        right = truth == found
+        return float(
+            np.mean([right[truth == k].mean() if (truth == k).any() else 0.0 for k in present])
+        )
+
+    return reading
 
 
 def _log_odds(probability: Floats) -> Floats:

@@ -1,6 +1,7 @@
 """What a model says of a manifest's images: from a bundle, or from a table of anybody's."""
 
 import csv
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from training.runners import Runner, onnx_runner
 
 BATCH_SIZE = 32
 PROBABILITY = "melanoma_probability"
+
+_AGES = re.compile(r"(\d+)(?:-(\d+)|\+)")
 
 Floats = NDArray[np.floating]
 _WORDS: dict[str, type[Site] | type[Sex] | type[Diagnosis]] = {
@@ -219,16 +222,18 @@ def load_predictions(path: Path, records: Sequence[Record], threshold: float) ->
 
 
 def _edges(labels: Sequence[str]) -> tuple[float, ...]:
-    """`30-44` and `75+` begin at 30 and 75."""
-    try:
-        starts = [float(label.rstrip("+").split("-")[0]) for label in labels]
-    except ValueError:
-        starts = [0.0, 0.0]
-    if starts != sorted(set(starts)):
+    """`30-44` and `75+` begin at 30 and 75; every age is in one bin, in order."""
+    if not labels:
+        return ()
+    bins = [found for label in labels if (found := _AGES.fullmatch(label))]
+    starts = [int(each[1]) for each in bins]
+    due = [0, *(int(each[2]) + 1 for each in bins if each[2])]
+    if len(bins) < len(labels) or starts != due or starts != sorted(set(starts)):
         raise DataError(
-            f"The age columns {', '.join(labels)} are not of the form 0-29, 30-44, 45+, in order."
+            f"The age columns {', '.join(labels)} are not of the form 0-29, 30-44, 45+, in order, "
+            "with every age in one of them."
         )
-    return tuple(starts[1:])
+    return tuple(float(start) for start in starts[1:])
 
 
 def _written(values: Floats) -> list[str]:

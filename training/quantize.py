@@ -33,6 +33,7 @@ from models.bundle import (
     Bundle,
     Calibration,
     Golden,
+    OperatingPoint,
     golden_batch,
     load_bundle,
     melanoma_probability,
@@ -115,6 +116,7 @@ def quantize(run: Run, folder: Path) -> tuple[Bundle, list[Cost]]:
     """
     bundle = load_bundle(folder)
     precise = bundle.artifact("onnx", "fp32")
+    point = bundle.manifest.point(precise)
     if run.load_config().folds > 1:
         raise DataError(
             f"{run.folder} is an ensemble, which is not put in integers: fit one network that has "
@@ -190,6 +192,14 @@ def quantize(run: Run, folder: Path) -> tuple[Bundle, list[Cost]]:
             golden=tuple(
                 Golden(seed=golden.seed, outputs=golden_outputs(outputs, row))
                 for row, golden in enumerate(bundle.manifest.golden)
+            ),
+            operating_point=OperatingPoint(
+                criterion=f"fewest decisions other than {precise.file}'s ({point.criterion})",
+                dataset=point.dataset,
+                images=len(melanoma),
+                melanomas=int(melanoma.sum()),
+                sensitivity=float(after.above[melanoma].mean()),
+                specificity=float((~after.above[~melanoma]).mean()),
             ),
         )
         kept = [a for a in bundle.manifest.artifacts if a.file != FILE]

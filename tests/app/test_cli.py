@@ -14,7 +14,9 @@ from app.load import Measured
 from app.main import create_app
 from app.networks import Networks
 from app.settings import Settings
+from models.bundle import OperatingPoint
 from models.turns import NotItsTurn, in_turn
+from tests.bundles import make_bundle
 from tests.conftest import ROOT
 from tests.lesions import flat
 
@@ -321,8 +323,29 @@ def test_predict_decodes_as_many_large_images_at_once_as_their_limit_allows(
 
 def test_a_bundle_is_verified_and_shown(run, bundle_folder: Path) -> None:
     assert run("bundle", "verify", bundle_folder)[:2] == (0, "ok       model.onnx\n")
-    assert "test 1.2.3" in run("bundle", "inspect", bundle_folder)[1]
+    shown = run("bundle", "inspect", bundle_folder)[1]
+    assert "test 1.2.3" in shown
+    assert "its threshold from" not in shown
     assert json.loads(run("bundle", "inspect", "--json", bundle_folder)[1])["name"] == "test"
+
+
+def test_an_artifact_with_an_operating_point_of_its_own_is_shown_with_it(
+    run, tmp_path: Path
+) -> None:
+    artifact = make_bundle(tmp_path / "one").manifest.artifacts[0]
+    point = OperatingPoint(
+        criterion="fewest flips",
+        dataset="theirs",
+        images=9,
+        melanomas=3,
+        sensitivity=2 / 3,
+        specificity=0.5,
+    )
+    own = artifact.model_copy(update={"operating_point": point})
+    make_bundle(tmp_path / "two", artifacts=(own,))
+    shown = " ".join(run("bundle", "inspect", tmp_path / "two")[1].split())
+    assert "its threshold from │ fewest flips on theirs (9 images, 3 melanomas): " in shown
+    assert "sensitivity 0.667, specificity 0.500" in shown
 
 
 def test_what_looks_like_markup_is_shown_as_it_is(run, bundle_folder: Path, tmp_path: Path) -> None:

@@ -29,13 +29,15 @@ def test_outcomes_give_calibration_threshold_and_prevalence(bundle_folder: Path)
         Metric(name=f"melanoma {name}", dataset="test", value=0.5, low=0.4, high=0.6, images=9)
         for name in ("AUROC", "sensitivity")
     ]
-    manifest = manifest.model_copy(update={"metrics": tuple(figures)})
+    own = manifest.artifacts[0].model_copy(update={"operating_point": manifest.operating_point})
+    manifest = manifest.model_copy(update={"metrics": tuple(figures), "artifacts": (own,)})
     logits, melanoma = outcomes()
     found = recalibrate(manifest, logits, melanoma, "a clinic", sensitivity=0.95)
     assert found.prevalence == pytest.approx(melanoma.mean())
     assert found.operating_point.dataset == "a clinic"
     assert found.operating_point.criterion == "sensitivity of at least 95 %"
     for artifact in found.artifacts:
+        assert found.point(artifact) == found.operating_point
         assert artifact.calibration.slope == pytest.approx(0.7, abs=0.1)
         probability = melanoma_probability(logits, artifact.calibration)
         assert probability.mean() == pytest.approx(melanoma.mean())
@@ -63,8 +65,14 @@ def test_another_prevalence_changes_no_decision(bundle_folder: Path) -> None:
 def test_artifacts_with_their_own_calibration_keep_it(bundle_folder: Path) -> None:
     manifest = load_bundle(bundle_folder).manifest
     own = Calibration(slope=2, intercept=1)
+    point = manifest.operating_point.model_copy(update={"sensitivity": 0.7})
     other = manifest.artifacts[0].model_copy(
-        update={"file": "other.onnx", "calibration": own, "melanoma_threshold": 0.2}
+        update={
+            "file": "other.onnx",
+            "calibration": own,
+            "melanoma_threshold": 0.2,
+            "operating_point": point,
+        }
     )
     both = manifest.model_copy(update={"artifacts": (*manifest.artifacts, other)})
     found = change_prevalence(both, 0.01).artifacts
@@ -74,6 +82,8 @@ def test_artifacts_with_their_own_calibration_keep_it(bundle_folder: Path) -> No
     ]
     assert found[-1].calibration.slope == 2
     assert shifts == pytest.approx([shifts[0]] * len(shifts))
+    # Which images are called melanoma stays the same, and so does what that gave.
+    assert found[-1].operating_point == point
 
 
 def test_the_new_bundle_says_so_and_the_old_one_stays(bundle_folder: Path, tmp_path: Path) -> None:

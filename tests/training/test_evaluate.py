@@ -331,6 +331,21 @@ def test_predictions_are_read_back_and_so_are_other_peoples(tmp_path: Path) -> N
         ),
         ("image,melanoma_probability,diagnosis:mel\nA-0,0.1,1\n", "diagnosis:mel is none of"),
         ("image,melanoma_probability,age:young,age:old\nA-0,0.1,1,0\n", "not of the form 0-29"),
+        *(
+            (
+                f"image,melanoma_probability,{','.join(ages)}\nA-0,0.1{',0' * len(ages)}\n",
+                "every age",
+            )
+            for ages in (
+                ("age:30-44", "age:45+"),
+                ("age:0-29", "age:45+"),
+                ("age:0-29", "age:20+"),
+                ("age:0-29", "age:30-44"),
+                ("age:0-29", "age:30-20", "age:21+"),
+                ("age:0+", "age:1+"),
+                ("age:x", "age:0+"),
+            )
+        ),
     ],
 )
 def test_a_table_that_does_not_fit_is_named(tmp_path: Path, text: str, sentence: str) -> None:

@@ -279,6 +279,18 @@ def test_a_network_in_integers_decides_alike_and_is_what_a_cpu_serves(
     trunk = next(node for node in graph.node if TRUNK_WEIGHT in node.input)
     assert trunk.op_type == "Conv"  # in floats, as everything behind it
     records, _ = fitted.load_data()
+    # Its threshold is not where the floats' came from, and what it gave is its own.
+    seen = [r for r in held_out(records, Split.VALIDATION) if r.dataset == "HAM10000"]
+    melanoma = np.array([bool(record.melanoma) for record in seen])
+    called = predict(bundle, seen).probability >= bundle.artifact_for_cpu().melanoma_threshold
+    point = bundle.manifest.point(bundle.artifact_for_cpu())
+    assert (
+        point.criterion == "fewest decisions other than model.onnx's (sensitivity of at least 90 %)"
+    )
+    assert (point.images, point.melanomas) == (len(seen), melanoma.sum())
+    assert point.sensitivity == pytest.approx(called[melanoma].mean(), abs=1e-9)
+    assert point.specificity == pytest.approx((~called[~melanoma]).mean(), abs=1e-9)
+    assert bundle.manifest.point(bundle.artifact("onnx", "fp32")) == bundle.manifest.operating_point
     tested = held_out(records, Split.TEST)
     integers, floats = predict(bundle, tested), predict(bundle, tested, "fp32")
     assert np.abs(integers.probability - floats.probability).max() > 0

@@ -232,7 +232,10 @@ def figures(truth: Truth, scores: Floats, weights: Floats) -> dict[str, Floats]:
         all_positive = positives[:, -1:]
         share = weights[:, benign] / weights[:, benign].sum(axis=1, keepdims=True)
         sensitivity = (above + upto) / (2 * all_positive)
-        beyond = np.maximum(sensitivity - LEAST_SENSITIVITY, 0)
+        # Within a tie the curve is a line: its mean height above the limit, not that of its middle.
+        low, high = (np.maximum(end / all_positive - LEAST_SENSITIVITY, 0) for end in (above, upto))
+        rise = (upto - above) / all_positive
+        beyond = np.where(rise > 0, (high**2 - low**2) / (2 * np.where(rise > 0, rise, 1)), low)
         spared = above >= HIGH_SENSITIVITY * all_positive - 1e-4
         spared = np.where(all_positive > 0, spared, np.nan)
         found = (sensitivity, beyond, spared)

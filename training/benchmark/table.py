@@ -154,7 +154,10 @@ def _judge_one(features: Features, study: Study) -> _Found:
         logistic=probes.logistic(projected, study),
         neighbours=probes.neighbours(projected, study),
         scores={
-            "LogME": transferability.log_me(projected, study.truth),
+            # The features are centred, the labels are not: a constant stands for their mean.
+            "LogME": transferability.log_me(
+                np.column_stack([projected, np.ones(len(projected))]), study.truth
+            ),
             "LEEP": transferability.leep(features.logits, study.truth),
             "NCE": transferability.nce(features.logits, study.truth),
             "H-score": transferability.h_score(projected, study.truth),

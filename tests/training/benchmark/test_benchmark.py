@@ -21,6 +21,7 @@ from training.benchmark import compare, probes
 from training.benchmark.features import Features, Store, in_own_process, keys_of
 from training.benchmark.report import save_report
 from training.benchmark.table import judge
+from training.benchmark.transferability import log_me
 from training.cli import cli
 from training.cli import main as run_command_line
 from training.data.manifest import DataError, Record, load_manifest, save_manifest
@@ -321,6 +322,9 @@ def test_a_report_needs_no_throughput(tmp_path: Path) -> None:
     report = judge(list(found), found.__getitem__, study, 60)
     assert report["backbones"][0]["name"] == TINY[1]
     assert report["recommended"] is None
+    # Features that say nothing are as good a guess as the labels' mean alone.
+    nothing = report["backbones"][-1]["scores"]["LogME"]
+    assert nothing == pytest.approx(log_me(np.ones((60, 1)), truth), abs=0.05)
     about = {
         "command": "c",
         "machine": "d",
