@@ -237,7 +237,7 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._join(timeout)
+        self._join(0 if self._failed else timeout)  # which has refused those that wait
         self._refuse_all(Draining())
         # Where the interpreter ends while one is in a runtime's C++, that aborts the process.
         if not self._join(_LAST_SECONDS):

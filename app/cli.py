@@ -40,7 +40,7 @@ from app.processes import (
     supervise,
 )
 from app.schemas import Failure, PredictResponse, Result, Success
-from app.server import Server
+from app.server import Server, allow_files
 from app.settings import PREFIX, Settings, SettingsError, load_settings
 from app.siblings import Siblings
 from app.spans import SpansError
@@ -157,6 +157,7 @@ def serve(
         print(f"ok: {facts.name} {facts.version} on {settings.host}:{settings.port}")
         return
     check_address(settings.host, settings.port)
+    allow_files(settings.max_connections)
     # Until it takes signals itself: what it loads just now may be the old bundle.
     asked: list[int] = []
     signal.signal(signal.SIGHUP, lambda number, _: asked.append(number))
@@ -196,6 +197,7 @@ def _serve_beside(place: Place) -> None:
         tempfile.tempdir = str(place.folder)  # which is removed, however this process ends
         _tune(settings, whole.processes)
         configure_logs(settings.log_level, place.number)
+        allow_files(settings.max_connections)
         said = False
 
         def may_listen() -> bool:

@@ -140,9 +140,8 @@ class Networks:
             ReloadError: The bundle cannot be used, or another is taking over just now.
         """
         if not self._switching.acquire(blocking=False):
-            raise self._note_refusal(
-                ReloadError("Another network is taking over just now. Try again.")
-            )
+            # Nothing that an operator has to be told: the other one may be this bundle.
+            raise ReloadError("Another network is taking over just now. Try again.")
         return self._switch()
 
     def _switch(self) -> Network:

@@ -87,6 +87,7 @@ KINDS = {kind.name: kind for kind in list(globals().values()) if isinstance(kind
 # Of an answer, by its status.
 _HEADERS: dict[int | str, dict[str, str]] = {
     401: {"WWW-Authenticate": "`Bearer`."},
+    415: {"Accept-Encoding": "`identity`, where another Content-Encoding is what was refused."},
     429: {"Retry-After": "Seconds after which the key's quota has a request again."},
     503: {"Retry-After": "Seconds after which trying again makes sense."},
 }

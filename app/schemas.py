@@ -70,7 +70,7 @@ class Quality(Part):
 class Explanation(Part):
     """A heat map of what raised (red) and lowered (blue) the melanoma logit, over the image."""
 
-    media_type: Literal["image/png"] = "image/png"
+    media_type: Literal["image/png"]
     overlay: str = Field(description="The picture, in base64.")
 
 
@@ -97,7 +97,7 @@ class Success(Part):
     """An image that was answered."""
 
     filename: str | None
-    status: Literal["ok"] = "ok"
+    status: Literal["ok"]
     image: ImageFacts
     prediction: Prediction
     quality: Quality
@@ -108,7 +108,7 @@ class Failure(Part):
     """An image that could not be used."""
 
     filename: str | None
-    status: Literal["error"] = "error"
+    status: Literal["error"]
     error: ProblemBody
 
 

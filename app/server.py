@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -33,6 +34,8 @@ _MARGIN_SECONDS = 10.0
 # share of those that may be, whichever is more.
 _LINGER_SECONDS = 2.0
 _LINGERING, _LINGERING_SHARE = 4, 0.02
+# Open files beside connections: a bundle that is loaded, logs, other processes.
+_OWN_FILES = 200
 # Answered on such a connection, too: who holds all others would make this service look dead, and
 # have it started anew.
 _ALWAYS_ANSWERED = (b"/health/live", b"/health/ready", b"/metrics")
@@ -41,10 +44,11 @@ _MOST_PIPELINED = 8
 _MALFORMED = Problem(
     problems.MALFORMED_REQUEST,
     "Send HTTP/1.1 without TLS: a known method, a percent-encoded URL, one Host, one length of the "
-    "body.",
+    "body, no transfer coding but chunked.",
 )
 _TOO_LARGE = Problem(problems.HEADERS_TOO_LARGE, "Send fewer or shorter headers, or a shorter URL.")
 _TOO_SLOW = Problem(problems.UPLOAD_TOO_SLOW, "The headers did not end in time. Send it again.")
+_FAILED = Problem(problems.INTERNAL, "Try again, or tell the operator the X-Request-ID.")
 _TOO_MANY = Problem(
     problems.SATURATED, "Too many connections are open. Try again after Retry-After seconds."
 )
@@ -96,7 +100,7 @@ class Protocol(HttpToolsProtocol):
         """A client has connected; the first bytes are waited for like a request's headers."""
         super().connection_made(transport)
         most = self._settings.max_connections
-        if len(self.connections) - len(self._spare) > most:
+        if len(self.connections) - len(self._spare) > most and not self._take_place():
             if len(self._spare) >= max(most * _LINGERING_SHARE, _LINGERING):
                 next(iter(self._spare))._give_way()
             self._spare[self] = None
@@ -145,8 +149,13 @@ class Protocol(HttpToolsProtocol):
                     return
                 self._offered = False
                 data = self._head_without_offer() + data[upgrade.args[0] :]
-            except httptools.HttpParserError:
-                self._refuse(_MALFORMED)
+            except httptools.HttpParserError as error:
+                ours = isinstance(error, httptools.HttpParserCallbackError)
+                if ours and not isinstance(error.__context__, httptools.HttpParserError):  # a URL's
+                    # No memory for the body, most likely.
+                    log.exception("request failed", request_id=self._refuse(_FAILED))
+                else:
+                    self._refuse(_MALFORMED)
                 return
 
     def _head_without_offer(self) -> bytes:
@@ -178,6 +187,10 @@ class Protocol(HttpToolsProtocol):
         hosts = sum(name == b"host" for name, _ in self.headers)
         if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
             self._refuse(_MALFORMED)  # RFC 9112, section 3.2
+            return
+        codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if codings not in ([], [b"chunked"]):  # section 6.1: the parser would leave the body coded
+            self._refuse(_MALFORMED)
             return
         if len(self.pipeline) >= _MOST_PIPELINED:
             self._note(problems.MALFORMED_REQUEST)
@@ -272,6 +285,15 @@ class Protocol(HttpToolsProtocol):
         else:  # an answer may be under way
             self.transport.close()
 
+    def _take_place(self) -> bool:
+        """Whether a connection that rests between two requests has made room for this one."""
+        for other in self.connections:
+            rests = isinstance(other, Protocol) and other.timeout_keep_alive_task is not None
+            if rests and not other.transport.is_closing():
+                other.transport.close()
+                return True
+        return False
+
     def _give_way(self) -> None:
         """Another connection takes the place of this one, of those that are too many."""
         del self._spare[self]
@@ -285,17 +307,18 @@ class Protocol(HttpToolsProtocol):
         log.info("refused", request_id=request_id, problems=[kind.name])
         return request_id
 
-    def _refuse(self, problem: Problem, lingers: bool = False) -> None:
+    def _refuse(self, problem: Problem, lingers: bool = False) -> str | None:
+        """Answer, and read no more; under which id, unless that was done before."""
         self._stop_timer()
         if self._deaf:
-            return
+            return None
         request_id = self._note(problem.kind)
         if not self._answered:
             cycle = self.cycle
             if self.pipeline or cycle.response_started or not cycle.more_body:
                 # It would be taken for the answer to an earlier request.
                 self.transport.close()
-                return
+                return request_id
             # The request at hand is what is refused, in mid-body: the application has no say in it.
             cycle.disconnected = True
             cycle.message_event.set()
@@ -319,6 +342,26 @@ class Protocol(HttpToolsProtocol):
             self.loop.call_later(_LINGER_SECONDS, self.transport.close)
         else:
             self.transport.close()
+        return request_id
+
+
+def allow_files(most_connections: int) -> None:
+    """Let this process open a file for each connection, and say so where it may not.
+
+    Usual limits (`ulimit -n`) are for programs of a few files, and may be raised by those of many.
+    Where they are reached no connection is taken, not even one that asks whether the service lives.
+
+    Args:
+        most_connections: That it may have.
+    """
+    needed = most_connections + ceil(most_connections * _LINGERING_SHARE) + _OWN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        log.warning("too few open files", allowed=allowed, needed=needed)
 
 
 class Server(uvicorn.Server):
@@ -344,6 +387,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=settings.keep_alive_seconds,
                 # What was admitted has its deadline; a caller who never ends an upload has this.
                 timeout_graceful_shutdown=ceil(settings.deadline_seconds) + 5,
             )

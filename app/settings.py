@@ -121,6 +121,11 @@ class Settings(BaseSettings):
     """Longest an upload may take; slower ones answer 408. So long may the reading of a long answer
     take; then the connection is closed."""
 
+    keep_alive_seconds: int = Field(75, ge=1)
+    """How long a connection may rest between two requests. More than whatever is in front waits (a
+    proxy, a load balancer, a client that keeps connections): it may send a request just as this
+    service closes. One that rests makes room for a new one where there are too many."""
+
     header_seconds: float = Field(10.0, gt=0)
     """Longest a request's headers may take to arrive; slower ones answer 408."""
 

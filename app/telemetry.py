@@ -237,6 +237,14 @@ class Telemetry:
         if span is not None and span.get_span_context().trace_flags.sampled:
             trace.trace_id = f"{span.get_span_context().trace_id:032x}"
         status = _GONE
+        # A client that asks before it sends a body may send it, or not, once it is refused
+        # (RFC 9110, section 10.1.1): what follows on this connection is not known.
+        unknown = given.get("expect", "").lower() == "100-continue"
+
+        async def receive_as_asked() -> Message:
+            nonlocal unknown
+            unknown = False
+            return await receive()
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -252,6 +260,8 @@ class Telemetry:
                 }
                 if span is not None and (sent := traceparent(span)) is not None:
                     added["traceparent"] = sent
+                if unknown:
+                    added["connection"] = "close"
                 message["headers"] = [
                     *message["headers"],
                     *((name.encode(), value.encode()) for name, value in added.items()),
@@ -263,7 +273,7 @@ class Telemetry:
             await answer(scope, receive, send_with_headers)
 
         try:
-            await self.app(scope, receive, send_with_headers)
+            await self.app(scope, receive_as_asked if unknown else receive, send_with_headers)
         except ClientDisconnect:
             pass  # in mid-upload: nobody is there to answer
         except asyncio.CancelledError:  # the server ends, and the upload has not

@@ -176,6 +176,7 @@ async def _read(
             raise Problem(
                 problems.UNSUPPORTED_MEDIA_TYPE,
                 f"Send the body as it is: the Content-Encoding {coding[:20]} is not supported.",
+                {"Accept-Encoding": "identity"},  # RFC 9110, section 15.5.16
             )
         async with asyncio.timeout(settings.upload_seconds):
             if media_type == "multipart/form-data":

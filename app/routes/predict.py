@@ -47,7 +47,11 @@ _FORM = {
         "type": "object",
         "required": [FIELD],
         "properties": {
-            FIELD: {"type": "array", "items": {"type": "string", "format": "binary"}},
+            FIELD: {
+                "type": "array",
+                "minItems": 1,
+                "items": {"type": "string", "format": "binary"},
+            },
         },
     }
 }

@@ -396,6 +396,26 @@ async def test_a_decoder_that_hangs_keeps_its_turn_from_nobody(batcher: Batcher,
     assert is_anyones_turn()
 
 
+async def test_a_worker_that_hangs_is_not_waited_for_as_one_that_works(
+    batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.batcher._LAST_SECONDS", 0.1)
+    hangs, decodes = threading.Event(), threading.Event()
+
+    def decode() -> NDArray[np.uint8]:
+        decodes.set()
+        hangs.wait(30)
+        return image(1)
+
+    batcher.put(decode, time.monotonic() + 99, Future())
+    assert await asyncio.to_thread(decodes.wait, 5)
+    batcher.abandon()
+    began = time.monotonic()
+    batcher.close(20)
+    assert time.monotonic() - began < 10
+    hangs.set()
+
+
 async def test_a_large_image_that_waits_past_its_deadline_is_let_go(
     batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

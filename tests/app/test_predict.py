@@ -119,6 +119,7 @@ def test_a_body_that_is_compressed_is_refused_by_the_name_of_its_coding(client) 
     refused = client.post("/predict", content=flat(1), headers=sent)
     assert refused.status_code == 415
     assert "Content-Encoding gzip" in refused.json()["detail"]
+    assert refused.headers["Accept-Encoding"] == "identity"
     as_it_is = {**sent, "Content-Encoding": "Identity"}
     assert client.post("/predict", content=flat(1), headers=as_it_is).status_code == 200
 

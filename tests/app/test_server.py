@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import threading
@@ -15,10 +16,11 @@ from select import select
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from app.access import as_cors
 from app.main import create_app
-from app.server import Protocol, Server
+from app.server import Protocol, Server, allow_files
 from app.settings import Settings
 from app.telemetry import Metrics
 from app.uploads import Body
@@ -133,6 +135,9 @@ def test_headers_that_grow_are_refused(server: Server, port: int) -> None:
         b"hello\r\n\r\n",
         b"GET /health/live HTTP/1.1\r\n\r\n",
         b"GET /health/live HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n",
     ],
 )
 def test_what_is_no_request_is_a_problem_like_any_other(
@@ -302,6 +307,106 @@ def test_a_service_that_others_keep_busy_is_not_taken_for_dead(server: Server, p
         assert get("/health/ready/more").status == 503
     until(lambda: not server.server_state.connections)
     assert get("/model").status == 200
+
+
+def test_a_connection_that_rests_makes_room_for_a_new_one(server: Server, port: int) -> None:
+    with ExitStack() as stack:
+        clients = [http.client.HTTPConnection("127.0.0.1", port, timeout=5) for _ in range(6)]
+        for client in clients:
+            stack.callback(client.close)
+            client.request("GET", "/model")
+            answer = client.getresponse()
+            answer.read()
+            assert answer.status == 200
+        until(lambda: len(server.server_state.connections) == 5)
+        resting = [client.sock for client in clients[:5]]
+        closed = [one for one in resting if select([one], [], [], 0)[0]]
+        assert [one.recv(1) for one in closed] == [b""]
+    assert refusals(server, "saturated") == 0
+
+
+def test_a_connection_may_rest_for_as_long_as_the_setting_says(settings: Settings) -> None:
+    longer = settings.model_copy(update={"keep_alive_seconds": 620})
+    assert Server(create_app(longer), longer).config.timeout_keep_alive == 620
+
+
+@pytest.mark.parametrize("headers", ["POST /nowhere", "POST /predict"])
+def test_a_body_that_is_refused_before_it_is_sent_ends_the_connection(
+    port: int, headers: str
+) -> None:
+    with connect(port) as asking:
+        asking.sendall(
+            f"{headers} HTTP/1.1\r\nHost: x\r\nContent-Type: image/gif\r\n"
+            "Content-Length: 9\r\nExpect: 100-continue\r\n\r\n".encode()
+        )
+        answer = b""
+        while more := asking.recv(1000):  # to its end, though the client sends nothing
+            answer += more
+        assert status(answer) in (404, 415)
+        assert answer.lower().count(b"connection: close") == 1
+
+
+def test_a_body_that_is_asked_for_is_sent_on_a_connection_that_stays(port: int) -> None:
+    image = lesion(1)
+    with connect(port) as asking:
+        for _ in range(2):
+            asking.sendall(
+                b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+                b"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n" % len(image)
+            )
+            assert asking.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            asking.sendall(image)
+            answer = asking.recv(100_000)
+            assert status(answer) == 200
+            assert b"connection: close" not in answer.lower()
+
+
+def test_what_fails_while_a_request_is_read_is_a_failure_of_the_service(
+    server: Server, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Protocol, body: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Protocol, "on_body", full)
+    with connect(port) as client, capture_logs() as logs:
+        client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n123")
+        answer = client.recv(1000)
+        assert (status(answer), problem_of(answer)) == (500, "internal")
+        assert client.recv(1000) == b""
+    (failed,) = (line for line in logs if line["event"] == "request failed")
+    (refused,) = (line for line in logs if line["event"] == "refused")
+    assert failed["request_id"] == refused["request_id"]
+    assert failed["exc_info"]
+    assert failed["log_level"] == "error"
+    assert refusals(server, "internal") == 1
+
+
+INFINITY = resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised", "warned"),
+    [
+        (1024, 524_288, 1220, False),
+        (1024, INFINITY, 1220, False),
+        (64, 1024, 1024, True),
+        (1024, 1024, 1024, True),
+        (1220, 1220, None, False),
+        (INFINITY, INFINITY, None, False),
+    ],
+)
+def test_there_may_be_a_file_for_each_connection(
+    soft: int, hard: int, raised: int | None, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr("resource.getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr("resource.setrlimit", lambda _, both: limits.append(both))
+    with capture_logs() as logs:
+        allow_files(1000)
+    assert limits == ([] if raised is None else [(raised, hard)])
+    assert [(line["event"], line["needed"]) for line in logs] == (
+        [("too few open files", 1220)] if warned else []
+    )
 
 
 def test_a_byte_between_two_requests_gains_no_time(port: int) -> None:

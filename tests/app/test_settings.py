@@ -107,6 +107,7 @@ BOUNDS: dict[str, tuple[list[object], list[dict[str, object]]]] = {
     "max_bytes": ([0, 1_000_000_001], [{"max_bytes": 1}, {"max_bytes": 1_000_000_000}]),
     "max_bytes_in_flight": ([0], [{"max_bytes_in_flight": 1, "max_bytes": 1}]),
     "upload_seconds": ([0], [{"upload_seconds": 1e-9}]),
+    "keep_alive_seconds": ([0], [{"keep_alive_seconds": 1}]),
     "header_seconds": ([0], [{"header_seconds": 1e-9}]),
     "max_header_bytes": ([1023], [{"max_header_bytes": 1024}]),
     "max_connections": ([0], [{"max_connections": 1}]),
