@@ -331,7 +331,7 @@ class Batcher:
         name = threading.current_thread().name
         try:
             if warms_up:
-                self._warm_up()
+                self._warm_up(name)
             while (taken := self._take(name)) is not None:
                 jobs = taken
                 if not jobs:
@@ -353,15 +353,18 @@ class Batcher:
             self._refuse_all(reason)
             raise
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, name: str) -> None:
         started = time.monotonic()
         # On a GPU, each size has a graph of its own.
         on_cpu = self._engine.device == "cpu"
         for size in {1, self._max_batch} if on_cpu else range(1, self._max_batch + 1):
             if self._closed:
                 return
+            self._busy[name] = time.monotonic(), []  # the first run may hang as any other
             self._engine.run(np.zeros((size, *self._input_size, 3), np.uint8))
+        self._busy[name] = time.monotonic(), []
         self._engine.run_alone(np.zeros((1, *self._input_size, 3), np.uint8))
+        del self._busy[name]
         self._warm.set()
         log.info("ready", warm_up_seconds=round(time.monotonic() - started, 3))
 

@@ -235,13 +235,14 @@ class Keys:
             bucket = self._buckets.get(key.id)
             if bucket is None or bucket.per_minute != key.per_minute:
                 bucket = self._buckets[key.id] = _Bucket(key.per_minute)
+            seconds: int | None = None
             if self._shared is not None:
                 try:
                     with bucket.kept_in(self._shared / f"{key.id}.bucket"):
-                        return bucket.take(time.monotonic())
+                        seconds = bucket.take(time.monotonic())
                 except OSError as error:  # the folder is gone, or full
                     log.error("request counted by this process alone", reason=error.strerror)
-            return bucket.take(time.monotonic())
+            return bucket.take(time.monotonic()) if seconds is None else seconds
 
     def _refresh(self) -> None:
         now = time.monotonic()

@@ -1,10 +1,12 @@
 """The served network: loaded, succeeded by a reload, replaced when it dies, hangs or only fails."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from os.path import isfile
 
 import structlog
 
@@ -68,6 +70,7 @@ class Networks:
         self._next = threading.Lock()
         self._stopped = threading.Event()
         self._draining = False
+        self._drained_at = 0.0
         self._replacements = 0
         # At most one. As an argument it would be in memory until its thread has given that back.
         self._retiring: list[Network] = []
@@ -94,12 +97,16 @@ class Networks:
 
     def drain(self) -> None:
         """Admit no more requests, and answer those that have begun. Safe in a signal handler."""
+        if not self._draining:
+            self._drained_at = time.monotonic()
         self._draining = True
         self.current.batcher.drain()
 
     def close(self, longest: float) -> None:
-        """Stop; what is still queued is run first, for so many seconds at most."""
+        """Stop; what is still queued is run first, for so many seconds (since `drain`) at most."""
         self._stopped.set()
+        if self._draining:
+            longest = max(longest - (time.monotonic() - self._drained_at), 0)
         self.current.batcher.close(longest)
         # Where the interpreter ends while another is in a runtime's C++, that aborts the process.
         with self._noting:
@@ -221,18 +228,19 @@ class Networks:
             broken = looked_at.broken(self._settings.hang_seconds)
             # The same one twice in a row: where the whole process was stopped for a while, all look
             # hung, and one that was succeeded meanwhile has ended.
-            if broken and looked_at is suspect and not self._replace():
-                self.on_failure()
+            if broken and looked_at is suspect and not self._replace(looked_at):
+                if not self._stopped.is_set():  # else it is to end anyhow, and well
+                    self.on_failure()
                 return
             suspect = looked_at if broken else None
 
-    def _replace(self) -> bool:
+    def _replace(self, broken: Batcher) -> bool:
         """Load the network anew in the place of a broken one; False where that does not help."""
-        self.current.batcher.abandon()
+        broken.abandon()
         if not self._switching.acquire(timeout=_LOAD_SECONDS):
             return False  # a reload hangs, too
         try:
-            if not self.current.batcher.broken(self._settings.hang_seconds):
+            if self.current.batcher is not broken:
                 return True  # a reload has been faster
             self._replacements += 1
             self._metrics.replacements.inc()
@@ -242,7 +250,8 @@ class Networks:
             try:
                 self.current = self._load_apart()
             except Exception as error:
-                log.error("network not replaced", error=type(error).__name__, reason=str(error))
+                if not self._stopped.is_set():
+                    log.error("network not replaced", error=type(error).__name__, reason=str(error))
                 return False
             self._announce()
         finally:
@@ -320,7 +329,8 @@ class Networks:
             manifest_sha256=network.bundle.manifest_sha256,
         )
         for artifact in network.bundle.manifest.artifacts:
-            if artifact.format == "onnx" and not network.bundle.path(artifact).is_file():
+            # Not Path's own, which raises where a file system fails: the network serves already.
+            if artifact.format == "onnx" and not isfile(network.bundle.path(artifact)):
                 log.warning("artifact absent", artifact=artifact.file, precision=artifact.precision)
         self._metrics.serve(
             network.bundle.manifest, network.facts, network.engine_name, network.batcher.device

@@ -235,15 +235,26 @@ class Protocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The client does not read its answer: it has as long for it as for an upload."""
         super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        """It reads again; what is left of the answer has its own time."""
+        self._expect_reading()
+        super().resume_writing()
+
+    def on_response_complete(self) -> None:
+        """An answer has been written: one too short for `pause_writing` has its time, too."""
+        self._expect_reading()
+        super().on_response_complete()
+
+    def _expect_reading(self) -> None:
         self._stop_unread()
         self._unread = self.loop.call_later(self._settings.upload_seconds, self._cut_off)
 
-    def resume_writing(self) -> None:
-        """It reads again."""
-        self._stop_unread()
-        super().resume_writing()
-
     def _cut_off(self) -> None:
+        self._unread = None
+        if not self.transport.get_write_buffer_size():
+            return
         # Of several requests sent ahead, it is not known here whose answer it is.
         if not self.pipeline and self.cycle is not None:
             trace = dict(self.cycle.scope).get(KEY)
@@ -335,6 +346,7 @@ class Protocol(HttpToolsProtocol):
             *(b": ".join(header) for header in answer.raw_headers),
         ]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
+        self._expect_reading()
         if lingers:
             # A client that is cut off in mid-request sees a broken connection instead.
             self._lingers = True

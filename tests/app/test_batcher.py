@@ -396,6 +396,22 @@ async def test_a_decoder_that_hangs_keeps_its_turn_from_nobody(batcher: Batcher,
     assert is_anyones_turn()
 
 
+@pytest.mark.parametrize("run", ["run", "run_alone"])
+async def test_a_first_run_that_hangs_is_seen(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, run: str
+) -> None:
+    hangs = threading.Event()
+    monkeypatch.setattr(engine, run, lambda images: hangs.wait(30))
+    batcher = Batcher(engine, (SIDE, SIDE), 2, 10, Metrics(4, ()), lambda _: {})
+    batcher.start()
+    until(lambda: batcher.broken(0.1))
+    assert not batcher.broken(20)
+    hangs.set()
+    until(lambda: batcher.ready)
+    assert not batcher.broken(0)
+    batcher.close(5)
+
+
 async def test_a_worker_that_hangs_is_not_waited_for_as_one_that_works(
     batcher: Batcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

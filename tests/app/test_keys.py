@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import stat
@@ -166,6 +167,20 @@ def test_processes_that_share_a_folder_count_a_key_s_requests_together(
         each._shared = tmp_path / "gone"
     clock.now += 3600
     assert [each.wait_seconds(found) for each in running * 3] == [0, 0, 0, 0, 0, 0]
+
+
+def test_a_request_that_the_shared_folder_has_no_room_for_is_counted_once(
+    path: Path, tmp_path: Path, clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    key = create_key(path, "tool", ("predict",), 3)
+    running = Keys(path, tmp_path)
+    found = running.find(key)
+    assert found is not None
+    monkeypatch.setattr("os.pwrite", full)
+    assert [running.wait_seconds(found) for _ in range(4)] == [0, 0, 0, 20]
 
 
 def test_mistakes_are_sentences(path: Path) -> None:

@@ -1,5 +1,7 @@
 """One network takes the place of another: by a reload, or where a worker hangs."""
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi.testclient import TestClient
+from structlog.testing import capture_logs
 
 from app.batcher import Batcher, Draining
 from app.engines.onnx import OnnxEngine
@@ -248,6 +251,82 @@ def test_a_network_that_goes_on_hanging_ends_the_process(
     assert predict(client, HANGS).status_code == 503
     assert ended.wait(5)
     assert client.get("/health/ready").status_code == 503
+
+
+def test_a_service_that_is_to_end_while_its_network_is_replaced_ends_well(
+    client: TestClient, hanging: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, begun, go_on = Networks._load_warm, threading.Event(), threading.Event()
+
+    def load_slowly(networks: Networks) -> Network:
+        begun.set()
+        assert go_on.wait(10)
+        return load(networks)
+
+    monkeypatch.setattr(Networks, "_load_warm", load_slowly)
+    failures: list[str] = []
+    networks = client.app.state.networks
+    networks.on_failure = lambda: failures.append("failed")
+    (watch,) = (each for each in threading.enumerate() if each.name == "mmtl-watch")
+    assert predict(client, HANGS).status_code == 503
+    assert begun.wait(10)
+    networks._stopped.set()
+    with capture_logs() as logs:
+        go_on.set()
+        watch.join(10)
+    assert not watch.is_alive()
+    assert (failures, [line["event"] for line in logs if line["log_level"] == "error"]) == ([], [])
+
+
+def test_the_successor_of_a_broken_network_is_left_alone(client: TestClient) -> None:
+    networks = client.app.state.networks
+    broken = networks.current.batcher
+    networks.begin_reload().result(10)  # just now
+    until(lambda: not networks._switching.locked())
+    assert networks._replace(broken)
+    assert predict(client).status_code == 200
+    assert metric(client, "mmtl_network_replacements_total") == 0
+
+
+def test_a_file_system_that_fails_just_now_keeps_no_network_from_taking_over(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = os.stat
+
+    def fail(path, **named):
+        if path == folder / "model.onnx":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return found(path, **named)
+
+    announce = Networks._announce
+
+    def announce_what_is_away(networks: Networks) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "stat", fail)
+            announce(networks)
+
+    monkeypatch.setattr(Networks, "_announce", announce_what_is_away)
+    for _ in range(2):
+        assert client.post("/admin/reload").status_code == 200
+        until(lambda: not client.app.state.networks._switching.locked())
+
+
+@pytest.mark.parametrize(("drained", "least", "most"), [(False, 30, 30), (True, 0, 29.9)])
+def test_work_is_waited_for_since_the_drain_and_no_longer(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, drained: bool, least: float, most: float
+) -> None:
+    waited: list[float] = []
+    close = Batcher.close
+    with monkeypatch.context() as patch:
+        patch.setattr(Batcher, "close", lambda batcher, longest: waited.append(longest))
+        networks = client.app.state.networks
+        if drained:
+            networks.drain()
+            time.sleep(0.2)
+            networks.drain()  # a second signal
+        networks.close(30)
+    assert least <= waited[0] <= most
+    close(networks.current.batcher, 5)
 
 
 def test_a_network_that_cannot_be_loaded_again_ends_the_process(

@@ -1,5 +1,6 @@
 """What comes before a request is one: slow, huge and many."""
 
+import asyncio
 import hashlib
 import http.client
 import json
@@ -530,6 +531,37 @@ def test_who_does_not_read_the_answer_is_cut_off(port: int) -> None:
                 read += len(part)
             raise ConnectionAbortedError
         assert read < 8_000_000
+
+
+def test_who_does_not_read_a_short_answer_is_cut_off(
+    server: Server, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Protocol.connection_made
+
+    def with_little_room(self: Protocol, transport: asyncio.Transport) -> None:
+        sent = transport.get_extra_info("socket")
+        sent.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        made(self, transport)
+
+    monkeypatch.setattr(Protocol, "connection_made", with_little_room)
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", port))
+        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+        until(lambda: server.server_state.total_requests == 1)
+        (connection,) = server.server_state.connections
+        assert 0 < connection.transport.get_write_buffer_size() < 65_536  # which pauses nothing
+        until(lambda: not server.server_state.connections)
+
+
+def test_who_reads_the_answer_may_rest_for_longer_than_that(server: Server, port: int) -> None:
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    for _ in range(2):
+        client.request("GET", "/model")
+        assert client.getresponse().read()
+        time.sleep(0.5)  # upload_seconds are 0.3
+        assert len(server.server_state.connections) == 1
+    client.close()
 
 
 def answered(metrics: Metrics, status: str) -> float | None:
