@@ -266,7 +266,11 @@ def train_one_epoch(
     drop_last = len(images) >= config.batch_size
     whole = list(BatchSampler(range(len(images)), config.batch_size, drop_last))
     loader = DataLoader(
-        images, batch_sampler=[list(team.share(one)) for one in whole], num_workers=workers
+        images,
+        batch_sampler=[list(team.share(one)) for one in whole],
+        num_workers=workers,
+        # Forked, they share the pixels; Python 3.14 would start them anew, each with a copy.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     state.loss.train()
     set_mode(network, config, images.epoch)

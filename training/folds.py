@@ -7,6 +7,7 @@ as cross-validated committees: Parmanto, Munro & Doyle 1996).
 
 from collections.abc import Sequence
 
+from training.config import Config
 from training.data.components import with_components
 from training.data.manifest import Record, load_manifest, save_manifest
 from training.data.splits import hold_out
@@ -23,11 +24,36 @@ def members(run: Run, records: Sequence[Record]) -> list[tuple[Run, list[Record]
     Raises:
         DataError: There are too few components to part.
     """
-    config = run.load_config()
+    return [(member, own) for member, _, own in parts(run, run.load_config(), records)]
+
+
+def parts(
+    run: Run, config: Config, records: Sequence[Record]
+) -> list[tuple[Run, Config, list[Record]]]:
+    """As `members`, each with its configuration, of a run that need not be prepared."""
     if config.folds == 1:
-        return [(run, list(records))]
+        return [(run, config, list(records))]
     parted = hold_out(with_components(records), config.folds, config.seed)
-    return [(Run(run.folder / f"fold-{n}"), own) for n, own in enumerate(parted, start=1)]
+    # Other initial heads, another order: what the networks do not share is averaged out.
+    return [
+        (
+            member,
+            config.model_copy(update={"folds": 1, "seed": (config.seed + number) % 2**32}),
+            own,
+        )
+        for number, (member, own) in enumerate(zip(_folders(run, config), parted, strict=True))
+    ]
+
+
+def fitted(run: Run, config: Config) -> bool:
+    """Whether any network of a run is, at least in part."""
+    return any(member.checkpoint.is_file() for member in _folders(run, config))
+
+
+def _folders(run: Run, config: Config) -> list[Run]:
+    if config.folds == 1:
+        return [run]
+    return [Run(run.folder / f"fold-{n}") for n in range(1, config.folds + 1)]
 
 
 def prepare_members(run: Run) -> None:
@@ -36,12 +62,10 @@ def prepare_members(run: Run) -> None:
     Raises:
         DataError: There are too few components to part, or a folder holds another configuration.
     """
-    config = run.load_config()
-    if config.folds == 1:
+    whole = run.load_config()
+    if whole.folds == 1:
         return
-    for number, (member, records) in enumerate(members(run, load_manifest(run.manifest))):
-        # Other initial heads, another order: what the networks do not share is averaged out.
-        seed = (config.seed + number) % 2**32
-        member.save_config(config.model_copy(update={"folds": 1, "seed": seed}))
+    for member, config, records in parts(run, whole, load_manifest(run.manifest)):
+        member.save_config(config)
         member.take_pixels(run)
         save_manifest(member.manifest, records)

@@ -23,6 +23,7 @@ from training.data.manifest import (
 from training.data.origins import origin_of
 from training.data.vocabulary import Split
 from training.run import Run
+from training.state import belongs, identity_of, load_tensors
 
 _SOURCES = TypeAdapter(list[DataSource])
 _NONCOMMERCIAL = (
@@ -87,10 +88,18 @@ def check_fitted(run: Run) -> None:
     """Whether another run can go on from this one.
 
     Raises:
-        DataError: It has no fitted network.
+        DataError: It has no fitted network, or one of other data than its manifest has.
     """
     if not run.best.is_file():
         raise DataError(f"start_from: {run.folder} has no fitted network.")
+    if not run.checkpoint.is_file() or not belongs(
+        load_tensors(run.checkpoint),
+        identity_of(run.load_config(), load_manifest(run.manifest)),
+    ):
+        raise DataError(
+            f"start_from: what the network of {run.folder} has learned from is not known: its "
+            "manifest.csv is not of its checkpoint.pt, or that is gone. Prepare and fit it again."
+        )
 
 
 def keep_inheritance(run: Run, known: Inheritance) -> None:

@@ -6,16 +6,17 @@ from pathlib import Path
 
 from training.backbones import find_source
 from training.config import Config
-from training.data.cache import build_cache, files_key
+from training.data.cache import Pixels, build_cache, files_key
 from training.data.components import components, with_components
 from training.data.duplicates import find_duplicates, thumbnails
 from training.data.layouts import balanced, gather, ham10000, read_datasets
-from training.data.manifest import DataError, Record, save_manifest
+from training.data.manifest import DataError, Record, load_manifest, save_manifest
 from training.data.splits import assign_fixed, hold_out, is_published_test
 from training.data.vocabulary import Split
 from training.distillation import open_teachers
 from training.feature_maps import build_feature_map
-from training.lineage import check_fitted, inheritance, keep_inheritance
+from training.folds import fitted, parts
+from training.lineage import Inheritance, check_fitted, inheritance, keep_inheritance
 from training.run import Run, rows, to_learn_from
 from training.state import belongs, identity_of, load_tensors
 from training.zoo import choose
@@ -59,9 +60,8 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     check_network(config)
     run.check_config(config)
     files_key([records[i] for i in used], config.size, config.size)  # or an image is not there
-    # Until the new one is written there is none: pixels and labels of two preparations never meet.
-    run.manifest.unlink(missing_ok=True)
-    pixels = build_cache(run.cache, [records[i] for i in used], config.size, config.size)
+    check_same_images(run, config, [records[i] for i in used])
+    pixels = _build_cache(run, config, [records[i] for i in used])
     # Ids alone miss copies that a dataset holds under another name, so pictures are compared, too.
     found = find_duplicates(thumbnails(lambda row: pixels[row], len(pixels)))
     pairs = [(used[pair.one], used[pair.other]) for pair in found]
@@ -69,7 +69,7 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     manifest = [divided[i] for i in used]
     check_splits(manifest, config)
     check_unfitted(run, config, manifest)
-    keep_inheritance(run, inheritance(config, manifest))
+    _keep_inheritance(run, config, inheritance(config, manifest))
     run.save_config(config)
     save_manifest(run.manifest, manifest)
     return _count(manifest)
@@ -99,12 +99,43 @@ def prepare_manifest(
     run.check_config(config)
     check_unfitted(run, config, used)
     files_key(used, config.size, config.size)
-    run.manifest.unlink(missing_ok=True)
-    keep_inheritance(run, known)
-    build_cache(run.cache, used, config.size, config.size)
+    _keep_inheritance(run, config, known)
+    _build_cache(run, config, used)
     run.save_config(config)
     save_manifest(run.manifest, used)
     return _count(used)
+
+
+def _build_cache(run: Run, config: Config, records: Sequence[Record]) -> Pixels:
+    """Cache the pixels; from where others give way until the new manifest is there, none is.
+
+    Pixels and labels of two preparations never meet.
+    """
+    return build_cache(
+        run.cache,
+        records,
+        config.size,
+        config.size,
+        on_replace=lambda: run.manifest.unlink(missing_ok=True),
+    )
+
+
+def _keep_inheritance(run: Run, config: Config, known: Inheritance) -> None:
+    """Note it, but where the run is fitted: what it went on from may have been fitted anew."""
+    if not fitted(run, config) or (config.start_from and not run.inherited.is_file()):
+        keep_inheritance(run, known)
+
+
+def check_same_images(run: Run, config: Config, records: Sequence[Record]) -> None:
+    """Whether a run that is fitted has these images, before any of it is replaced.
+
+    Raises:
+        DataError: It has not.
+    """
+    if fitted(run, config) and run.manifest.is_file():
+        ours = {(record.dataset, record.image) for record in load_manifest(run.manifest)}
+        if ours != {(record.dataset, record.image) for record in records}:
+            raise _fitted_to_other_data(run)
 
 
 def check_unfitted(run: Run, config: Config, records: Sequence[Record]) -> None:
@@ -113,13 +144,20 @@ def check_unfitted(run: Run, config: Config, records: Sequence[Record]) -> None:
     Raises:
         DataError: It was.
     """
-    if run.checkpoint.is_file() and not belongs(
-        load_tensors(run.checkpoint), identity_of(config, records)
-    ):
-        raise DataError(
-            f"{run.folder} was fitted to other data. Choose another folder with --run, or delete "
-            "its checkpoint.pt and best.pt."
-        )
+    if not fitted(run, config):
+        return
+    for member, its_config, its_records in parts(run, config, records):
+        if member.checkpoint.is_file() and not belongs(
+            load_tensors(member.checkpoint), identity_of(its_config, its_records)
+        ):
+            raise _fitted_to_other_data(member)
+
+
+def _fitted_to_other_data(run: Run) -> DataError:
+    return DataError(
+        f"{run.folder} was fitted to other data. Choose another folder with --run, or delete "
+        "its checkpoint.pt and best.pt."
+    )
 
 
 def check_splits(records: list[Record], config: Config) -> None:

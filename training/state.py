@@ -106,7 +106,7 @@ class State:
         if not belongs(saved, identity):
             raise DataError(
                 f"{run.checkpoint} was made with another configuration or other data. "
-                "Choose another folder with --run, or delete it."
+                "Choose another folder with --run, or delete it and best.pt."
             )
         try:
             for name in self._PARTS:

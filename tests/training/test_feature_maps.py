@@ -1,5 +1,6 @@
 """Every kind of backbone as a grid of features, with the weights it had as a classifier."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,11 @@ def test_a_file_of_weights_is_used(tmp_path: Path) -> None:
     features, *_ = build_feature_map(backbone, source)
     first = next(iter(state.values()))
     assert torch.equal(next(features.parameters()), first)
+
+
+def test_another_normalisation_is_used_where_it_is_asked_for() -> None:
+    (listed,) = choose(["googlenet"])
+    other = replace(listed, mean=(0.1, 0.2, 0.3), std=(0.7, 0.8, 0.9))
+    half = (0.5, 0.5, 0.5)
+    for backbone, expected in ((listed, (half, half)), (other, (other.mean, other.std))):
+        assert build_feature_map(backbone, None, size=96)[2:] == expected

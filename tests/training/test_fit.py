@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from training.config import Config
-from training.data.manifest import DataError
+from training.data.manifest import DataError, Record, load_manifest, save_manifest
 from training.draws import AugmentedImages, draw
 from training.fit import Step, _show, check_compiler, fit, set_mode, start, train_one_epoch
 from training.losses import MultiTaskLoss
 from training.network import MultiTaskNetwork
 from training.run import Run
-from training.state import State, _average, load_tensors, save_tensors
+from training.state import State, _average, identity_of, load_tensors, save_tensors
 from training.tasks import TASKS, Targets
 from training.team import Team
 
@@ -156,6 +156,10 @@ def test_an_epoch_has_as_many_steps_as_batches_accumulated() -> None:
 
 def test_a_run_starts_from_anothers_best_weights(tmp_path: Path) -> None:
     net, other = network(), Run(tmp_path)
+    other.save_config(Config())
+    save_manifest(other.manifest, [Record("a", "", "ours")])
+    identity = identity_of(Config(), load_manifest(other.manifest))
+    save_tensors(other.checkpoint, {"identity": identity})
     with pytest.raises(DataError, match="has no fitted network"):
         start(net, other)
     fitted = {name: value + 1 for name, value in net.state_dict().items()}

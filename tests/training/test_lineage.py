@@ -13,6 +13,7 @@ from training.data.manifest import DataError, Record, load_manifest, save_manife
 from training.data.vocabulary import Split
 from training.lineage import inheritance, keep_inheritance, learned, training_data
 from training.run import Run
+from training.state import identity_of, save_tensors
 
 
 def records(splits: str, dataset: str = "HAM10000", first: int = 0) -> list[Record]:
@@ -31,8 +32,22 @@ def fitted(folder: Path, own: list[Record], **settings: object) -> Run:
     folder.mkdir()
     run.save_config(Config(**settings))
     save_manifest(run.manifest, own)
+    save_tensors(run.checkpoint, {"identity": identity_of(run.load_config(), own)})
     run.best.touch()
     return run
+
+
+@pytest.mark.parametrize("lost", ["checkpoint", "manifest"])
+def test_a_run_does_not_go_on_from_one_that_learned_nobody_knows_what(
+    tmp_path: Path, lost: str
+) -> None:
+    first = fitted(tmp_path / "first", records("ttvT"))
+    if lost == "checkpoint":
+        first.checkpoint.unlink()
+    else:
+        save_manifest(first.manifest, records("tTvt"))
+    with pytest.raises(DataError, match="learned from is not known"):
+        inheritance(Config(start_from=str(first.folder)), records("tv", first=10))
 
 
 def inherit(run: Run, config: Config, own: list[Record]) -> None:

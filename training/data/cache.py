@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Generator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models import images
+from models import headers, images, progressive, tiff
 from models.cores import available_cores
 from models.files import write_atomically
 from models.images import ImageError, decode
@@ -26,15 +26,30 @@ from training.data.manifest import DataError, Record
 Pixels = NDArray[np.uint8]
 # Seconds between two notes of how far it has come.
 _PAUSE = 5.0
+# What the pixels depend on.
+_DECODER = (images.__file__, headers.__file__, progressive.__file__, tiff.__file__)
 # Images that a process decodes before it says so.
 _TOGETHER = 16
 
 
-def build_cache(path: Path, records: Sequence[Record], height: int, width: int) -> Pixels:
+def build_cache(
+    path: Path,
+    records: Sequence[Record],
+    height: int,
+    width: int,
+    on_replace: Callable[[], None] = lambda: None,
+) -> Pixels:
     """Decode every record's image into `path`, row i for record i.
 
     What is there already is used: the whole cache, where images, size and decoder are the same, or
     what an interrupted build left behind.
+
+    Args:
+        path: Of the cache; another one there stays until this one is whole.
+        records: The images.
+        height: In pixels.
+        width: In pixels.
+        on_replace: Called before one that is there gives way.
 
     Returns:
         uint8 [len(records), height, width, 3], memory-mapped.
@@ -46,22 +61,22 @@ def build_cache(path: Path, records: Sequence[Record], height: int, width: int) 
     key = files_key(records, height, width)
     shape = (len(records), height, width, 3)
     note, partial = path.with_suffix(".json"), path.with_suffix(".part")
+    how_far = path.with_suffix(".part.json")
     if path.is_file() and _read(note) == {"key": key, "images": len(records)}:
         try:
             return open_cache(path, len(records))
         except DataError:
             note.unlink()  # damaged since: built anew
     path.parent.mkdir(parents=True, exist_ok=True)
-    progress = _read(note)
+    progress = _read(how_far)
     start = progress.get("images", 0) if progress.get("key") == key and partial.is_file() else 0
-    path.unlink(missing_ok=True)
     try:
         pixels = np.lib.format.open_memmap(partial, mode="r+") if start else None
     except (OSError, ValueError):
         pixels = None
     if pixels is None or pixels.shape != shape or partial.stat().st_size < pixels.nbytes:
         start = 0
-        note.unlink(missing_ok=True)
+        how_far.unlink(missing_ok=True)
         pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         # Taken from the disk now, so that a disk too small is told before hours of decoding.
         if hasattr(os, "posix_fallocate"):  # not on macOS
@@ -72,8 +87,11 @@ def build_cache(path: Path, records: Sequence[Record], height: int, width: int) 
                     error.filename = f"{path}, {partial.stat().st_size / 1e6:,.0f} MB"
                     raise
 
-    _fill(partial, pixels, records, start, note, key)
+    _fill(partial, pixels, records, start, how_far, key)
+    on_replace()
+    note.unlink(missing_ok=True)  # it is never that of other pixels
     partial.replace(path)
+    how_far.replace(note)
     return open_cache(path, len(records))
 
 
@@ -191,7 +209,7 @@ def files_key(records: Sequence[Record], height: int, width: int) -> str:
     Raises:
         DataError: A file is not there.
     """
-    digest = hashlib.sha256(Path(images.__file__).read_bytes())
+    digest = hashlib.sha256(b"".join(Path(each).read_bytes() for each in _DECODER))
     libjpeg = features.version("libjpeg_turbo")
     digest.update(f"{height} {width} Pillow {PIL.__version__} {libjpeg}".encode())
     for record in records:

@@ -93,7 +93,7 @@ def test_an_unreadable_image_is_named_and_what_was_decoded_is_kept(
     with pytest.raises(DataError, match=r"5\.jpg"):
         build_cache(path, records, 32, 32)
     assert len(decoded) <= 2
-    assert json.loads(path.with_suffix(".json").read_text())["images"] == 5
+    assert json.loads(path.with_suffix(".part.json").read_text())["images"] == 5
     Path(records[5].path).write_bytes(good)
     pixels = build_cache(path, records, 32, 32)
     np.testing.assert_array_equal(pixels[5], decode(good, 32, 32).pixels)
@@ -119,7 +119,7 @@ def test_a_process_that_dies_is_said_in_one_sentence_and_the_rest_is_decoded_lat
         patched.setattr(cache, "decode", die)
         with pytest.raises(DataError, match="A process that decodes images died"):
             build_cache(path, records, 32, 32)
-    assert json.loads(path.with_suffix(".json").read_text())["images"] == 4
+    assert json.loads(path.with_suffix(".part.json").read_text())["images"] == 4
     pixels = build_cache(path, records, 32, 32)
     for row, record in enumerate(records):
         expected = decode(Path(record.path).read_bytes(), 32, 32).pixels

@@ -1,0 +1,90 @@
+"""Preparing a run again: what is fitted is not lost, and not taken for something else."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import SMALL, small
+from tests.training.folders import draw_ham10000
+from training.config import Config
+from training.data.manifest import DataError, load_manifest
+from training.data.vocabulary import Split
+from training.fit import fit
+from training.prepare import prepare, prepare_manifest
+from training.run import Run
+
+ONE_EPOCH = SMALL.model_copy(update={"train_on": ("HAM10000",), "epochs": 1, "size": 32})
+
+
+def fitted(folder: Path, data: Path, config: Config = ONE_EPOCH, lesions: int = 120) -> Run:
+    draw_ham10000(data / "ham10000", lesions)
+    run = Run(folder)
+    with small():
+        prepare(data, run, config)
+        fit(run, workers=0)
+    return run
+
+
+def content(run: Run) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(run.folder)): path.read_bytes()
+        for path in run.folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_fitted_run_is_whole_after_other_data_is_refused(tmp_path: Path) -> None:
+    run = fitted(tmp_path / "run", tmp_path / "data")
+    before = content(run)
+    pictures = sorted((tmp_path / "data").rglob("*.jpg"))
+    picture, pixels = pictures[0], pictures[0].read_bytes()
+    picture.unlink()
+    with small(), pytest.raises(DataError, match="was fitted to other data"):
+        prepare(tmp_path / "data", run, ONE_EPOCH)
+    assert content(run) == before
+    picture.write_bytes(pixels[: len(pixels) // 2])
+    with small(), pytest.raises(DataError, match="damaged"):
+        prepare(tmp_path / "data", run, ONE_EPOCH)
+    after = content(run)
+    assert {name: after.get(name) for name in before} == before
+    picture.write_bytes(pixels)
+    with small():
+        prepare(tmp_path / "data", run, ONE_EPOCH)
+    assert content(run)["manifest.csv"] == before["manifest.csv"]
+    assert not list(run.folder.glob("*.part*"))
+
+
+def test_an_ensemble_that_is_fitted_keeps_its_data(tmp_path: Path) -> None:
+    config = ONE_EPOCH.model_copy(update={"folds": 2})
+    run = fitted(tmp_path / "run", tmp_path / "data", config, 320)
+    before = content(run)
+    records = load_manifest(run.manifest)
+    moved = next(row for row, record in enumerate(records) if record.split is Split.TRAIN)
+    records[moved] = replace(records[moved], split=Split.TEST)
+    with small(), pytest.raises(DataError, match=r"fold-\d was fitted to other data"):
+        prepare_manifest(records, run, config)
+    assert content(run) == before
+    with small():
+        prepare(tmp_path / "data", run, config)
+        fit(run, workers=0)
+    assert content(run)["fold-2/manifest.csv"] == before["fold-2/manifest.csv"]
+
+
+def test_what_a_fitted_run_went_on_from_stays_what_it_was(tmp_path: Path) -> None:
+    first = fitted(tmp_path / "first", tmp_path / "data")
+    records = load_manifest(first.manifest)
+    config = ONE_EPOCH.model_copy(update={"start_from": str(first.folder)})
+    second = Run(tmp_path / "second")
+    fewer = [r for row, r in enumerate(records) if r.split is not Split.TRAIN or row % 2]
+    with small():
+        prepare_manifest(records, second, config)
+        fit(second, workers=0)
+        inherited = load_manifest(second.inherited)
+        first.checkpoint.unlink()
+        first.best.unlink()
+        prepare_manifest(fewer, first, ONE_EPOCH)
+        fit(first, workers=0)
+        prepare_manifest(records, second, config)
+    assert load_manifest(second.inherited) == inherited
+    assert len(inherited) > sum(record.split is not Split.TEST for record in fewer)
