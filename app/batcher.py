@@ -365,6 +365,8 @@ class Batcher:
         self._busy[name] = time.monotonic(), []
         self._engine.run_alone(np.zeros((1, *self._input_size, 3), np.uint8))
         del self._busy[name]
+        if self._failed:  # somebody waited for too long
+            return
         self._warm.set()
         log.info("ready", warm_up_seconds=round(time.monotonic() - started, 3))
 

@@ -84,7 +84,7 @@ def create_app(
 
     async def wait_for_others() -> None:
         while not networks.draining and not (networks.current.batcher.ready and may_listen()):
-            if not networks.current.batcher.alive:
+            if networks.failed:
                 raise EngineError("The network failed while it was warmed up.")
             await asyncio.sleep(_WAIT_SECONDS)
 

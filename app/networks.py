@@ -71,6 +71,8 @@ class Networks:
         self._stopped = threading.Event()
         self._draining = False
         self._drained_at = 0.0
+        # Whether it cannot be replaced.
+        self.failed = False
         self._replacements = 0
         # At most one. As an argument it would be in memory until its thread has given that back.
         self._retiring: list[Network] = []
@@ -218,7 +220,7 @@ class Networks:
             self._replace_what_breaks()
         except BaseException as error:  # nobody would look after the network any more
             log.error("watch died", error=type(error).__name__, reason=str(error))
-            self.on_failure()
+            self._give_up()
             raise
 
     def _replace_what_breaks(self) -> None:
@@ -230,9 +232,13 @@ class Networks:
             # hung, and one that was succeeded meanwhile has ended.
             if broken and looked_at is suspect and not self._replace(looked_at):
                 if not self._stopped.is_set():  # else it is to end anyhow, and well
-                    self.on_failure()
+                    self._give_up()
                 return
             suspect = looked_at if broken else None
+
+    def _give_up(self) -> None:
+        self.failed = True
+        self.on_failure()
 
     def _replace(self, broken: Batcher) -> bool:
         """Load the network anew in the place of a broken one; False where that does not help."""

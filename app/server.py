@@ -150,9 +150,7 @@ class Protocol(HttpToolsProtocol):
                 self._offered = False
                 data = self._head_without_offer() + data[upgrade.args[0] :]
             except httptools.HttpParserError as error:
-                ours = isinstance(error, httptools.HttpParserCallbackError)
-                if ours and not isinstance(error.__context__, httptools.HttpParserError):  # a URL's
-                    # No memory for the body, most likely.
+                if isinstance(error.__context__, MemoryError):  # for the body
                     log.exception("request failed", request_id=self._refuse(_FAILED))
                 else:
                     self._refuse(_MALFORMED)
@@ -169,6 +167,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
+        self._unset_keepalive_if_required()
         self._start_timer(self._settings.header_seconds)
 
     def on_headers_complete(self) -> None:
@@ -229,8 +228,13 @@ class Protocol(HttpToolsProtocol):
         self._stop_timer()
         self._reading_headers = True
         self._header_bytes = 0
-        if not self._deaf:
-            super().on_message_complete()
+        if self._deaf:
+            return
+        super().on_message_complete()
+        if self._answered and not self.pipeline:  # before its body had come, which ended the rest
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def pause_writing(self) -> None:
         """The client does not read its answer: it has as long for it as for an upload."""
@@ -297,13 +301,22 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def _take_place(self) -> bool:
-        """Whether a connection that rests between two requests has made room for this one."""
+        """Whether a connection whose requests are answered has made room for this one."""
         for other in self.connections:
-            rests = isinstance(other, Protocol) and other.timeout_keep_alive_task is not None
-            if rests and not other.transport.is_closing():
+            if isinstance(other, Protocol) and other._rests:
                 other.transport.close()
                 return True
         return False
+
+    @property
+    def _rests(self) -> bool:
+        """Whether nothing is lost with the connection, and it ends at once."""
+        if self.transport.is_closing() or self.transport.get_write_buffer_size():
+            return False
+        if self.timeout_keep_alive_task is not None:
+            return self._timer is None  # else the next request's headers have begun
+        # An answered request whose body still comes, which may take as long as an upload.
+        return self.cycle is not None and self.cycle.response_complete and self.cycle.more_body
 
     def _give_way(self) -> None:
         """Another connection takes the place of this one, of those that are too many."""
@@ -346,7 +359,6 @@ class Protocol(HttpToolsProtocol):
             *(b": ".join(header) for header in answer.raw_headers),
         ]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
-        self._expect_reading()
         if lingers:
             # A client that is cut off in mid-request sees a broken connection instead.
             self._lingers = True
@@ -358,20 +370,24 @@ class Protocol(HttpToolsProtocol):
 
 
 def allow_files(most_connections: int) -> None:
-    """Let this process open a file for each connection, and say so where it may not.
+    """Let this process open two files for each connection, and say so where it may not.
 
     Usual limits (`ulimit -n`) are for programs of a few files, and may be raised by those of many.
     Where they are reached no connection is taken, not even one that asks whether the service lives.
+    A connection that is sent one of the documentation's files has that open, too.
 
     Args:
         most_connections: That it may have.
     """
-    needed = most_connections + ceil(most_connections * _LINGERING_SHARE) + _OWN_FILES
+    needed = 2 * ceil(most_connections * (1 + _LINGERING_SHARE)) + _OWN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    except (OSError, ValueError):  # macOS has a lower limit than it says
+        allowed = soft
     if allowed < needed:
         log.warning("too few open files", allowed=allowed, needed=needed)
 

@@ -160,7 +160,7 @@ class Metrics:
         self.predicted_as = cache(self.predicted.labels)
         for stage in STAGES:
             self.stage(stage)
-        for status in ("200", "500", "503"):  # the first of a kind is a rise from zero, too
+        for status in ("200", "499", "500", "503"):  # the first of a kind is a rise from zero, too
             self.requests.labels("POST", "/predict", status)
         for outcome in OUTCOMES:
             self.images.labels(outcome)

@@ -89,6 +89,7 @@ class Body:
         self._held = held
         self._declared = "content-length" in request.headers
         self._total = 0
+        self._asked_for = False
         self._ended = False
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -123,7 +124,8 @@ class Body:
         A caller that is cut off in mid-upload sees a broken connection instead of the problem. One
         that waits for `100 Continue` has not sent anything, and is not told to.
         """
-        if self._request.headers.get("expect", "").lower() == "100-continue":
+        waits = self._request.headers.get("expect", "").lower() == "100-continue"
+        if waits and not self._asked_for:
             return
         self.release()
         dropped = 0
@@ -133,6 +135,7 @@ class Body:
                     dropped += len(await self._receive())
 
     async def _receive(self) -> bytes:
+        self._asked_for = True
         message = await self._request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect

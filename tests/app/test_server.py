@@ -62,6 +62,19 @@ def port(server: Server) -> int:
     return server.config.port
 
 
+@pytest.fixture
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel keeps little of what the service sends."""
+    made = Protocol.connection_made
+
+    def with_little_room(self: Protocol, transport: asyncio.Transport) -> None:
+        sent = transport.get_extra_info("socket")
+        sent.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        made(self, transport)
+
+    monkeypatch.setattr(Protocol, "connection_made", with_little_room)
+
+
 def connect(port: int) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=5)
 
@@ -136,6 +149,7 @@ def test_headers_that_grow_are_refused(server: Server, port: int) -> None:
         b"hello\r\n\r\n",
         b"GET /health/live HTTP/1.1\r\n\r\n",
         b"GET /health/live HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET http://a HTTP/1.1\r\nHost: a\r\n\r\n",
         b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
         b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n"
         b"Transfer-Encoding: chunked\r\n\r\n",
@@ -326,6 +340,59 @@ def test_a_connection_that_rests_makes_room_for_a_new_one(server: Server, port: 
     assert refusals(server, "saturated") == 0
 
 
+def test_who_has_not_read_an_answer_makes_no_room(
+    server: Server, port: int, little_room: None
+) -> None:
+    with ExitStack() as stack:
+        for number in range(1, 6):
+            deaf = stack.enter_context(socket.socket())
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(("127.0.0.1", port))
+            deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+            until(lambda number=number: server.server_state.total_requests == number)
+        client = stack.enter_context(connect(port))
+        client.sendall(b"GET /model HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert status(client.recv(1000)) == 503
+
+
+def test_who_is_answered_before_the_body_has_come_makes_room(server: Server, port: int) -> None:
+    with ExitStack() as stack:
+        for _ in range(5):
+            slow = stack.enter_context(connect(port))
+            slow.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n1")
+            assert status(slow.recv(1000)) == 404
+            slow.sendall(b"2")
+        client = stack.enter_context(connect(port))
+        client.sendall(b"GET /model HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert status(client.recv(1000)) == 200
+
+
+def test_a_request_that_has_begun_is_not_taken_for_rest(server: Server, port: int) -> None:
+    with ExitStack() as stack:
+        begun = [stack.enter_context(connect(port)) for _ in range(5)]
+        for one in begun:
+            one.sendall(b"GET /model HTTP/1.1\r\nHost: x\r\n\r\nGET /model HTTP/1.1\r\n")
+            assert status(one.recv(10_000)) == 200
+        client = stack.enter_context(connect(port))
+        client.sendall(b"GET /model HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert status(client.recv(1000)) == 503
+        begun[0].sendall(b"Host: x\r\n\r\n")
+        assert status(begun[0].recv(10_000)) == 200
+
+
+def test_a_connection_rests_after_an_answer_that_was_ahead_of_the_body(
+    server: Server, port: int
+) -> None:
+    with connect(port) as client:
+        client.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        assert status(client.recv(1000)) == 404
+        client.sendall(b"123456789")
+        time.sleep(0.6)  # header_seconds are 0.3
+        client.sendall(b"GET /model HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert status(client.recv(10_000)) == 200
+    assert refusals(server, "upload-too-slow") == 0
+
+
 def test_a_connection_may_rest_for_as_long_as_the_setting_says(settings: Settings) -> None:
     longer = settings.model_copy(update={"keep_alive_seconds": 620})
     assert Server(create_app(longer), longer).config.timeout_keep_alive == 620
@@ -388,11 +455,11 @@ INFINITY = resource.RLIM_INFINITY
 @pytest.mark.parametrize(
     ("soft", "hard", "raised", "warned"),
     [
-        (1024, 524_288, 1220, False),
-        (1024, INFINITY, 1220, False),
+        (1024, 524_288, 2240, False),
+        (1024, INFINITY, 2240, False),
         (64, 1024, 1024, True),
         (1024, 1024, 1024, True),
-        (1220, 1220, None, False),
+        (2240, 2240, None, False),
         (INFINITY, INFINITY, None, False),
     ],
 )
@@ -406,7 +473,7 @@ def test_there_may_be_a_file_for_each_connection(
         allow_files(1000)
     assert limits == ([] if raised is None else [(raised, hard)])
     assert [(line["event"], line["needed"]) for line in logs] == (
-        [("too few open files", 1220)] if warned else []
+        [("too few open files", 2240)] if warned else []
     )
 
 
@@ -534,16 +601,8 @@ def test_who_does_not_read_the_answer_is_cut_off(port: int) -> None:
 
 
 def test_who_does_not_read_a_short_answer_is_cut_off(
-    server: Server, port: int, monkeypatch: pytest.MonkeyPatch
+    server: Server, port: int, little_room: None
 ) -> None:
-    made = Protocol.connection_made
-
-    def with_little_room(self: Protocol, transport: asyncio.Transport) -> None:
-        sent = transport.get_extra_info("socket")
-        sent.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        made(self, transport)
-
-    monkeypatch.setattr(Protocol, "connection_made", with_little_room)
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(("127.0.0.1", port))
