@@ -76,14 +76,14 @@ bench-serve-gpu: $(VENV)/.dev
 ## Keys and passwords for docker-compose.yml, made once, under docker/secrets (not in git).
 secrets: docker/secrets/service/keys.json docker/secrets/grafana_password
 docker/secrets/service/keys.json: | $(VENV)/.cpu
-	@mkdir -p $(@D)
+	@umask 077; mkdir -p $(@D)
+	@chmod 700 docker/secrets  # whose files the containers' users read, and no other user of this host
 	@rm -f $@.part
 	@$(VENV)/bin/mmtl keys create prometheus --scope metrics --file $@.part > docker/secrets/metrics_key.part
 	@tr -d '\n' < docker/secrets/metrics_key.part > docker/secrets/metrics_key  # Kubernetes sends it as it is
 	@rm docker/secrets/metrics_key.part
 	@umask 077; $(VENV)/bin/mmtl keys create administrator --scope predict --scope admin --file $@.part \
 		> docker/secrets/administrator_key
-	@chmod 700 docker/secrets  # whose files the containers' users read, and no other user of this host
 	@chmod 755 $(@D)
 	@chmod 644 $@.part docker/secrets/metrics_key
 	@mv $@.part $@

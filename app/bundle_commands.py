@@ -1,6 +1,7 @@
 """`mmtl bundle verify | sign | inspect | recalibrate | diff`."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from app.settings import load_settings
 from app.telemetry import configure_logs
 from models.bundle import (
     MANIFEST,
+    VERSION,
     Artifact,
     Bundle,
     OperatingPoint,
@@ -150,8 +152,8 @@ def recalibrate_bundle(
     bundle = _load(folder)
     if (outcomes is None) == (prevalence is None):
         fail("Give either --outcomes or --prevalence.")
-    if out.resolve() == folder.resolve():
-        fail("--out is the bundle itself: a clinic may want the one before back.")
+    if folder.resolve().is_relative_to(out.resolve()):
+        fail("--out is the bundle itself, or holds it: a clinic may want the one before back.")
     check_replaceable(out)
     if out.exists() and not replace:
         fail(f"{out} holds a bundle already: choose another folder, or say --replace.")
@@ -164,8 +166,9 @@ def recalibrate_bundle(
     before = _artifact(bundle, artifact)
     if outcomes is not None:
         logits, melanoma = read_outcomes(outcomes, before)
+        name = os.fsencode(outcomes.name).decode(errors="replace")  # it may be no UTF-8
         manifest = recalibrate(
-            bundle.manifest, logits, melanoma, f"{outcomes.name} (recalibration)", sensitivity
+            bundle.manifest, logits, melanoma, f"{name} (recalibration)", sensitivity
         )
         how = f"fitted to {len(melanoma):,} outcomes, {int(melanoma.sum()):,} of them melanoma"
     else:
@@ -176,7 +179,7 @@ def recalibrate_bundle(
     if version is None:
         major, minor, patch = max(map(_numbers, (manifest.version, *replaced)))
         version = f"{major}.{minor}.{patch + 1}"
-    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+    if not re.fullmatch(VERSION, version):
         fail("--version is of the form 1.2.3.")
     manifest = manifest.model_copy(update={"version": version})
     signed = (out / SIGNATURE).exists()

@@ -2,10 +2,12 @@
 
 import asyncio
 import gc
+import io
 import json
 import logging
 import os
 import signal
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from app import bundle_commands, key_commands, load, reference_commands
+from app import bundle_commands, key_commands, load, problems, reference_commands
 from app.access import Exposed, check_exposure
 from app.audit import AuditError
 from app.console import NOTICE, add_row, fail, printable, show
@@ -98,6 +100,8 @@ def root(
 
 def main() -> None:
     """Run the command line; an expected error is one sentence and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may be more than a terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
     with _in_a_sentence():
         cli()
 
@@ -353,7 +357,8 @@ async def _predict(settings: Settings, images: list[Path], explain: bool) -> Pre
         for start in track(
             starts, "images", console=shown, transient=True, disable=len(starts) < 2
         ):
-            part = [_read(path) for path in images[start : start + settings.max_files]]
+            paths = images[start : start + settings.max_files]
+            part = [_read(path, settings.max_bytes) for path in paths]
             whole = [one for one in part if isinstance(one, Upload)]
             found: Iterator[Result] = iter(())
             if whole:
@@ -363,16 +368,20 @@ async def _predict(settings: Settings, images: list[Path], explain: bool) -> Pre
     return PredictResponse(request_id=trace.request_id, model=model, results=results)
 
 
-def _read(path: Path) -> Upload | Failure:
-    """A file as if it had been posted."""
+def _read(path: Path, most: int) -> Upload | Failure:
+    """A file as if it had been posted; of one that is too large no more is read."""
     name = os.fsencode(path).decode(errors="replace")  # a name may be other bytes than UTF-8
     try:
-        return Upload(name, path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(most + 1)
     except OSError as error:
-        detail = f"The file cannot be read: {error.strerror}."
-        return Failure(
-            filename=name, status="error", error=Problem(_UNREADABLE_FILE, detail).body()
-        )
+        problem = Problem(_UNREADABLE_FILE, f"The file cannot be read: {error.strerror}.")
+        return Failure(filename=name, status="error", error=problem.body())
+    if len(data) > most:
+        detail = f"The file has more than {most:,} bytes, the most that is accepted."
+        problem = Problem(problems.IMAGE_TOO_LARGE, detail)
+        return Failure(filename=name, status="error", error=problem.body())
+    return Upload(name, data)
 
 
 def _print_table(answer: PredictResponse) -> None:

@@ -11,9 +11,34 @@ from app import problems
 from app.problems import Problem
 
 FIELD = "files"
-_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
+# Without a way back: what is not closed is quoted to its end, and looked at once.
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
+# Bytes below which pieces are put together: each by itself would take more than it holds.
+_SMALL = 4_096
 # Of the charsets that RFC 8187 has; some others decode to what no JSON can hold.
 _EXTENDED = re.compile(rb";\s*filename\*=(utf-8|iso-8859-1)'[\w-]*'([^;\s]+)", re.IGNORECASE)
+
+
+class Pieces:
+    """Bytes that come one after the other; they are copied once, in `take`."""
+
+    def __init__(self) -> None:
+        self._held: list[bytes | bytearray | memoryview] = []
+
+    def add(self, piece: bytes | memoryview) -> None:
+        """Hold more."""
+        if len(piece) >= _SMALL:
+            self._held.append(piece)
+        elif self._held and isinstance(self._held[-1], bytearray):
+            self._held[-1] += piece
+        else:
+            self._held.append(bytearray(piece))
+
+    def take(self) -> bytes:
+        """All of them, in one piece; they are no longer held here."""
+        whole = b"".join(self._held)
+        self._held.clear()
+        return whole
 
 
 @dataclass(slots=True)
@@ -22,17 +47,11 @@ class File:
 
     Attributes:
         filename: As it was sent, without the folders of Windows.
-        pieces: Its bytes, as they came, until `take`.
+        pieces: Its bytes, as they came.
     """
 
     filename: str
-    pieces: list[memoryview] = field(default_factory=list)
-
-    def take(self) -> bytes:
-        """Its bytes, in one piece; they are no longer held here."""
-        whole = b"".join(self.pieces)
-        self.pieces.clear()
-        return whole
+    pieces: Pieces = field(default_factory=Pieces)
 
 
 class Form:
@@ -147,7 +166,7 @@ class _Parts:
         self.files.append(File(filename))
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        self.files[-1].pieces.append(memoryview(data)[start:end])
+        self.files[-1].pieces.add(memoryview(data)[start:end])
 
     def on_end(self) -> None:
         self.ended = True

@@ -1,5 +1,6 @@
 """`mmtl keys create | list | revoke`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,8 @@ def create(
     if unknown := set(scope or []) - set(SCOPES):
         fail(f"--scope {min(unknown)} is none of {', '.join(SCOPES)}.")
     path = _key_file(file)
+    if sys.stdout is None:
+        fail("Standard output is closed: nobody would see the key.")
     key = create_key(path, name, scopes, per_minute)
     try:
         print(key, flush=True)

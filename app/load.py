@@ -123,12 +123,18 @@ class Target:
             parts, port = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise LoadError(f"{url} is not a URL such as http://127.0.0.1:8000.")
+        if parts.username is not None:
+            raise LoadError('Leave the user out of the URL: --header "Authorization: Basic …".')
         self.host = parts.hostname
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
         self.port = port or (443 if self.tls else 80)
         path = parts.path if parts.path.strip("/") else "/predict"
         path += f"?{parts.query}" if parts.query else ""
         further = "".join(f"{name}: {value}\r\n" for name, value in headers)
+        try:
+            further.encode()
+        except UnicodeEncodeError:
+            raise LoadError("A header holds bytes that are no UTF-8.") from None
         self.requests = [_request(parts.netloc, path, further, image) for image in images]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from starlette.requests import ClientDisconnect, Request
 
 from app import problems
-from app.forms import FIELD, Form
+from app.forms import FIELD, Form, Pieces
 from app.problems import Problem
 from app.settings import Settings
 from models.images import MEDIA_TYPES
@@ -205,7 +205,10 @@ async def _read(
 
 
 async def _read_raw(body: Body) -> Upload:
-    data = b"".join([chunk async for chunk in body.chunks()])
+    pieces = Pieces()
+    async for chunk in body.chunks():
+        pieces.add(chunk)
+    data = pieces.take()
     if not data:
         raise Problem(problems.EMPTY_IMAGE, "The request's body is empty (0 bytes).")
     return Upload(None, data)
@@ -215,4 +218,4 @@ async def _read_form(request: Request, body: Body, settings: Settings) -> list[U
     form = Form(request.headers["content-type"], settings.max_files)
     async for chunk in body.chunks():
         form.write(chunk)
-    return [Upload(file.filename, file.take()) for file in form.end()]
+    return [Upload(file.filename, file.pieces.take()) for file in form.end()]

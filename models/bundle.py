@@ -31,7 +31,7 @@ _MOST_GOLDEN = 64
 _MOST_TOLERANCE = 1.0
 FORMAT_VERSION: Literal[1] = 1
 NAME = r"^[a-z0-9][a-z0-9-]*$"
-VERSION = r"^\d+\.\d+\.\d+$"
+VERSION = r"^[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}$"
 # Tasks, for each of which an answer of the service has a field.
 REQUIRED_TASKS = frozenset({"melanoma", "age", "site"})
 OPTIONAL_TASKS = frozenset({"sex", "diagnosis"})

@@ -38,6 +38,8 @@ def fit_calibration(logits: Floats, melanoma: Bools) -> Calibration:
         raise CalibrationError(
             "Images with and without melanoma are needed to calibrate; one kind is missing."
         )
+    if x.min() == x.max():
+        raise CalibrationError("Every image has the same logit: there is nothing to calibrate.")
     if x[y == 1].min() >= x[y == 0].max():
         raise CalibrationError(
             "Every melanoma's logit is at or above every other image's: with so few images the "

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from models.headers import MOST_PIECES, in_too_many_pieces
-from models.progressive import for_an_eighth, has_several_scans, most_scans
-from models.tiff import read_directory
+from models.progressive import for_an_eighth, has_several_scans, is_lossless, most_scans
+from models.tiff import MOST_STRIPS, read_directory
 from models.turns import in_turn
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
@@ -44,7 +44,8 @@ _LARGE = 4 * MEGA
 # Of TIFF: none, LZW, JPEG, Deflate, PackBits, Zstandard. Those of fax machines know no colours, and
 # libtiff writes a line of its own for each of theirs that is damaged.
 _TIFF_COMPRESSIONS = {1, 5, 7, 8, 32773, 32946, 50000}
-_MOST_STRIPS = 65_536
+# How often a TIFF's strips or tiles may hold its bytes, all told; each is read, whoever shares it.
+_MOST_SHARED = 2
 _DAMAGED = "The image is damaged or cut short: its pixels cannot be decoded. Take a whole copy."
 _ORIENTATION_TAG = 0x0112
 # Of TIFF 6.0; and where a PNG's header says how many bits a channel has (ISO/IEC 15948).
@@ -177,7 +178,12 @@ def decode(
             f"The image has {len(data):,} bytes; at most {limits.max_bytes:,} are accepted."
         )
     if bytes(data[:2]) in (b"II", b"MM"):
-        _check_tiff(data)
+        _check_tiff(data, limits)
+    if bytes(data[:2]) == b"BM" and _is_run_length_encoded(data):
+        raise UnsupportedImageError(
+            "BMP with run lengths is not supported: Pillow decodes it in Python, for minutes. Save "
+            "it without compression, or as PNG."
+        )
     if in_too_many_pieces(data):
         raise ImageTooLargeError(
             f"The file has more than {MOST_PIECES} pieces of metadata, or much between them that "
@@ -237,7 +243,7 @@ def _fit(
     shown_width, shown_height = image.size[::-1] if swaps else image.size
     target = (height, width) if swaps else (width, height)
     try:
-        if image_format == "JPEG":
+        if image_format == "JPEG" and not is_lossless(data):
             whole = image.width
             image.draft("RGB", target)
             if image.info.get("progressive") and whole > 4 * image.width:
@@ -279,7 +285,7 @@ def _check_size(
         )
 
 
-def _check_tiff(data: bytes | memoryview) -> None:
+def _check_tiff(data: bytes | memoryview, limits: Limits) -> None:
     directory = read_directory(data)
     if directory is None:
         raise UnsupportedImageError("The TIFF's header is damaged, or that of a BigTIFF.")
@@ -289,11 +295,25 @@ def _check_tiff(data: bytes | memoryview) -> None:
         raise UnsupportedImageError(
             f"TIFF compression {directory.compression} is not supported; send Deflate, LZW or JPEG."
         )
-    if directory.tile_pixels > _LARGE or directory.longest_list > _MOST_STRIPS:
-        raise ImageTooLargeError(
-            f"The TIFF has tiles of more than {_LARGE / MEGA:g} megapixels, or lists of more than "
-            f"{_MOST_STRIPS:,} entries. Save it anew, or as PNG."
+    if directory.misread:
+        raise UnsupportedImageError(
+            "The TIFF's numbers have signs, or its samples are stored apart (planar) or with their "
+            "bits the other way round: that is not supported. Save it anew, or as PNG."
         )
+    too_much = directory.tiles_pixels > max(2 * limits.max_pixels_in_full, _LARGE)
+    too_much |= directory.stored_bytes > _MOST_SHARED * len(data)
+    if directory.tile_pixels > _LARGE or directory.longest_list > MOST_STRIPS or too_much:
+        raise ImageTooLargeError(
+            f"The TIFF has tiles of more than {_LARGE / MEGA:g} megapixels, tiles far larger than "
+            f"itself, lists of more than {MOST_STRIPS:,} entries, or strips that share their "
+            "bytes. Save it anew, or as PNG."
+        )
+
+
+def _is_run_length_encoded(bmp: bytes | memoryview) -> bool:
+    """Whether it says so: RLE8 or RLE4 (`biCompression` of BITMAPINFOHEADER, and what has more)."""
+    header, compression = (int.from_bytes(bmp[at : at + 4], "little") for at in (14, 30))
+    return header >= 40 and compression in (1, 2)
 
 
 def _orientation(image: Image.Image) -> int:

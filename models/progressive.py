@@ -18,6 +18,7 @@ _PROGRESSIVE = 0xC2
 # before a scan with its length: tables, restart intervals, applications' segments and comments.
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SEQUENTIAL = {0xC0, 0xC1}
+_LOSSLESS = {0xC3, 0xC7, 0xCB, 0xCF}
 _TABLES = {0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}
 # Within a scan's data 0xFF is followed by 0x00, or by a restart marker, or stands for itself again.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -51,12 +52,45 @@ def has_several_scans(data: bytes | memoryview) -> bool:
 
 
 def most_scans(data: bytes) -> int:
-    """No fewer than a JPEG has scans: their marker may stand by chance, or in a thumbnail, too.
+    """No fewer than a JPEG has scans.
+
+    Where a decoder might read the way to its end otherwise than this does, their marker counts
+    wherever it stands, by chance or in a thumbnail, too.
 
     Args:
         data: A JPEG file.
     """
+    at, scans = 2, 0
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker == _END:
+            return scans  # a motion photo's video follows, for one
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == _SCAN:
+            scans += 1
+            following = _MARKER.search(data, end)
+            if following is None:
+                return scans
+            end = following.start()
+        elif marker not in _FRAMES and marker not in _TABLES:
+            break
+        at = end
     return data.count(bytes([0xFF, _SCAN]))
+
+
+def is_lossless(data: bytes | memoryview) -> bool:
+    """Whether a JPEG's first frame is of the lossless kind, which has no smaller scales.
+
+    Args:
+        data: A JPEG file.
+    """
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker = data[at + 1]
+        if marker not in _TABLES:
+            return marker in _LOSSLESS
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 def for_an_eighth(data: bytes) -> bytes:

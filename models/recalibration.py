@@ -233,9 +233,12 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         for key, item in value.items():
             yield from _flat(item, f"{name}.{key}" if name else key)
     elif isinstance(value, list) and value and isinstance(value[0], dict):
+        keys: list[str] = []
         for number, item in enumerate(value):
             key = item.get("file") or item.get("name") or item.get("seed", number)
-            key = f"{key}, {item['dataset']}" if "dataset" in item else key
-            yield from _flat(item, f"{name}[{key}]")
+            key = f"{key}, {item['dataset']}" if "dataset" in item else str(key)
+            keys.append(f"{key} ({number})" if key in keys else key)
+            yield from _flat(item, f"{name}[{keys[-1]}]")
+        yield name, json.dumps(keys)  # their order counts, too
     else:
         yield name, json.dumps(value)

@@ -1,5 +1,6 @@
 """Runtimes that execute a bundle's artifact, behind one small protocol."""
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +25,9 @@ from models.cores import multiplies_bfloat16
 BATCH_ON_CPU = 4
 # Each takes memory of its own in OpenVINO; on more cores there should be several processes.
 _MOST_THREADS = 8
-# A tensor's entry for the file that holds it (`TensorProto.external_data` of onnx.proto): the bytes
-# of a protocol buffer's message whose first field is that name.
-_OUTSIDE = b"\n\x08location\x12"
+# A tensor's entry for the file that holds it (`TensorProto.external_data` of onnx.proto): as a
+# protocol buffer has any text, with its length before it, which may be written longer than needed.
+_OUTSIDE = re.compile(rb"(?:\x08|\x88\x80*\x00)location")
 # Characters of what a runtime says.
 _SAID_FIRST, _SAID_LAST, _CUT = 60, 160, " … "
 log = structlog.get_logger()
@@ -111,18 +112,21 @@ def _choices(bundle: Bundle, settings: Settings) -> list[tuple[Artifact, Setting
         BundleError: The bundle has no such artifact.
     """
     asked = None if settings.precision == "auto" else settings.precision
-    artifacts = [bundle.artifact(settings.artifact, asked)]
-    choices: list[tuple[Artifact, Settings]] = []
-    if settings.artifact == "onnx" and asked is None and _on_cpu(settings):
-        fastest = bundle.artifact_for_cpu()
-        artifacts = [fastest] + [artifact for artifact in artifacts if artifact != fastest]
-        if (
-            fastest.precision == "int8"
-            and settings.runtime == "auto"
-            and _prefers_openvino(settings)
-        ):
-            choices = [(fastest, settings.model_copy(update={"runtime": "openvino"}))]
-    return choices + [(artifact, settings) for artifact in artifacts]
+    first = bundle.artifact(settings.artifact, asked)
+    if settings.artifact != "onnx" or asked is not None:
+        return [(first, settings)]
+    on_cpu = _on_cpu(settings)
+    # In whatever order a manifest has them: on a CPU integers first, and on a GPU last.
+    there = sorted(
+        (a for a in bundle.manifest.artifacts if a.format == "onnx" and bundle.path(a).is_file()),
+        key=lambda artifact: (artifact.precision == "int8") != on_cpu,
+    )
+    choices = [(artifact, settings) for artifact in there]
+    if not on_cpu:
+        return choices[:1]
+    if there[0].precision == "int8" and settings.runtime == "auto" and _prefers_openvino(settings):
+        return [(there[0], settings.model_copy(update={"runtime": "openvino"})), *choices]
+    return choices
 
 
 def _prefers_openvino(settings: Settings) -> bool:
@@ -230,7 +234,7 @@ def _load(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engine:
 
 def _read_onnx(bundle: Bundle, artifact: Artifact) -> bytes:
     content = bundle.read(artifact)
-    if _OUTSIDE in content:
+    if _OUTSIDE.search(content):
         raise BundleError(
             f"{artifact.file} keeps weights in a file of their own, which no hash is of: save it "
             "with all of them inside."

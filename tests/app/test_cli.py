@@ -1,8 +1,10 @@
 import errno
 import json
+import os
 import shutil
 import signal
 import socket
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from app.load import Measured
 from app.main import create_app
 from app.networks import Networks
 from app.settings import Settings
-from models.bundle import OperatingPoint
+from models.bundle import OperatingPoint, load_bundle
 from models.turns import NotItsTurn, in_turn
 from tests.bundles import make_bundle
 from tests.conftest import ROOT
@@ -395,6 +397,7 @@ def test_a_bundle_is_recalibrated_into_another_one_and_compared(
     other = tmp_path / "other"
     for wrong, sentence in (
         ((bundle_folder,), "--out is the bundle itself"),
+        ((bundle_folder.parent, "--replace"), "--out is the bundle itself, or holds it"),
         ((other, "--version", "x"), "--version is of the form 1.2.3"),
         ((other, "--sensitivity", "0.99"), "--sensitivity takes --outcomes"),
         ((other, "--prevalence", "2"), "--prevalence is a share between 0 and 1"),
@@ -402,6 +405,51 @@ def test_a_bundle_is_recalibrated_into_another_one_and_compared(
     ):
         status, _, error = run(*arguments, *wrong)
         assert (status, sentence in error) == (2, True)
+
+
+def test_outcomes_may_have_a_name_that_is_no_text(run, bundle_folder: Path, tmp_path: Path) -> None:
+    table = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.csv"))
+    rows = "".join(f"{n},{n % 3 // 2}\n" for n in range(60))
+    table.write_text("melanoma_logit,melanoma\n" + rows)
+    out = tmp_path / "new"
+    assert run("bundle", "recalibrate", bundle_folder, "--outcomes", table, "-o", out)[0] == 0
+    assert load_bundle(out).manifest.operating_point.dataset == "\ufffd.csv (recalibration)"
+
+
+def test_bundles_that_differ_in_the_order_of_artifacts_differ(run, tmp_path: Path) -> None:
+    (first,) = make_bundle(tmp_path / "one").manifest.artifacts
+    second = first.model_copy(update={"file": "other.onnx", "precision": "int8"})
+    for folder, artifacts in (("one", (first, second)), ("two", (second, first))):
+        make_bundle(tmp_path / folder, artifacts=artifacts)
+    status, output, _ = run("bundle", "diff", tmp_path / "one", tmp_path / "two")
+    assert status == 1
+    assert "other.onnx" in output
+
+
+def test_of_a_file_that_is_too_large_no_more_is_read_than_tells_so(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = tmp_path / "large.png"
+    with large.open("wb") as file:
+        file.truncate(3_000_000_000)
+    monkeypatch.setenv("MMTL_MAX_BYTES", "1000000")
+    tracemalloc.start()
+    status, output, _ = run("predict", "--json", large)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (status, "more than 1,000,000 bytes" in output) == (1, True)
+    assert peak < 100_000_000
+
+
+def test_a_key_that_nobody_would_see_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.argv", ["mmtl", "keys", "create", "x", "--file", str(tmp_path / "k")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert not (tmp_path / "k").exists()
 
 
 @pytest.mark.parametrize("page", ["settings", "problems"])

@@ -1,3 +1,4 @@
+import tracemalloc
 import weakref
 from itertools import pairwise
 
@@ -5,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.forms import Form
+from app.forms import Form, Pieces
 from app.problems import Problem
 
 TYPE = "multipart/form-data; boundary=cut"
@@ -18,7 +19,7 @@ def part(data: bytes, disposition: str = 'form-data; name="files"; filename="a.j
 def read(body: bytes, most: int = 10) -> list[tuple[str, bytes]]:
     form = Form(TYPE, most)
     form.write(body)
-    return [(file.filename, file.take()) for file in form.end()]
+    return [(file.filename, file.pieces.take()) for file in form.end()]
 
 
 @given(
@@ -33,7 +34,7 @@ def test_files_come_back_as_they_were_however_the_body_is_cut(
     places = [0, *sorted(min(cut, len(body)) for cut in cuts), len(body)]
     for start, end in pairwise(places):
         form.write(body[start:end])
-    assert [file.take() for file in form.end()] == files
+    assert [file.pieces.take() for file in form.end()] == files
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,9 @@ def test_files_come_back_as_they_were_however_the_body_is_cut(
         ("filename*=utf-8''%ED%A0%80.jpg", "\ufffd\ufffd\ufffd.jpg"),
         ('filename="a.jpg"; filename*=b.jpg', "a.jpg"),
         ("filename=\"a; filename*=utf-8''b.jpg\"", "a; filename*=utf-8''b.jpg"),
+        # What is not closed is quoted to its end.
+        ("filename=a.jpg; x=\"y; filename*=utf-8''b.jpg", "a.jpg"),
+        ("filename=a.jpg; x=\"\\\"; filename*=utf-8''b.jpg\\", "a.jpg"),
     ],
 )
 def test_a_file_name_in_either_form_that_clients_send(names: str, expected: str) -> None:
@@ -66,7 +70,7 @@ def test_a_part_without_a_name_has_not_the_one_before_it() -> None:
 def test_an_upload_is_not_held_until_the_next_garbage_collection() -> None:
     form = Form(TYPE, 1)
     form.write(part(b"one") + b"--cut--\r\n")
-    held = weakref.ref(form.end()[0].pieces[0])
+    held = weakref.ref(form.end()[0].pieces)
     assert held() is not None
     del form
     assert held() is None
@@ -117,3 +121,17 @@ def test_a_file_name_of_any_length_up_to_4_kb() -> None:
 def test_a_content_type_without_a_usable_boundary(boundary: str) -> None:
     with pytest.raises(Problem, match="boundary"):
         Form(f"multipart/form-data{boundary}", 1)
+
+
+def test_a_file_that_comes_byte_by_byte_takes_little_more_than_it_is() -> None:
+    pieces = Pieces()
+    tracemalloc.start()
+    for _ in range(100_000):
+        pieces.add(memoryview(b"12")[1:])
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 200_000
+    pieces.add(b"3" * 5000)
+    pieces.add(b"4")
+    assert pieces.take() == b"2" * 100_000 + b"3" * 5000 + b"4"
+    assert pieces.take() == b""

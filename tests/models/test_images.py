@@ -371,3 +371,12 @@ def test_any_size_fits_any_target(width: int, height: int, to_width: int, to_hei
     found = decode(flat(200, width, height), to_height, to_width)
     assert found.pixels.shape == (to_height, to_width, 3)
     assert np.all(found.pixels == (200, 100, 50))
+
+
+@pytest.mark.parametrize("compression", [1, 2])
+def test_run_lengths_of_bmp_are_refused_before_they_are_decoded_in_python(compression: int) -> None:
+    plain = bytearray(encode(draw_lesion(0), "BMP"))
+    assert decode(bytes(plain), 32, 32).format == "BMP"
+    plain[30] = compression
+    with pytest.raises(UnsupportedImageError, match="run lengths"):
+        decode(bytes(plain), 32, 32)

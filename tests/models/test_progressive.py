@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
 from models.images import CorruptImageError, ImageTooLargeError, decode
-from models.progressive import for_an_eighth, has_several_scans, most_scans
+from models.progressive import for_an_eighth, has_several_scans, is_lossless, most_scans
 from tests.lesions import draw_lesion, encode
 
 
@@ -180,3 +180,61 @@ def test_a_jpeg_of_endless_scans_is_refused(between: bytes) -> None:
     assert most_scans(again) == most_scans(data) + 100
     with pytest.raises(ImageTooLargeError, match="more than 100 scans"):
         decode(again, 32, 32)
+
+
+def test_what_follows_the_picture_is_no_scan() -> None:
+    data = progressive(draw_lesion(0))
+    behind = data + bytes([0xFF, 0xDA]) * 200  # as a motion photo's video has by chance
+    assert most_scans(behind) == most_scans(data)
+    assert decode(behind, 32, 32).format == "JPEG"
+
+
+def test_scans_behind_what_is_not_understood_count() -> None:
+    data = progressive(draw_lesion(0))
+    filled = data[:2] + b"\xff" + data[2:]  # a marker may begin with any number of these
+    assert most_scans(filled + bytes([0xFF, 0xDA]) * 200) >= most_scans(data) + 200
+
+
+def lossless(pixels: np.ndarray) -> bytes:
+    """Grey, each pixel less the one before it, its length in four bits (ITU-T T.81, annex H)."""
+    height, width = pixels.shape
+    before = np.full_like(pixels, 128, dtype=int)
+    before[:, 1:], before[1:, 0] = pixels[:, :-1], pixels[:-1, 0]
+    bits = ""
+    for value in (pixels.astype(int) - before).ravel().tolist():
+        length = abs(value).bit_length()
+        bits += f"{length:04b}"
+        if length:
+            bits += f"{value if value > 0 else value + (1 << length) - 1:0{length}b}"
+    bits += "1" * (-len(bits) % 8)
+    coded = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+
+    def segment(marker: int, body: bytes) -> bytes:
+        return bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2, "big") + body
+
+    size = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return b"".join(
+        [
+            b"\xff\xd8",
+            segment(0xC3, b"\x08" + size + bytes([1, 1, 0x11, 0])),
+            segment(0xC4, bytes([0, 0, 0, 0, 10, *[0] * 12, *range(10)])),
+            segment(0xDA, bytes([1, 1, 0, 1, 0, 0])),
+            coded,
+            b"\xff\xd9",
+        ]
+    )
+
+
+@pytest.mark.skipif(
+    not features.check("libjpeg_turbo")
+    or tuple(map(int, (features.version("libjpeg_turbo") or "0").split("."))) < (3,),
+    reason="libjpeg-turbo decodes lossless JPEG from version 3 on",
+)
+@pytest.mark.parametrize("size", [16, 200])
+def test_a_lossless_jpeg_is_decoded_at_any_size(size: int) -> None:
+    pixels = np.asarray(Image.fromarray(draw_lesion(0)).convert("L").resize((160, 120)))
+    data = lossless(pixels)
+    assert is_lossless(data)
+    assert not is_lossless(progressive(draw_lesion(0)))
+    whole = Image.fromarray(pixels).convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(decode(data, size, size).pixels, np.asarray(whole))

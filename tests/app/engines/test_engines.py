@@ -74,8 +74,18 @@ def test_a_network_whose_weights_lie_outside_of_it_is_refused(tmp_path: Path) ->
     part = tmp_path / "model.onnx"
     onnx.save_model(model, part, save_as_external_data=True, location="weights", size_threshold=0)
     bundle = save_bundle(tmp_path / "parted", make_manifest(part), {part.name: part})
-    with pytest.raises(BundleError, match="in a file of their own, which no hash is of"):
+    refused = "in a file of their own, which no hash is of"
+    with pytest.raises(BundleError, match=refused):
         open_engine(bundle, Settings(device="cpu"))
+    # An entry of a protocol buffer has its fields in any order, and a length in more bytes.
+    content = part.read_bytes()
+    entry = b"\n\x08location\x12\x07weights"
+    assert entry in content
+    for other in (b"\x12\x07weights\n\x08location", b"\n\x88\x00location\x12\x06weight"):
+        part.write_bytes(content.replace(entry, other))
+        bundle = save_bundle(tmp_path / "other", make_manifest(part), {part.name: part})
+        with pytest.raises(BundleError, match=refused):
+            open_engine(bundle, Settings(device="cpu"))
 
 
 def test_a_file_that_was_changed_after_its_bundle_was_verified_is_not_run(tmp_path: Path) -> None:
@@ -152,6 +162,9 @@ def test_integers_that_answer_otherwise_here_are_passed_over(
     out, err = capsys.readouterr()
     assert "passed over" in out + err
     assert "model.int8.onnx" in out + err
+    other = bundle.manifest.model_copy(update={"artifacts": bundle.manifest.artifacts[::-1]})
+    artifact, _ = open_engine(Bundle(bundle.folder, other), Settings(device="cpu"))
+    assert artifact.precision == "fp32"
     with pytest.raises(BundleError, match=r"model\.int8\.onnx on this machine differs"):
         open_engine(bundle, Settings(device="cpu", precision="int8"))
 
