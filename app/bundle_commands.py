@@ -179,7 +179,7 @@ def recalibrate_bundle(
     if version is None:
         major, minor, patch = max(map(_numbers, (manifest.version, *replaced)))
         version = f"{major}.{minor}.{patch + 1}"
-    if not re.fullmatch(VERSION, version):
+    if not re.fullmatch(VERSION, version, re.ASCII):
         fail("--version is of the form 1.2.3.")
     manifest = manifest.model_copy(update={"version": version})
     signed = (out / SIGNATURE).exists()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from math import ceil
-from types import FrameType
+from types import FrameType, NoneType
 from typing import Any
 from uuid import uuid4
 
@@ -150,7 +150,9 @@ class Protocol(HttpToolsProtocol):
                 self._offered = False
                 data = self._head_without_offer() + data[upgrade.args[0] :]
             except httptools.HttpParserError as error:
-                if isinstance(error.__context__, MemoryError):  # for the body
+                # Of a URL: it cannot be parsed, is no ASCII, or has no path.
+                known = (httptools.HttpParserError, UnicodeError, AttributeError, NoneType)
+                if not isinstance(error.__context__, known):  # no memory for the body, most likely
                     log.exception("request failed", request_id=self._refuse(_FAILED))
                 else:
                     self._refuse(_MALFORMED)
@@ -310,13 +312,14 @@ class Protocol(HttpToolsProtocol):
 
     @property
     def _rests(self) -> bool:
-        """Whether nothing is lost with the connection, and it ends at once."""
+        """Whether what was asked is answered (though a body may still come), and not more begun.
+
+        What has not been read of an answer would keep it open.
+        """
         if self.transport.is_closing() or self.transport.get_write_buffer_size():
             return False
-        if self.timeout_keep_alive_task is not None:
-            return self._timer is None  # else the next request's headers have begun
-        # An answered request whose body still comes, which may take as long as an upload.
-        return self.cycle is not None and self.cycle.response_complete and self.cycle.more_body
+        begun = self._timer is not None and self._reading_headers
+        return self.cycle is not None and self.cycle.response_complete and not begun
 
     def _give_way(self) -> None:
         """Another connection takes the place of this one, of those that are too many."""

@@ -31,7 +31,7 @@ _MOST_GOLDEN = 64
 _MOST_TOLERANCE = 1.0
 FORMAT_VERSION: Literal[1] = 1
 NAME = r"^[a-z0-9][a-z0-9-]*$"
-VERSION = r"^[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}$"
+VERSION = r"^\d+\.\d+\.\d+$"
 # Tasks, for each of which an answer of the service has a field.
 REQUIRED_TASKS = frozenset({"melanoma", "age", "site"})
 OPTIONAL_TASKS = frozenset({"sex", "diagnosis"})
@@ -198,6 +198,13 @@ class Manifest(_Part):
     training_data: TrainingData
     metrics: tuple[Metric, ...] = ()
     golden: tuple[Golden, ...] = Field(min_length=1)
+
+    @field_validator("version")
+    @classmethod
+    def _is_of_ascii(cls, version: str) -> str:
+        if not version.isascii():  # it is sent in a header
+            raise ValueError("must be of the digits 0 to 9")
+        return version
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:

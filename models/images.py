@@ -181,8 +181,8 @@ def decode(
         _check_tiff(data, limits)
     if bytes(data[:2]) == b"BM" and _is_run_length_encoded(data):
         raise UnsupportedImageError(
-            "BMP with run lengths is not supported: Pillow decodes it in Python, for minutes. Save "
-            "it without compression, or as PNG."
+            "BMP with run lengths is not supported: Pillow decodes it in Python, while all others "
+            "wait. Save it without compression, or as PNG."
         )
     if in_too_many_pieces(data):
         raise ImageTooLargeError(
@@ -297,15 +297,15 @@ def _check_tiff(data: bytes | memoryview, limits: Limits) -> None:
         )
     if directory.misread:
         raise UnsupportedImageError(
-            "The TIFF's numbers have signs, or its samples are stored apart (planar) or with their "
-            "bits the other way round: that is not supported. Save it anew, or as PNG."
+            "The TIFF's numbers have signs, or its samples are stored apart (planar) in a way that "
+            "is not supported. Save it anew, or as PNG."
         )
     too_much = directory.tiles_pixels > max(2 * limits.max_pixels_in_full, _LARGE)
     too_much |= directory.stored_bytes > _MOST_SHARED * len(data)
     if directory.tile_pixels > _LARGE or directory.longest_list > MOST_STRIPS or too_much:
         raise ImageTooLargeError(
             f"The TIFF has tiles of more than {_LARGE / MEGA:g} megapixels, tiles far larger than "
-            f"itself, lists of more than {MOST_STRIPS:,} entries, or strips that share their "
+            f"the picture, lists of more than {MOST_STRIPS:,} entries, or strips that share their "
             "bytes. Save it anew, or as PNG."
         )
 

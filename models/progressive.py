@@ -61,7 +61,7 @@ def most_scans(data: bytes) -> int:
         data: A JPEG file.
     """
     at, scans = 2, 0
-    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+    while data[at : at + 1] == b"\xff" and at + 2 <= len(data):
         marker = data[at + 1]
         if marker == _END:
             return scans  # a motion photo's video follows, for one

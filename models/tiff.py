@@ -14,10 +14,10 @@ _BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 _BLOBS = {1, 2, 6, 7}
 _NUMBERS = {3: "H", 4: "I"}
 _WIDTH, _LENGTH, _COMPRESSION, _PHOTOMETRIC = 256, 257, 259, 262
-_FILL_ORDER, _SAMPLES, _PLANAR = 266, 277, 284
+_SAMPLES, _PLANAR = 277, 284
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _SINGLE = {
-    *(_WIDTH, _LENGTH, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _SAMPLES, _PLANAR),
+    *(_WIDTH, _LENGTH, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR),
     *(_TILE_WIDTH, _TILE_LENGTH),
 }
 _BITS, _SAMPLE_FORMAT = 258, 339
@@ -29,9 +29,9 @@ _MOST_SAMPLES = 16
 _BYTE_COUNTS = {279, 325}
 # Those, and where they are: lists, whatever kind of value they say they are.
 _LISTS = {273, 324, *_BYTE_COUNTS}
-_SIGNED, _APART, _LOW_BIT_FIRST = 2, 2, 2
-# That Pillow reads right where each sample is stored apart: red, green and blue; CMYK; YCbCr.
-_READ_APART = {2, 5, 6}
+_SIGNED, _APART, _RGB = 2, 2, 2
+# That Pillow reads right in eight bits where each sample is stored apart: RGB, CMYK, YCbCr.
+_READ_APART = {_RGB, 5, 6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class Directory:
         stored_bytes: Of all strips or tiles, those that share their bytes counted each.
         longest_list: Entries of the longest value that is no text or blob.
         several_pages: Whether another directory follows.
-        misread: Whether Pillow would make other pixels of it: numbers with a sign, samples stored
-            apart that are not of eight bits and a colour, bits in the other order.
+        misread: Whether Pillow would make other pixels of it: numbers with a sign, and samples
+            stored apart, but for colours of eight bits, and RGB of sixteen that is compressed.
     """
 
     compression: int
@@ -90,7 +90,9 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
         for whole, of_one in ((_WIDTH, tile_width), (_LENGTH, tile_length))
     )
     apart = values.get(_PLANAR, 1) == _APART and values.get(_SAMPLES, 1) > 1
-    plain = set(lists.get(_BITS, (1,))) == {8} and values.get(_PHOTOMETRIC) in _READ_APART
+    bits, colour = set(lists.get(_BITS, (1,))), values.get(_PHOTOMETRIC)
+    plain = bits == {8} and colour in _READ_APART
+    plain |= bits == {16} and colour == _RGB and values.get(_COMPRESSION, 1) != 1
     return Directory(
         compression=values.get(_COMPRESSION, 1),
         tile_pixels=tile_width * tile_length,
@@ -100,9 +102,7 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
             (n for tag, kind, n, _ in entries if kind not in _BLOBS or tag in _LISTS), default=0
         ),
         several_pages=following != 0,
-        misread=_SIGNED in lists.get(_SAMPLE_FORMAT, ())
-        or values.get(_FILL_ORDER, 1) == _LOW_BIT_FIRST
-        or (apart and not plain),
+        misread=_SIGNED in lists.get(_SAMPLE_FORMAT, ()) or (apart and not plain),
     )
 
 

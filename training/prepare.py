@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from training.backbones import find_source
@@ -10,7 +11,7 @@ from training.data.cache import Pixels, build_cache, files_key
 from training.data.components import components, with_components
 from training.data.duplicates import find_duplicates, thumbnails
 from training.data.layouts import balanced, gather, ham10000, read_datasets
-from training.data.manifest import DataError, Record, load_manifest, save_manifest
+from training.data.manifest import DataError, Record, fingerprint, load_manifest, save_manifest
 from training.data.splits import assign_fixed, hold_out, is_published_test
 from training.data.vocabulary import Split
 from training.distillation import open_teachers
@@ -127,14 +128,17 @@ def _keep_inheritance(run: Run, config: Config, known: Inheritance) -> None:
 
 
 def check_same_images(run: Run, config: Config, records: Sequence[Record]) -> None:
-    """Whether a run that is fitted has these images, before any of it is replaced.
+    """Whether a run that is fitted has these images and labels, before any of it is replaced.
 
     Raises:
         DataError: It has not.
     """
     if fitted(run, config) and run.manifest.is_file():
-        ours = {(record.dataset, record.image) for record in load_manifest(run.manifest)}
-        if ours != {(record.dataset, record.image) for record in records}:
+        ours, given = (
+            fingerprint([replace(record, split=None, component="") for record in those])
+            for those in (load_manifest(run.manifest), records)
+        )
+        if ours != given:
             raise _fitted_to_other_data(run)
 
 

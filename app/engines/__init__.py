@@ -25,9 +25,9 @@ from models.cores import multiplies_bfloat16
 BATCH_ON_CPU = 4
 # Each takes memory of its own in OpenVINO; on more cores there should be several processes.
 _MOST_THREADS = 8
-# A tensor's entry for the file that holds it (`TensorProto.external_data` of onnx.proto): as a
-# protocol buffer has any text, with its length before it, which may be written longer than needed.
-_OUTSIDE = re.compile(rb"(?:\x08|\x88\x80*\x00)location")
+# A tensor's entry for the file that holds it (`TensorProto.external_data` of onnx.proto): the first
+# field of a protocol buffer's message. Its number and its length may be written longer than needed.
+_OUTSIDE = re.compile(rb"(?:\n|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location")
 # Characters of what a runtime says.
 _SAID_FIRST, _SAID_LAST, _CUT = 60, 160, " … "
 log = structlog.get_logger()
@@ -115,17 +115,16 @@ def _choices(bundle: Bundle, settings: Settings) -> list[tuple[Artifact, Setting
     first = bundle.artifact(settings.artifact, asked)
     if settings.artifact != "onnx" or asked is not None:
         return [(first, settings)]
-    on_cpu = _on_cpu(settings)
-    # In whatever order a manifest has them: on a CPU integers first, and on a GPU last.
-    there = sorted(
-        (a for a in bundle.manifest.artifacts if a.format == "onnx" and bundle.path(a).is_file()),
-        key=lambda artifact: (artifact.precision == "int8") != on_cpu,
-    )
-    choices = [(artifact, settings) for artifact in there]
-    if not on_cpu:
-        return choices[:1]
-    if there[0].precision == "int8" and settings.runtime == "auto" and _prefers_openvino(settings):
-        return [(there[0], settings.model_copy(update={"runtime": "openvino"})), *choices]
+    # In whatever order a manifest has them.
+    there = [
+        a for a in bundle.manifest.artifacts if a.format == "onnx" and bundle.path(a).is_file()
+    ]
+    if not _on_cpu(settings):
+        return [(next((a for a in there if a.precision != "int8"), first), settings)]
+    fastest = bundle.artifact_for_cpu()
+    choices = [(fastest, settings)] + [(a, settings) for a in there if a != fastest]
+    if fastest.precision == "int8" and settings.runtime == "auto" and _prefers_openvino(settings):
+        choices.insert(0, (fastest, settings.model_copy(update={"runtime": "openvino"})))
     return choices
 
 

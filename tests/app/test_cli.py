@@ -399,6 +399,7 @@ def test_a_bundle_is_recalibrated_into_another_one_and_compared(
         ((bundle_folder,), "--out is the bundle itself"),
         ((bundle_folder.parent, "--replace"), "--out is the bundle itself, or holds it"),
         ((other, "--version", "x"), "--version is of the form 1.2.3"),
+        ((other, "--version", "١.٢.٣"), "--version is of the form 1.2.3"),
         ((other, "--sensitivity", "0.99"), "--sensitivity takes --outcomes"),
         ((other, "--prevalence", "2"), "--prevalence is a share between 0 and 1"),
         ((other, "--outcomes", table), "Give either --outcomes or --prevalence"),

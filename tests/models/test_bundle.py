@@ -87,6 +87,7 @@ def test_a_bundle_without_any_artifact_is_refused(tmp_path: Path) -> None:
     ("change", "sentence"),
     [
         ({"format_version": 99}, "format_version"),
+        ({"version": "١.٢.٣"}, "version: .*digits 0 to 9"),
         ({"surprise": 1}, "surprise"),
         ({"prevalence": 1.5}, "prevalence"),
         ({"tasks": []}, "tasks"),

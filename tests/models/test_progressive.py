@@ -184,6 +184,8 @@ def test_a_jpeg_of_endless_scans_is_refused(between: bytes) -> None:
 
 def test_what_follows_the_picture_is_no_scan() -> None:
     data = progressive(draw_lesion(0))
+    thumbnail = b"\xff\xe1" + (len(data) + 2).to_bytes(2, "big") + data
+    assert most_scans(data[:2] + thumbnail + data[2:]) == most_scans(data) > 2
     behind = data + bytes([0xFF, 0xDA]) * 200  # as a motion photo's video has by chance
     assert most_scans(behind) == most_scans(data)
     assert decode(behind, 32, 32).format == "JPEG"

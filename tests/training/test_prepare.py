@@ -49,6 +49,15 @@ def test_a_fitted_run_is_whole_after_other_data_is_refused(tmp_path: Path) -> No
     after = content(run)
     assert {name: after.get(name) for name in before} == before
     picture.write_bytes(pixels)
+    (table,) = (tmp_path / "data").rglob("HAM10000_metadata*")
+    told = table.read_text()
+    table.write_text(told.replace(",mel,", ",nv,"))
+    with small(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("PIL.__version__", "99")  # whose pixels are decoded anew
+        with pytest.raises(DataError, match="was fitted to other data"):
+            prepare(tmp_path / "data", run, ONE_EPOCH)
+    assert content(run)["manifest.csv"] == before["manifest.csv"]
+    table.write_text(told)
     with small():
         prepare(tmp_path / "data", run, ONE_EPOCH)
     assert content(run)["manifest.csv"] == before["manifest.csv"]
