@@ -104,7 +104,8 @@ class Settings(BaseSettings):
     """Longest a request may take from its last byte to its answer; later ones answer 503."""
 
     hang_seconds: float = Field(30.0, gt=0)
-    """Longest a decoding or a run of the network may take; then the network is loaded anew."""
+    """Longest a decoding or a run of the network, the first ones included, may take; then the
+    network is loaded anew."""
 
     max_files: int = Field(32, ge=1)
     """Most images in one request."""
