@@ -1,4 +1,4 @@
-"""A multipart body to its files, in memory: nothing is spooled to disk, or copied twice."""
+"""A multipart body to its files, in memory: never spooled to disk, no large piece copied twice."""
 
 import re
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ _EXTENDED = re.compile(rb";\s*filename\*=(utf-8|iso-8859-1)'[\w-]*'([^;\s]+)", r
 
 
 class Pieces:
-    """Bytes that come one after the other; they are copied once, in `take`."""
+    """Bytes that come one after the other; large pieces are copied once, in `take`."""
 
     def __init__(self) -> None:
         self._held: list[bytes | bytearray | memoryview] = []

@@ -19,7 +19,7 @@ from tests.training.conftest import SMALL
 from tests.training.folders import BALANCED_LESIONS, draw_ham10000
 from training import export as exporting
 from training import quantize as quantizing
-from training.card import save_figures
+from training.card import model_card, save_figures
 from training.cli import cli
 from training.cli import main as run_command_line
 from training.config import Config
@@ -291,6 +291,12 @@ def test_a_network_in_integers_decides_alike_and_is_what_a_cpu_serves(
     assert point.sensitivity == pytest.approx(called[melanoma].mean(), abs=1e-9)
     assert point.specificity == pytest.approx((~called[~melanoma]).mean(), abs=1e-9)
     assert bundle.manifest.point(bundle.artifact("onnx", "fp32")) == bundle.manifest.operating_point
+    served = bundle.artifact_for_cpu()
+    report = json.loads((fitted_bundle / "metrics.json").read_text())
+    of_served = {"artifact_sha256": served.sha256, "threshold": served.melanoma_threshold}
+    assert f"of {served.file} is" in model_card(bundle, report | of_served)
+    assert point.criterion in model_card(bundle, report | of_served)
+    assert point.criterion not in model_card(bundle, report)
     tested = held_out(records, Split.TEST)
     integers, floats = predict(bundle, tested), predict(bundle, tested, "fp32")
     assert np.abs(integers.probability - floats.probability).max() > 0
