@@ -243,11 +243,6 @@ class Protocol(HttpToolsProtocol):
         super().pause_writing()
         self._expect_reading()
 
-    def resume_writing(self) -> None:
-        """It reads again; what is left of the answer has its own time."""
-        self._expect_reading()
-        super().resume_writing()
-
     def on_response_complete(self) -> None:
         """An answer has been written: one too short for `pause_writing` has its time, too."""
         self._expect_reading()

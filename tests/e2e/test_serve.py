@@ -31,6 +31,17 @@ def write_no_file() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
+def open_few_files() -> None:
+    """As a shell lets a program do that nobody has told of its many connections."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def open_files(process: int) -> int:
+    """How many a process may have."""
+    limits = Path(f"/proc/{process}/limits").read_text()
+    return int(re.findall(r"Max open files +(\d+)", limits)[0])
+
+
 class Service:
     """`make serve` on a free port, with some settings."""
 
@@ -44,13 +55,19 @@ class Service:
             **settings,
         }
         self.started = time.monotonic()
+
+        def limit() -> None:
+            open_few_files()
+            if not writes:
+                write_no_file()
+
         self.process = subprocess.Popen(
             [ROOT / VENV / "bin" / "mmtl", "serve"],
             cwd=ROOT,
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=None if writes else write_no_file,
+            preexec_fn=limit,
         )
         while self.get("/health/ready")[0] != 200:
             assert self.process.poll() is None, self.process.stderr.read()
@@ -184,6 +201,10 @@ def test_a_large_upload_never_touches_the_disk(service: Service) -> None:
     assert [result["status"] for result in body["results"]] == ["ok", "ok"]
 
 
+def test_there_may_be_more_connections_than_a_shell_allows_files(service: Service) -> None:
+    assert open_files(service.process.pid) > 256
+
+
 def test_a_stop_answers_what_was_sent(service: Service) -> None:
     picture = lesion(3, 1200, 900)
     with ThreadPoolExecutor(6) as threads:
@@ -255,6 +276,8 @@ def test_several_processes_are_one_service() -> None:
         deadline = time.monotonic() + 60
         while len(answered()) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
+        processes = children.read_text().split()
+        assert sum(open_files(int(process)) > 256 for process in processes) == 2
         for _ in range(40):
             assert service.post(lesion())[0] == 200
         assert sum(answered().values()) == 40
