@@ -9,10 +9,10 @@ from PIL import Image
 
 from models.images import (
     DEFAULT_LIMITS,
-    MAX_ASPECT,
     DecodedImage,
     ImageTooLargeError,
     Limits,
+    centred_box,
     decode,
 )
 
@@ -45,8 +45,8 @@ def draw_overlay(
         models.images.ImageError: Parts of it are damaged that the smaller decoding left out.
         models.turns.NotItsTurn: It is large, and others have all turns.
     """
-    width = min(float(image.width), image.height * MAX_ASPECT)
-    height = min(float(image.height), image.width * MAX_ASPECT)
+    left, top, right, bottom = centred_box((image.width, image.height))
+    width, height = right - left, bottom - top
     scale = LONG_SIDE / max(width, height)
     size = max(round(height * scale), 1), max(round(width * scale), 1)
     try:

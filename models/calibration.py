@@ -10,6 +10,8 @@ Bools = NDArray[np.bool_]
 
 SENSITIVITY = 0.90
 _STEPS = 100
+# In log-odds, of a threshold below every image: runtimes and answers round by less.
+_MARGIN = 0.1
 _FALLING = (
     "The logits do not rise with melanoma on these images, so they cannot be calibrated: check the "
     "outcomes, or the network."
@@ -74,8 +76,9 @@ def choose_threshold(
 ) -> float:
     """A threshold at which this share of the melanomas, and no more than needed, is above it.
 
-    It lies half-way to the next lower probability of any image: on an image's own probability, the
-    rounding of another runtime would decide on which side that image falls.
+    It lies half-way to the next lower probability of any image, or a little below where there is
+    none: on an image's own probability, the rounding of another runtime, or of an answer, would
+    decide on which side that image falls.
     """
     probabilities = np.asarray(probabilities, np.float64)
     found = np.sort(probabilities[melanoma])[::-1]
@@ -83,7 +86,7 @@ def choose_threshold(
     last = found[max(needed, 1) - 1]
     below = probabilities[probabilities < last]
     if not below.size:
-        return float(last)
+        return shift_odds(float(last), -_MARGIN)
     halfway = float((last + below.max()) / 2)
     return halfway if halfway > below.max() else float(last)  # numbers without one between them
 
@@ -95,9 +98,14 @@ def log_odds(probability: float) -> float:
 
 def shift_prevalence(probability: float, old: float, new: float) -> float:
     """The same evidence's probability where another share has melanoma (Saerens et al. 2002)."""
+    return shift_odds(probability, log_odds(new) - log_odds(old))
+
+
+def shift_odds(probability: float, by: float) -> float:
+    """The probability of other log-odds; 0 and 1 stay."""
     if not 0 < probability < 1:
         return probability
-    return float(_sigmoid(np.array(log_odds(probability) + log_odds(new) - log_odds(old))))
+    return float(_sigmoid(np.array(log_odds(probability) + by)))
 
 
 def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""The pieces of a JPEG's or PNG's header, counted before Pillow reads them.
+"""The pieces of a JPEG's or PNG's file, counted and checked before Pillow reads them.
 
 It reads all of them before it says how large the picture is, one by one, in Python, and keeps what
 it reads: a few megabytes of empty pieces, which no camera writes, would take seconds and hundreds
@@ -6,6 +6,7 @@ of megabytes. What is walked here is what it walks (`JpegImageFile._open`, `PngI
 """
 
 import re
+import zlib
 
 from PIL.JpegImagePlugin import MARKER
 
@@ -32,6 +33,26 @@ def in_too_many_pieces(data: bytes | memoryview) -> bool:
     if start.startswith(_JPEG):
         return _jpeg_is(data)
     return start == _PNG and _png_is(data)
+
+
+def is_whole_png(data: bytes | memoryview) -> bool:
+    """Whether a PNG's critical chunks are as they were written, to the last (ISO/IEC 15948, 5.3).
+
+    Pillow does not look at the sums of its pixels: rows that were lost would be black.
+    """
+    view, at = memoryview(data), len(_PNG)
+    while at + 12 <= len(view):
+        end = at + 8 + int.from_bytes(view[at : at + 4], "big")
+        kind = bytes(view[at + 4 : at + 8])
+        if (
+            kind[:1].isupper()
+            and zlib.crc32(view[at + 4 : end]).to_bytes(4, "big") != view[end : end + 4]
+        ):
+            return False
+        if kind == b"IEND":
+            return True
+        at = end + 4
+    return False
 
 
 def _jpeg_is(data: bytes | memoryview) -> bool:

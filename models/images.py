@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from models.headers import MOST_PIECES, in_too_many_pieces
+from models.colours import in_srgb
+from models.headers import MOST_PIECES, in_too_many_pieces, is_whole_png
 from models.progressive import for_an_eighth, has_several_scans, is_lossless, most_scans
 from models.tiff import MOST_STRIPS, read_directory
 from models.turns import in_turn
@@ -149,7 +150,8 @@ def decode(
 
     What is wider than 4:3 (or narrower than 3:4) loses its ends; the rest is stretched to the
     target (bilinear, antialiased), so that no part of an ordinary photograph is cut away. EXIF
-    orientation is applied; transparency is laid on white; greyscale, palette and CMYK become RGB.
+    orientation is applied; transparency is laid on white; greyscale, palette and CMYK become RGB;
+    RGB of another colour profile becomes sRGB.
 
     Args:
         data: The encoded image.
@@ -230,6 +232,8 @@ def _fit(
         several = image.format not in ("MPO", "TIFF") and getattr(image, "is_animated", False)
         if several:
             raise UnsupportedImageError("The image has several frames or pages; send one.")
+        if image_format == "PNG" and not is_whole_png(data):
+            raise CorruptImageError(_DAMAGED)
         if image_format != "JPEG":
             # Before the orientation is read: PNG's getexif() decodes the pixels, and what fails
             # there once is not tried again.
@@ -239,6 +243,7 @@ def _fit(
     except _PARSE_ERRORS:
         raise CorruptImageError(_DAMAGED) from None
     orientation = _orientation(image)
+    profile = image.info.get("icc_profile")
     swaps = orientation in _SWAPS_SIDES
     shown_width, shown_height = image.size[::-1] if swaps else image.size
     target = (height, width) if swaps else (width, height)
@@ -252,11 +257,12 @@ def _fit(
             image.decodermaxblock = _READ_AT_ONCE  # type: ignore[attr-defined]  # an ImageFile
         resized = _laid_on_white(
             _to_channels(image, data).resize(
-                target, Image.Resampling.BILINEAR, box=_centred_box(image.size)
+                target, Image.Resampling.BILINEAR, box=centred_box(image.size)
             )
         )
     except _PARSE_ERRORS:
         raise CorruptImageError(_DAMAGED) from None
+    resized = in_srgb(resized, profile)
     if orientation in _TRANSPOSE:
         resized = resized.transpose(_TRANSPOSE[orientation])
     return DecodedImage(np.asarray(resized), shown_width, shown_height, image_format)
@@ -368,7 +374,7 @@ def _laid_on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _centred_box(size: tuple[int, int]) -> tuple[float, float, float, float]:
+def centred_box(size: tuple[int, int]) -> tuple[float, float, float, float]:
     """The largest box in the middle of `size` (width, height) with an aspect ratio up to 4:3."""
     width = min(float(size[0]), size[1] * MAX_ASPECT)
     height = min(float(size[1]), size[0] * MAX_ASPECT)

@@ -80,6 +80,8 @@ def test_the_threshold_keeps_off_every_image() -> None:
     probabilities = np.array([0.1, 0.2, 0.4, 0.5])
     assert choose_threshold(probabilities, np.array([0, 1, 0, 1], bool), 0.5) == pytest.approx(0.45)
     assert choose_threshold(probabilities, np.array([0, 1, 0, 1], bool), 1.0) == pytest.approx(0.15)
+    lowest = choose_threshold(probabilities, np.array([1, 1, 0, 1], bool), 1.0)
+    assert 0.09 < lowest < 0.1 - 1e-4  # by more than an answer's last digit
 
 
 @given(st.floats(0.001, 0.999), st.floats(0.001, 0.999), st.floats(0.001, 0.999))

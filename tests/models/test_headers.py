@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.headers import MOST_PIECES, in_too_many_pieces
-from models.images import ImageTooLargeError, decode
+from models.headers import MOST_PIECES, in_too_many_pieces, is_whole_png
+from models.images import CorruptImageError, ImageTooLargeError, decode
 
 
 def drawn(kind: str) -> bytes:
@@ -123,3 +123,29 @@ def test_no_more_pieces_are_read_than_are_counted(parts: list[bytes]) -> None:
 @given(st.binary(max_size=200), st.sampled_from([JPEG[:3], PNG[:8], PNG[:_AFTER_IHDR], b""]))
 def test_any_bytes_are_walked(data: bytes, start: bytes) -> None:
     in_too_many_pieces(start + data)
+
+
+NOISE = BytesIO()
+Image.effect_noise((64, 64), 80).save(NOISE, "PNG")
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        NOISE.getvalue()[:2000] + bytes(len(NOISE.getvalue()) - 2000),
+        NOISE.getvalue()[:2000] + bytes(100) + NOISE.getvalue()[2100:],
+        NOISE.getvalue()[:-12],
+        PNG[:_AFTER_IHDR] + chunk(b"IDAT")[:-1] + b"x" + PNG[_AFTER_IHDR:],
+    ],
+)
+def test_a_png_is_whole_or_refused(damaged: bytes) -> None:
+    assert not is_whole_png(damaged)
+    with pytest.raises(CorruptImageError):
+        decode(damaged, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "whole", [PNG, PNG + b"more", in_png(chunk(b"tEXt", b"a\0b")[:-1] + b"x"), NOISE.getvalue()]
+)
+def test_what_is_not_of_a_pngs_pixels_may_be_damaged(whole: bytes) -> None:
+    assert is_whole_png(whole)

@@ -17,7 +17,7 @@ from torch import Generator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models import headers, images, progressive, tiff
+from models import colours, headers, images, progressive, tiff
 from models.cores import available_cores
 from models.files import write_atomically
 from models.images import ImageError, decode
@@ -27,7 +27,7 @@ Pixels = NDArray[np.uint8]
 # Seconds between two notes of how far it has come.
 _PAUSE = 5.0
 # What the pixels depend on.
-_DECODER = (images.__file__, headers.__file__, progressive.__file__, tiff.__file__)
+_DECODER = tuple(str(each.__file__) for each in (images, colours, headers, progressive, tiff))
 # Images that a process decodes before it says so.
 _TOGETHER = 16
 
