@@ -58,6 +58,7 @@ def simulate(store: Store, key: str, backbone: Backbone, truth: np.ndarray) -> N
     store.save(key, backbone, features, logits)
     costs = (Cost(1, 10.0, 10**9), Cost(32, float(generator.uniform(10, 100)), 10**9))
     store.save_costs(backbone, costs)
+    store.keep_costs(backbone)
 
 
 def main() -> None:

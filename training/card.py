@@ -46,7 +46,7 @@ def model_card(bundle: Bundle, report: Report) -> str:
     point = manifest.point(measured)
     sources = "\n".join(
         f"- {source.name}, {source.images:,} images for training and validation, "
-        f"{source.licence}, <{source.url}>"
+        f"{source.licence}" + (f", <{source.url}>" if source.url else "")
         for source in manifest.training_data.sources
     )
     tasks = "\n".join(
@@ -82,8 +82,8 @@ The backbone started from ImageNet weights, under their publisher's licence{lice
 |---|---|---|
 {tasks}
 
-Input: RGB, {manifest.input.height} x {manifest.input.width} pixels; what is wider than 4:3 loses
-its ends, the rest is stretched to the square.
+Input: RGB, {manifest.input.height} x {manifest.input.width} pixels; what is wider than 4:3,
+or narrower than 3:4, loses its ends; the rest is stretched to the square.
 
 The melanoma threshold of {measured.file} is {report["threshold"]:.4f}: {point.criterion} on the
 {point.dataset} ({point.images:,} images, {point.melanomas} melanomas), where it gave a sensitivity
@@ -112,6 +112,11 @@ shipped bundle's is docs/evaluation/report.html.
 Data fingerprint `{manifest.training_data.fingerprint[:16]}`, artifact
 `{report["artifact_sha256"][:16]}`.
 """
+
+
+def _in_a_cell(text: str) -> str:
+    """Of a table, which a bar would divide."""
+    return text.replace("|", "\\|")
 
 
 def _in_integers(manifest: Manifest) -> str:
@@ -280,7 +285,7 @@ def _originals(report: Report) -> str:
 
 def _out_of_distribution(report: Report) -> str:
     shares = "\n".join(
-        f"| {name} | {values['images']:,} | {interval(values['share'])} |"
+        f"| {_in_a_cell(name)} | {values['images']:,} | {interval(values['share'])} |"
         for name, values in report["out of distribution"]["flagged"].items()
     )
     return f"""

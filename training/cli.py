@@ -80,6 +80,7 @@ def prepare(
     from training.data.components import shared
     from training.data.manifest import load_manifest
     from training.paper import LEARNED
+    from training.tasks import untaught
 
     flags = {"backbone": backbone, "epochs": epochs, "size": size, "seed": seed}
     frozen = configure(config, **flags, learning_rate=learning_rate, train_on=train_on)
@@ -90,6 +91,13 @@ def prepare(
     for (dataset, split), images in sorted(counts.items()):
         print(f"{dataset:24} {split:12} {images:7,}")
     records = load_manifest(Run(run).manifest)
+    known_by_others = frozen.teachers or frozen.start_from
+    tasks = untaught([record for record in records if record.split is Split.TRAIN])
+    if tasks and not known_by_others:
+        print(
+            f"Caution: no training image has a label of {', '.join(tasks)}: the network will have "
+            "every class of that equally probable."
+        )
     for split, others in ((Split.VALIDATION, [Split.TRAIN]), (Split.TEST, list(LEARNED))):
         if known := shared(records, split, others):
             print(
@@ -164,7 +172,7 @@ def export(
     name: Annotated[
         str, typer.Option(help="Of the bundle, in every answer.", show_default="the backbone's")
     ] = "",
-    version: Annotated[str, typer.Option(help="Likewise: three numbers.")] = "0.1.0",
+    version: Annotated[str, typer.Option(help="The bundle's version: three numbers.")] = "0.1.0",
 ) -> None:
     """Calibrate the best network and write it as ONNX, torch.export and TorchScript."""
     from training.export import export
@@ -217,14 +225,20 @@ def evaluate(
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="That was frozen for --predictions (by default 0.5)."),
+        typer.Option(
+            min=0, max=1, help="Decision threshold that belongs to --predictions (0.5 by default)."
+        ),
     ] = None,
     against: Annotated[
         Path | None, typer.Option(help="A bundle or a table to compare with, on the same images.")
     ] = None,
     against_threshold: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="That was frozen for a table in --against (0.5)."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Decision threshold that belongs to a table in --against (0.5 by default).",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The report's folder.")] = Path(
         "runs/report"

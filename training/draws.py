@@ -1,5 +1,6 @@
 """The images of an epoch: which are drawn, what each looks like, what is to be learned of it."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -94,3 +95,11 @@ def targets_of(
         return targets.take(positions)
     both = targets.take(torch.cat([positions, partners]))
     return replace(both, weights=torch.cat([shares, 1 - shares]).float())
+
+
+def context_of(workers: int) -> str | None:
+    """How a loader of the images starts its workers.
+
+    Forked, they share the pixels; Python 3.14 would start them anew, each with a copy.
+    """
+    return "fork" if workers and sys.platform == "linux" else None

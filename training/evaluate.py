@@ -369,7 +369,7 @@ def _statistics(
     """Measures of the rows that are drawn; NaN on a draw that lacks a class that one needs."""
 
     def on(name: str) -> Statistic:
-        measure, need_both = measures[name], name in metrics.NEED_BOTH and set(truth) <= {0, 1}
+        measure, need_both = measures[name], name in metrics.NEED_BOTH and set(truth) == {0, 1}
 
         def statistic(chosen: NDArray[np.intp]) -> float:
             drawn = truth[chosen]

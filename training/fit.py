@@ -25,7 +25,7 @@ from training.config import Config, Precision
 from training.data.cache import Pixels
 from training.data.manifest import DataError, load_manifest
 from training.distillation import open_teachers, soft_targets
-from training.draws import AugmentedImages, draw, targets_of
+from training.draws import AugmentedImages, context_of, draw, targets_of
 from training.feature_maps import build_feature_map
 from training.folds import members, prepare_members
 from training.gradients import FasterGradients
@@ -37,7 +37,7 @@ from training.plots import curves
 from training.run import Run, to_learn_from
 from training.runners import batches
 from training.state import State, identity_of, load_tensors, save_tensors
-from training.tasks import Targets, encode_targets
+from training.tasks import Targets, encode_targets, untaught
 from training.team import Team, gather
 from training.tensorboard import open_scalars
 from training.zoo import choose
@@ -154,6 +154,8 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
     network = build_network(config, pretrained and not resumes)
     if config.start_from and not resumes:
         start(network, Run(Path(config.start_from)))
+    elif not resumes:
+        network.leave_out(set(untaught([records[row] for row in train])) - set(targets.soft))
     check_shareable(network, config, len(train), team)
     state = State(network, loss, config, len(train), team.device)
     if config.compile:
@@ -269,8 +271,7 @@ def train_one_epoch(
         images,
         batch_sampler=[list(team.share(one)) for one in whole],
         num_workers=workers,
-        # Forked, they share the pixels; Python 3.14 would start them anew, each with a copy.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context=context_of(workers),
     )
     state.loss.train()
     set_mode(network, config, images.epoch)

@@ -106,7 +106,8 @@ def calibration_slope(truth: Classes, probability: Floats) -> float:
     Below 1, probabilities are too extreme. NaN where they separate the classes: there is no slope.
     """
     logits = _log_odds(probability)
-    if logits[truth == 1].min() >= logits[truth == 0].max():
+    ours, others = logits[truth == 1], logits[truth == 0]
+    if ours.min() >= others.max() or ours.max() <= others.min():
         return float("nan")
     line = LogisticRegression(C=np.inf, solver="newton-cholesky").fit(logits[:, None], truth)
     return float(line.coef_[0, 0])

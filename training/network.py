@@ -4,7 +4,7 @@ The trunk is a 1x1 convolution and an activation before global pooling, and the 
 that a prediction is a mean over places: that mean, taken apart again, is the heat map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -57,6 +57,22 @@ class MultiTaskNetwork(nn.Module):
         )
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
+
+    def leave_out(self, tasks: Iterable[str]) -> None:
+        """Have heads that nothing teaches say nothing: every class is as probable as the others.
+
+        They stay so, as their losses have no gradient; drawn at random, they would make answers up,
+        and that of the diagnosis half of the melanoma logit.
+        """
+        with torch.no_grad():
+            for task in TASKS:
+                if task.name in tasks:
+                    head = cast(nn.Linear, self.heads[task.name])
+                    head.weight.zero_()
+                    head.bias.zero_()
+                    if task.kind == "ordinal":  # of k classes left, one in k stops
+                        left = torch.arange(task.classes, 1, -1)
+                        head.bias.copy_((left - 1).log())
 
     def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the backbone sees last, before the trunk, and what it saw on the way.

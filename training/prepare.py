@@ -93,6 +93,11 @@ def prepare_manifest(
         DataError: There is nothing to train on or to validate on, an image cannot be read, the
             backbone does not take the size, or the run folder holds another configuration.
     """
+    if records and not any(record.path for record in records):
+        raise DataError(
+            f"None of the manifest's {len(records):,} rows has an image file. `mmtl-train data "
+            "check` tells what the table calls its images, and what files there are."
+        )
     used = [record for record in records if record.path and record.split is not None]
     check_splits(used, config)
     check_network(config)

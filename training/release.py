@@ -13,6 +13,7 @@ from training.data.vocabulary import Split
 from training.evaluate import Report, evaluate
 from training.predictions import Predictions
 from training.robustness import compare_sizes, flagged_shares
+from training.tasks import untaught
 
 
 def held_out(records: Sequence[Record], split: Split) -> list[Record]:
@@ -154,6 +155,12 @@ def _cautions(
         cautions.append(
             f"These are images of the {split} split, which the network, its calibration or its "
             "threshold were fitted to: the figures are better than they would be on others."
+        )
+    own = bundle is not None and bundle.manifest.training_data.fingerprint == fingerprint(records)
+    if own and (tasks := untaught([r for r in records if r.split is Split.TRAIN])):
+        cautions.append(
+            f"None of the images that it was trained on says anything of: {', '.join(tasks)}. What "
+            "the bundle answers of that means nothing, unless teachers or a network before it knew."
         )
     if bundle is not None:
         cautions.append(

@@ -88,6 +88,11 @@ class Targets:
         )
 
 
+def untaught(records: Sequence[Record]) -> list[str]:
+    """Tasks of which none of some images has a label."""
+    return [task.name for task in TASKS if all(task.read(record) is None for record in records)]
+
+
 def encode_targets(records: Sequence[Record]) -> Targets:
     """The labels of a manifest as class numbers."""
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from training.data.manifest import DataError
 from training.losses import Part, labels_of
 from training.tasks import Targets
 
@@ -125,12 +126,22 @@ class Team:
 
 @contextmanager
 def gather() -> Iterator[Team]:
-    """The team that torchrun's variables name; without them, this process alone."""
+    """The team that torchrun's variables name; without them, this process alone.
+
+    Raises:
+        DataError: There are more processes on this machine than GPUs.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Team()
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device, gpus = Team().device, torch.cuda.device_count()
+        if device.index >= gpus:
+            raise DataError(
+                f"This machine has {gpus} GPUs, and this is its process {device.index + 1}: start "
+                f"one for each (--nproc-per-node {gpus})."
+            )
+        torch.cuda.set_device(device)
     store, rank, size = next(rendezvous("env://"))
     distributed.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
@@ -195,7 +206,7 @@ class WholeBatchDraws(TorchFunctionMode):
     def _dropout(
         self, values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
-        if not training:
+        if not training or not p:  # Swin asks for nothing to be dropped of other shapes
             return values
         ones = values.new_ones(self._images, *values.shape[1:])
         return values * functional.dropout(ones, p)[self._own]

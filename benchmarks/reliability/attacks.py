@@ -258,7 +258,7 @@ class Watched:
         while not self.over.wait(0.05):
             lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
             line = next((line for line in lines if line.startswith("VmRSS")), "VmRSS: 0")
-            self.memory.append((time.monotonic(), float(line.split()[1]) / 1000))
+            self.memory.append((time.monotonic(), float(line.split()[1]) * 1024 / 1e6))
 
     def during(self, began: float, ended: float) -> dict[str, float]:
         """The clients' p99, what they had answered, and the most memory between two times."""

@@ -156,6 +156,7 @@ class Drill:
         self.lock = threading.Lock()
         self.over = threading.Event()
         self.stopping = self.reloaded = False
+        self.last = ""
         self.memory: list[tuple[float, float]] = []
         self.events: list[tuple[float, str]] = []
 
@@ -274,6 +275,7 @@ class Drill:
                 self.tally.wrong.append(f"{found} is not {self.expected[version][number]}")
             else:
                 self.tally.answered[version] += 1
+                self.last = version
 
     def send_garbage(self, kind: str, sent: bytes) -> None:
         """It must be refused with a 4xx, or a 503 that says when to come back."""
@@ -304,7 +306,7 @@ class Drill:
             found = [line for line in lines if line.startswith("VmRSS")]
             if found:
                 at = time.monotonic() - self.began
-                self.memory.append((at, float(found[0].split()[1]) / 1000))
+                self.memory.append((at, float(found[0].split()[1]) * 1024 / 1e6))
 
     def point(self, bundle: Bundle) -> None:
         """Let the served folder be another one, in one step."""
@@ -338,6 +340,7 @@ class Drill:
         self.process.send_signal(signal.SIGHUP)
         self.event("reload of the shipped bundle by SIGHUP")
         self.wait_until(0.7, minutes)
+        self.reloaded &= self.last == shipped.manifest.version
         (self.work / "hang").touch()
         self.event("one run hangs")
         self.wait_until(1.0, minutes)

@@ -14,16 +14,29 @@ import pytest
 import torch
 from torch import nn
 
+from tests.training.conftest import small
 from training.config import Config
 from training.data.manifest import DataError, Record, load_manifest, save_manifest
 from training.draws import AugmentedImages, draw
-from training.fit import Step, _show, check_compiler, fit, set_mode, start, train_one_epoch
+from training.export import load_fitted
+from training.fit import (
+    Step,
+    _show,
+    check_compiler,
+    fit,
+    set_mode,
+    start,
+    train_one_epoch,
+    validate,
+)
 from training.losses import MultiTaskLoss
-from training.network import MultiTaskNetwork
-from training.run import Run
+from training.network import MELANOMA, MultiTaskNetwork
+from training.run import Run, to_learn_from
 from training.state import State, _average, identity_of, load_tensors, save_tensors
-from training.tasks import TASKS, Targets
+from training.tasks import DIAGNOSES, TASKS, Targets, encode_targets
 from training.team import Team
+
+CPU = torch.device("cpu")
 
 
 def network() -> MultiTaskNetwork:
@@ -152,6 +165,76 @@ def test_an_epoch_has_as_many_steps_as_batches_accumulated() -> None:
     config = Config(batch_size=8, accumulate=4)
     loss = MultiTaskLoss(config, targets([0, 1]))
     assert State(network(), loss, config, 8 * 10, torch.device("cpu")).steps == 3
+    # Of a last batch that is not whole there is none.
+    whole = Config(batch_size=32)
+    assert State(network(), loss, whole, 70, torch.device("cpu")).steps == 2
+
+
+def test_training_ends_after_as_many_epochs_without_a_better_one_as_patience_has() -> None:
+    config = Config(patience=2)
+    state = State(network(), MultiTaskLoss(config, targets([0, 1])), config, 64, CPU)
+    stale = []
+    for score in (0.5, 0.6, 0.6, 0.55):
+        assert not state.finished
+        state.advance(score)
+        stale.append(state.stale)
+    assert (stale, state.best, state.finished) == ([0, 0, 1, 2], 0.6, True)
+
+
+def test_weights_decay_and_biases_and_norms_do_not() -> None:
+    config = Config(weight_decay=0.1)
+    state = State(network(), MultiTaskLoss(config, targets([0, 1])), config, 64, CPU)
+    for group in state.optimizer.param_groups:
+        assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] > 0}
+
+
+def test_the_learning_rate_of_the_log_is_that_of_the_last_step() -> None:
+    config = Config(warmup_epochs=0, epochs=2)
+    state = State(network(), MultiTaskLoss(config, targets([0, 1])), config, 3 * 32, CPU)
+    heads = next(iter(state.network.heads.parameters()))
+    for _ in range(4):
+        (used,) = {
+            group["lr"]
+            for group in state.optimizer.param_groups
+            if any(p is heads for p in group["params"])
+        }
+        state.optimizer.step()
+        state.scheduler.step()
+        assert state.learning_rate == pytest.approx(used)
+
+
+def test_what_is_kept_is_the_average_that_was_validated(fitted: Run) -> None:
+    records, pixels = fitted.load_data()
+    config = fitted.load_config()
+    train, validation = to_learn_from(records, config, fitted.manifest)
+    known = encode_targets(records)
+    loss = MultiTaskLoss(config, known.take(torch.tensor(train)))
+    with small():
+        found = validate(load_fitted(fitted, records), loss, pixels, known, validation)
+    with fitted.log.open() as file:
+        best = max(csv.DictReader(file), key=lambda row: float(row["validation_auroc"]))
+    for name, value in found.items():
+        assert value == pytest.approx(float(best[name]), rel=1e-4)
+
+
+def test_it_is_stopped_by_the_logit_that_is_served() -> None:
+    class Disagreeing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))  # whose device is asked for
+
+        def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            rank = images.float().mean(dim=(1, 2, 3))
+            diagnosis = torch.zeros(len(rank), len(DIAGNOSES))
+            diagnosis[:, MELANOMA] = 3 * rank
+            others = {task.name: torch.zeros(len(rank), task.outputs) for task in TASKS}
+            return {**others, "melanoma": -rank[:, None], "diagnosis": diagnosis}
+
+    pixels = np.arange(4, dtype=np.uint8).repeat(12).reshape(4, 2, 2, 3)
+    known = targets([0, 0, 1, 1])
+    loss = MultiTaskLoss(Config(), known)
+    found = validate(Disagreeing(), loss, pixels, known, [0, 1, 2, 3])
+    assert found["validation_auroc"] == 1
 
 
 def test_a_run_starts_from_anothers_best_weights(tmp_path: Path) -> None:

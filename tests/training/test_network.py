@@ -162,3 +162,19 @@ def test_any_logits_give_an_age_distribution(logits: list[float]) -> None:
     found = age_distribution(torch.tensor([logits], dtype=torch.float64))
     assert found.min() >= 0
     assert float(found.sum()) == pytest.approx(1)
+
+
+def test_heads_that_nothing_teaches_say_nothing(images: torch.Tensor) -> None:
+    network = small_network()
+    network.leave_out({"age", "sex", "diagnosis"})
+    distance = fit_feature_distance(np.random.default_rng(0).normal(size=(50, 8)), axes=3)
+    with torch.inference_mode():
+        outputs = ServedNetwork(network, EDGES, distance).eval()(images)
+        alone = network(images.permute(0, 3, 1, 2))["melanoma"][:, 0]
+    assert torch.allclose(outputs["sex"], torch.tensor(1 / 2))
+    assert torch.allclose(outputs["diagnosis"], torch.tensor(1 / 7))
+    assert torch.allclose(outputs["age_years"], torch.tensor(AGE_GRID).float().mean(), atol=1e-3)
+    assert outputs["site"].std() > 0
+    # What the diagnosis would add to the melanoma logit is the same for all images.
+    rest = 2 * outputs["melanoma_logit"] - alone
+    assert rest.std() < 1e-5

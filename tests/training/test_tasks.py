@@ -1,9 +1,11 @@
+import pytest
+
 from models.bundle import OPTIONAL_TASKS, REQUIRED_TASKS
 from training import export
 from training.data.manifest import Record
 from training.data.vocabulary import Diagnosis, Sex, Site
 from training.network import ServedNetwork
-from training.tasks import MISSING, TASKS, encode_targets
+from training.tasks import MISSING, TASKS, encode_targets, untaught
 
 
 def test_labels_are_encoded_in_the_order_of_the_vocabularies() -> None:
@@ -47,3 +49,18 @@ def test_every_head_is_exported_and_answered() -> None:
 
 def test_no_records_have_no_targets() -> None:
     assert all(len(values) == 0 for values in encode_targets([]).classes.values())
+
+
+@pytest.mark.parametrize(("age", "place"), [(0, 0), (44.9, 8), (45, 9), (50, 10), (120, 18)])
+def test_an_age_is_that_of_the_grid_at_or_below_it(age: float, place: int) -> None:
+    (found,) = encode_targets([Record("a", "", "d", age=age)]).classes["age"].tolist()
+    assert found == place
+
+
+def test_a_task_is_untaught_where_no_image_has_a_label_of_it() -> None:
+    records = [
+        Record("a", "", "d", melanoma=True),
+        Record("b", "", "d", melanoma=False, diagnosis=Diagnosis.SCC),  # which is no class
+        Record("c", "", "d", age=40.0),
+    ]
+    assert untaught(records) == ["diagnosis", "site", "sex"]

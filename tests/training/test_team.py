@@ -153,6 +153,8 @@ def test_what_is_dropped_does_not_depend_on_who_holds_the_image() -> None:
             assert torch.equal(functional.dropout(values[own], 0.4), dropped[own])
             assert torch.equal(torch.empty(len(own), 1, 1, 1).bernoulli_(0.5), drawn[own])
             assert torch.equal(functional.dropout(values[own], 0.4, False), values[own])
+            # Of an image's parts none is dropped, where nothing is.
+            assert functional.dropout(values.new_ones(4 * len(own), 3), 0.0).all()
 
 
 def test_what_cannot_be_shared_is_refused() -> None:

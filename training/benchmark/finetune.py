@@ -18,7 +18,7 @@ from training.benchmark.probes import FOLDS, Study
 from training.config import Config
 from training.data.cache import build_cache
 from training.data.manifest import DataError, Record
-from training.draws import AugmentedImages
+from training.draws import AugmentedImages, context_of
 from training.fit import freeze_batch_norm
 from training.zoo import Backbone
 
@@ -129,6 +129,7 @@ def _tune(
             shuffle=True,
             drop_last=len(train) >= batch_size,
             num_workers=workers,
+            multiprocessing_context=context_of(workers),
             generator=order,
         )
         for batch, positions, *_ in loader:

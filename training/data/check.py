@@ -61,7 +61,7 @@ def check(dataset: Dataset, pixels: bool = True) -> Check:
     records, faults = dataset.records, dataset.faults
     damaged = find_unreadable(records) if pixels else []
     absent = [record.image for record in records if not record.path]
-    if 0 < len(absent) < len(records):
+    if absent and (len(absent) < len(records) or dataset.place.pictures):
         some = ", ".join(absent[:3])
         faults.add(
             "missing file",

@@ -1,6 +1,7 @@
 """CSV tables as people have them, read with faults that name the file, the row and the column."""
 
 import csv
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,4 +187,6 @@ def read_rows(path: Path, columns: set[str], faults: Faults) -> Iterator[Row]:
 
 
 def _names(cells: list[str]) -> list[str]:
-    return [cell.strip().lower() for cell in cells]
+    """Of columns: `Patient ID` is `patient_id`, and `age:0-29` what it is."""
+    names = [cell.strip().lower() for cell in cells]
+    return [name if ":" in name else re.sub(r"[\s-]+", "_", name) for name in names]

@@ -110,10 +110,11 @@ _DIAGNOSES: dict[str, Diagnosis | None] = {
 }
 # What is not said to be so, or not for certain.
 _DENIED = re.compile(
-    r"\?|\b(non|not|no|without|negative|ruled? out|r/o|versus|vs|susp|suspect|suspected|suspicion|"
+    r"\?|\b(non|not|no|without|free|neg|negative|rul(?:ed?|ing) out|r/o|versus|vs|rather|"
+    r"susp|suspect|suspected|suspicion|"
     r"suspicious|poss|possible|possibly|probable|probably|likely|unlikely|presumed|questionable|"
-    r"doubtful|suggestive|concern|concerning|query|exclude|excludes|excluded|excluding|dd|ddx|"
-    r"differential|history|hx|like|mimic)\b"
+    r"doubtful|suggestive|concern|concerning|query|excl|exclude|excludes|excluded|excluding|dd|"
+    r"ddx|differential|history|hx|like|mimic\w*|resembl\w*|simulat\w*)\b"
 )
 # Finer terms than the eight, by words that only they contain ("Melanoma in situ, NOS").
 _CONTAINED = {
@@ -149,7 +150,12 @@ def diagnosis_of(words: str) -> Term:
     text = text.replace("_", " ").replace("-", " ").replace("not otherwise specified", "nos")
     if _DENIED.search(text):
         return Term(None, None, known=False)
+    named = set[Diagnosis]()
     for part, diagnosis in _CONTAINED.items():
-        if re.search(rf"\b{part}s?\b", text):
-            return Term(diagnosis, diagnosis is Diagnosis.MEL)
-    return Term(None, None, known=False)
+        text, count = re.subn(rf"\b{part}s?\b", "", text)
+        if count:
+            named.add(diagnosis)
+    if len(named) != 1:  # "nevus / melanoma" does not say which
+        return Term(None, None, known=False)
+    (only,) = named
+    return Term(only, only is Diagnosis.MEL)

@@ -147,6 +147,21 @@ def test_an_isic_id_is_found_in_the_names_that_copies_have(name: str, image: str
         ("melanomas", Diagnosis.MEL, True, True),
         ("Nevus, Atypical, Dysplastic, or Clark", Diagnosis.NV, False, True),
         ("Lentigo maligna", Diagnosis.MEL, True, True),
+        ("Melanoma in situ, NOS", Diagnosis.MEL, True, True),
+        *(
+            (said, None, None, False)
+            for said in (
+                "melanoma: neg",
+                "melanoma free",
+                "nevus mimicking melanoma",
+                "SK resembling melanoma",
+                "nevus rather than melanoma",
+                "ruling out melanoma",
+                "nevus; melanoma excl.",
+                "nevus or melanoma",
+                "nevus / melanoma",
+            )
+        ),
     ],
 )
 def test_a_diagnosis_in_words_is_understood(said, diagnosis, melanoma, known) -> None:

@@ -30,6 +30,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
                 path=place.picture(image),
                 dataset=TITLE,
                 lesion=row.text("lesion_id"),
+                patient=row.text("patient_id", "patient"),  # its own table has none
                 melanoma=term.melanoma,
                 diagnosis=term.diagnosis,
                 age=row.age("age"),

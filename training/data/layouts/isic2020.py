@@ -11,10 +11,11 @@ URL = "https://doi.org/10.34970/2020-ds01"
 _IMAGE = ("image_name", "image")
 _PATIENT = ("patient_id", "patient")
 _SITE = ("anatom_site_general_challenge", "anatom_site_general")
+_LABELS_OF_OTHERS = {"melanoma", "label", "class"}
 
 
 def recognise(place: Place) -> bool:
-    """By its image, patient and site columns, which the test tables have too."""
+    """By the columns that its test tables have, too, and none of others' labels."""
     return any(_is_table(header) for header in place.tables.values())
 
 
@@ -43,20 +44,23 @@ def read(place: Place, faults: Faults) -> list[Record]:
 
 
 def _is_table(header: frozenset[str]) -> bool:
-    return "isic_id" not in header and all(
-        any(name in header for name in names) for names in (_IMAGE, _PATIENT, _SITE)
+    return (
+        not {"isic_id", *_LABELS_OF_OTHERS} & header
+        and {"sex", "age_approx"} <= header
+        and all(any(name in header for name in names) for names in (_IMAGE, _PATIENT, _SITE))
     )
 
 
 def _record(row: Row, image: str, place: Place) -> Record:
     term = row.diagnosis("diagnosis")
+    melanoma = row.choice(TRUTHS, "target")
     return Record(
         image=image,
         path=place.picture(image),
         dataset=TITLE,
         lesion=row.text("lesion_id"),
         patient=row.text(*_PATIENT),
-        melanoma=row.choice(TRUTHS, "target"),
+        melanoma=term.melanoma if melanoma is None else melanoma,
         diagnosis=term.diagnosis,
         age=row.age("age_approx"),
         sex=row.word(SEXES, "sex"),

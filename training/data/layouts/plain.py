@@ -14,7 +14,11 @@ _IMAGE = ("image", "image_id", "image_name", "id", *_PATH)
 _MELANOMA = ("melanoma", "target", "label", "class", "benign_malignant")
 _AGE = ("age", "age_approx")
 _SITE = ("site", "anatom_site_general_challenge", "anatom_site_general", "localization")
-_LABELS = (*_MELANOMA, "diagnosis", "dx", *_AGE, "sex", *_SITE)
+_LESION = ("lesion", "lesion_id")
+_PATIENT = ("patient", "patient_id")
+_DIAGNOSIS = ("diagnosis", "dx")
+_LABELS = (*_MELANOMA, *_DIAGNOSIS, *_AGE, "sex", *_SITE)
+_READ = {*_IMAGE, *_LABELS, *_LESION, *_PATIENT, "dataset", "split"}
 
 
 def recognise(place: Place) -> bool:
@@ -27,6 +31,13 @@ def read(place: Place, faults: Faults) -> list[Record]:
     records = []
     for table, header in place.tables.items():
         if _is_table(header, place):
+            if unread := sorted(header - _READ):
+                faults.add(
+                    "unread column",
+                    f"{table}: nothing is read of {', '.join(unread)} (docs/data.md names the "
+                    "columns that are read).",
+                    fatal=False,
+                )
             for row in read_rows(table, set(), faults):
                 image = image_of(row, *_IMAGE)
                 if image is not None:
@@ -45,10 +56,10 @@ def _is_table(header: frozenset[str], place: Place) -> bool:
 
 
 def _record(row: Row, image: str, place: Place) -> Record:
-    term = row.diagnosis("diagnosis", "dx")
+    term = row.diagnosis(*_DIAGNOSIS)
     melanoma = row.choice(TRUTHS, *_MELANOMA)
     said = (row.text(*_MELANOMA) or "").lower()
-    if said == "malignant" and row.text("diagnosis", "dx"):
+    if said == "malignant" and row.text(*_DIAGNOSIS):
         melanoma = None  # a carcinoma is malignant, and no melanoma: the diagnosis tells
     named = next((c for name in _IMAGE if (c := row.text(name)) and _is_path(name, c)), None)
     path = place.folder / named.replace("\\", "/") if named else None
@@ -60,8 +71,8 @@ def _record(row: Row, image: str, place: Place) -> Record:
         image=image if isic_id(image) else (named or image),
         path=str(path if path.is_file() else "") if path else _picture(row, image, place),
         dataset=row.text("dataset") or place.name,
-        lesion=row.text("lesion", "lesion_id"),
-        patient=row.text("patient", "patient_id"),
+        lesion=row.text(*_LESION),
+        patient=row.text(*_PATIENT),
         melanoma=term.melanoma if melanoma is None else melanoma,
         diagnosis=term.diagnosis,
         age=row.age(*_AGE),
