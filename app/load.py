@@ -160,6 +160,7 @@ class _Connection(asyncio.Protocol):
     """One connection, one request at a time."""
 
     def __init__(self) -> None:
+        self.answers = 0
         self._transport: asyncio.Transport | None = None
         self._answered: asyncio.Future[tuple[int, bool]] | None = None
         self._retry_after = False
@@ -185,6 +186,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         status = self._parser.get_status_code()
+        self.answers += 1
         if not self._parser.should_keep_alive():
             self.close()
         self._answer(status)
@@ -246,6 +248,7 @@ async def run_load(
     seconds: float,
     warm_up_seconds: float = 1.0,
     rate: float | None = None,
+    reconnect_every: int | None = None,
     seed: int = 0,
 ) -> Measured:
     """Send images for a while.
@@ -257,6 +260,9 @@ async def run_load(
         warm_up_seconds: Sent, but not measured. A closed loop's lasts until every client has been
             answered, refused or cut off, at least; 0 measures all.
         rate: Images a second of an open loop; None closes it.
+        reconnect_every: Answers of a connection, after which another takes its place: of several
+            processes behind one port, the one that wakes first takes most of those that are opened
+            at once, and would keep them. None keeps connections.
         seed: Of the arrivals.
 
     Raises:
@@ -281,7 +287,7 @@ async def run_load(
         start, end = at, at + seconds
         measuring.set()
 
-    async def connect() -> _Connection:
+    async def connect(number: int = 0) -> _Connection:
         try:
             _, connection = await loop.create_connection(
                 _Connection, target.host, target.port, ssl=target.tls
@@ -292,11 +298,15 @@ async def run_load(
             raise LoadError(
                 f"Nobody answers at {target.host}:{target.port}: {error.strerror or error}."
             ) from None
+        # Not all at once again.
+        connection.answers = number % (reconnect_every or 1)
         return connection
 
     async def ask(connection: _Connection, asked: float) -> tuple[_Connection, int]:
         nonlocal heard
         status, retry_after = 0, False
+        if reconnect_every and connection.answers >= reconnect_every:
+            connection.close()
         try:
             if not connection.open:
                 connection = await connect()
@@ -320,7 +330,7 @@ async def run_load(
         return connection, status
 
     async def client(number: int) -> None:
-        connection = await connect()
+        connection = await connect(number)
         try:
             while (asked := time.monotonic()) < end:
                 connection, status = await ask(connection, asked)
@@ -344,7 +354,7 @@ async def run_load(
             finally:
                 free.put_nowait(connection)
 
-        for connection in await asyncio.gather(*(connect() for _ in range(clients))):
+        for connection in await asyncio.gather(*map(connect, range(clients))):
             free.put_nowait(connection)
         try:
             async with asyncio.TaskGroup() as group:
@@ -413,6 +423,7 @@ def run(
     seconds: float,
     warm_up_seconds: float = 1.0,
     rate: float | None = None,
+    reconnect_every: int | None = None,
 ) -> Measured:
     """`run_load` on a loop of its own, uvloop's where it is installed."""
     new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
@@ -421,4 +432,5 @@ def run(
 
         new_event_loop = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(run_load(target, clients, seconds, warm_up_seconds, rate))
+        load = run_load(target, clients, seconds, warm_up_seconds, rate, reconnect_every)
+        return runner.run(load)

@@ -21,15 +21,19 @@ from pathlib import Path
 from PIL import Image
 
 
-def start_service() -> tuple[subprocess.Popen[bytes], int, float]:
-    """A running service, its port, and the seconds from process start to ready."""
+def start_service(log_level: str = "ERROR") -> tuple[subprocess.Popen[bytes], int, float]:
+    """A running service, its port, and the seconds from process start to ready.
+
+    Of its log only errors are shown, if it does not write more than these.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [Path(sys.executable).with_name("mmtl"), "serve"]
-    environment = {**os.environ, "MMTL_PORT": str(port), "MMTL_LOG_LEVEL": "ERROR"}
+    environment = {**os.environ, "MMTL_PORT": str(port), "MMTL_LOG_LEVEL": log_level}
     started = time.perf_counter()
-    process = subprocess.Popen(command, env=environment)
+    log = None if log_level == "ERROR" else subprocess.DEVNULL
+    process = subprocess.Popen(command, env=environment, stderr=log)
     while True:
         try:
             connection = http.client.HTTPConnection("127.0.0.1", port)

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +31,7 @@ OURS, ALONE, LIMIT, NOTHING = "mmtl", "mmtl, one process", "limit", "nothing"
 
 def systems(network: Path, side: int, processes: int) -> dict[str, System]:
     """Everything that is measured over HTTP, each in an environment with CUDA."""
-    named = compare.systems(network, side)
+    named = compare.systems(network, side, processes, BATCH)
     ours = {"MMTL_DEVICE": "cuda:0", "MMTL_MAX_BATCH": str(BATCH)}
     known = {
         OURS: (named["mmtl, same network"], {**ours, "MMTL_PROCESSES": str(processes)}),
@@ -38,7 +39,9 @@ def systems(network: Path, side: int, processes: int) -> dict[str, System]:
         **{name: (named[name], {"GPU": "1"}) for name in PEERS},
     }
     on_gpu = {
-        name: System(system.environment + ON_GPU, system.command, system.variables | more)
+        name: replace(
+            system, environment=system.environment + ON_GPU, variables=system.variables | more
+        )
         for name, (system, more) in known.items()
     }
     return {**on_gpu, NOTHING: named[NOTHING]}
@@ -143,11 +146,12 @@ def _lines(results: Results, names: Sequence[str], bundle: Bundle) -> Iterator[s
         f"one of warm-up at least: {len(results.repeats)}. The load generator, one process, runs "
         f"on the same cores. *mmtl* is {facts['processes']} processes (`MMTL_PROCESSES`), in "
         f"batches of at most {BATCH} (`MMTL_MAX_BATCH`); peers decode "
-        "with Pillow, in a process a core or (FastAPI) a thread a core, and fill batches up to one "
-        "size, without which they took a second for each change of it. They run ONNX Runtime as it "
-        "comes, in TensorFloat-32, in which the network is faster, and in batches of eight at "
-        "most, as on a CPU. *The limit* is a bare loop without HTTP, in one process: mmtl's "
-        f"decoder and engine, a thread a core, in batches of {BATCH}. "
+        "with Pillow, in a process a core or (FastAPI) a thread a core, in one process or in as "
+        "many as mmtl has, and fill batches up to one size, without which they took a second for "
+        "each change of it. They run ONNX Runtime as it comes, in TensorFloat-32, in which the "
+        "network is faster, and in batches as large as mmtl's (FastAPI: one image at a time). "
+        "*The limit* is a bare loop without HTTP, in one process: mmtl's decoder and engine, a "
+        f"thread a core or one more, in batches of {BATCH}. "
         + (f"Not measured here: {', '.join(missing)}. " if missing else "")
         + "What each part of the engine gives: "
         "[performance-gpu-steps.md](performance-gpu-steps.md).\n"

@@ -5,8 +5,9 @@ limit of: images in turn from files, mmtl's decoder, the engine that the service
 
     limit.py SECONDS THREADS BATCH IMAGE... -> one line of JSON
 
-Batches are no larger than the engine's own. One thread with batches of one has the machine to
-itself, and runs each image as the service runs one that is alone.
+Batches are no larger than the engine's own, and no more of them run at once than in the service;
+threads beyond that decode meanwhile. One thread with batches of one has the machine to itself, and
+runs each image as the service runs one that is alone.
 """
 
 import json
@@ -39,6 +40,7 @@ def main(seconds: float, threads: int, batch: int, paths: list[str]):
     size = bundle.manifest.input.height, bundle.manifest.input.width
     images = cycle([Path(path).read_bytes() for path in paths])
     turn = threading.Lock()
+    runs = threading.Semaphore(engine.runs_at_once)
     spans: list[float] = []
     over = threading.Event()
 
@@ -48,7 +50,8 @@ def main(seconds: float, threads: int, batch: int, paths: list[str]):
                 taken = list(islice(images, batch))
             began = time.monotonic()
             pixels = np.stack([decode(data, *size).pixels for data in taken])
-            run(pixels)
+            with runs:
+                run(pixels)
             spans.append(time.monotonic() - began)
 
     workers = [threading.Thread(target=work) for _ in range(threads)]
@@ -70,6 +73,7 @@ def main(seconds: float, threads: int, batch: int, paths: list[str]):
                 "images_per_second": count / took,
                 "p50_ms": 1000 * statistics.median(measured) / batch,
                 "cpu_ms_per_image": 1000 * cpu / count,
+                "threads": threads,
             }
         )
     )

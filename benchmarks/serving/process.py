@@ -1,6 +1,7 @@
 """A system that is measured: its environment, its processes, and what they cost."""
 
 import hashlib
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -44,12 +46,14 @@ class System:
         command: Whose first word is a program there.
         variables: Of its environment.
         port: That it listens on.
+        many: Several processes listen there: they share images better than connections that stay.
     """
 
     environment: str
     command: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)
     port: int = PORT
+    many: bool = False
 
 
 def fingerprint(*paths: Path) -> str:
@@ -129,10 +133,11 @@ class Process:
 
     def __init__(self, system: System, log: Path):
         _wait_for_port(system)
+        self.system = system
         self.port = system.port
         self.token = f"{time.time_ns()}"
         programs = make_environment(system.environment)
-        self.log = log.open("wb")
+        self.log = log.open("ab")
         self.main = subprocess.Popen(
             [programs / system.command[0], *system.command[1:]],
             cwd=HERE / "peers",
@@ -188,8 +193,8 @@ class Process:
                     files[there] = max(files.get(there, 0), resident - anonymous)
         return 1.024e-3 * (own + sum(files.values()))
 
-    def wait(self, image: bytes) -> float:
-        """Seconds until a posted image is answered."""
+    def wait(self, image: bytes) -> tuple[float, Any]:
+        """Seconds until a posted image is answered, and the answer."""
         started = time.monotonic()
         body = (
             b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n'
@@ -203,8 +208,8 @@ class Process:
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=10) as answer:
-                    answer.read()
-                    return time.monotonic() - started
+                    content = answer.read()
+                    return time.monotonic() - started, json.loads(content)
             except (urllib.error.URLError, OSError):
                 pass
             if self.main.poll() is not None or time.monotonic() - started > 120:

@@ -96,6 +96,24 @@ async def test_an_open_loop_keeps_to_few_connections_while_they_suffice() -> Non
     assert len(connections) < 8
 
 
+@pytest.mark.parametrize("rate", [None, 100.0])
+async def test_connections_are_opened_anew_after_so_many_answers(rate: float | None) -> None:
+    ports: list[int] = []
+
+    class Noted(load._Connection):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            ports.append(transport.get_extra_info("sockname")[1])
+            super().connection_made(transport)
+
+    async with server(OK, 0.005) as (url, bodies):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(load, "_Connection", Noted)
+            await run_load(Target(url, [b"x"]), 2, 0.3, 0.0, rate, reconnect_every=3)
+    # The two clients do not begin with the same number of answers left.
+    assert len(bodies) / 3 <= len(ports) <= len(bodies) / 3 + 2
+    assert len(ports) > 5
+
+
 async def test_refusals_are_told_apart_and_must_say_when_to_try_again() -> None:
     async with server(BUSY + b"\r\n") as (url, _):
         mute = (await run_load(Target(url, [b"x"]), 1, 0.1, 0.0)).summary()

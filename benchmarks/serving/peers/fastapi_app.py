@@ -1,6 +1,7 @@
 """A hand-written FastAPI app: a pool of a thread a core, each decoding and running one image.
 
-https://fastapi.tiangolo.com/tutorial/request-files/ and /async/ (blocking work into a thread pool).
+https://fastapi.tiangolo.com/tutorial/request-files/ and /async/ (blocking work into a thread pool);
+in one process, or in several (/deployment/server-workers/).
 """
 
 import asyncio

@@ -1,6 +1,7 @@
 """LitServe, batched, with a worker a core.
 
-https://lightning.ai/docs/litserve/features/batching and /features/parallel-processing (workers).
+https://lightning.ai/docs/litserve/features/batching and /features/parallel-processing (workers);
+`fast_queue` is what LitServer's docstring advises for more than 100 requests a second.
 """
 
 import sys
@@ -38,5 +39,6 @@ if __name__ == "__main__":
         accelerator="cuda" if network.GPU else "cpu",
         devices=1,
         workers_per_device=network.CORES,
+        fast_queue=True,
     )
     server.run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False)

@@ -1,9 +1,11 @@
 """What every peer shares: the ONNX file, and a full decode with Pillow as they document it.
 
-With `SCALED` libjpeg decodes at a smaller scale, which takes one line, and which none documents.
+With `SCALED` libjpeg decodes at a smaller scale, and with `UNCOPIED` an image that is RGB already
+is not copied by `convert`: a line each, which none documents.
 
 Each peer runs in an environment of its own, without mmtl. `NETWORK` is the ONNX file, `SIDE` its
-input's height and width, `CORES` how many there are; `GPU` is set where there is one.
+input's height and width, `CORES` how many there are, `MAX_BATCH` the most images in one run; `GPU`
+is set where there is one.
 """
 
 import os
@@ -17,7 +19,8 @@ SIDE = int(os.environ["SIDE"])
 CORES = int(os.environ["CORES"])
 GPU = "GPU" in os.environ
 SCALED = "SCALED" in os.environ
-MAX_BATCH = 8
+UNCOPIED = "UNCOPIED" in os.environ
+MAX_BATCH = int(os.environ["MAX_BATCH"])
 # What batches are filled up to, where that pays.
 filled = {"to": 0}
 
@@ -49,7 +52,9 @@ def decode(data: bytes) -> np.ndarray:
 
 def fit(image: Image.Image) -> np.ndarray:
     """uint8 [SIDE, SIDE, 3]."""
-    return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    if not (UNCOPIED and image.mode == "RGB"):
+        image = image.convert("RGB")
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
 def run(session: onnxruntime.InferenceSession, images: list[np.ndarray]) -> list[dict]:

@@ -1,11 +1,12 @@
 """Ray Serve: a replica a core, each batching what it gets.
 
-https://docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html
+https://docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html and /performance.html.
 """
 
 import asyncio
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import network
 from ray import serve
@@ -22,10 +23,12 @@ class Predict:
 
     def __init__(self) -> None:
         self.session = network.load(threads=1)
+        self.runner = ThreadPoolExecutor(1)  # no run waits for images that are decoded
 
     @serve.batch(max_batch_size=network.MAX_BATCH, batch_wait_timeout_s=0.01)
     async def run(self, images: list) -> list[dict]:
-        return await asyncio.to_thread(network.run, self.session, images)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.runner, network.run, self.session, images)
 
     async def __call__(self, request: Request) -> dict:
         form = await request.form()

@@ -1,0 +1,57 @@
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.serving import compare, page
+from benchmarks.serving.compare import Load, System, ages, loads_of, rotated, run_bare, systems
+
+
+def test_every_system_has_a_port_of_its_own() -> None:
+    known = systems(Path("model.onnx"), 160)
+    assert len({system.port for system in known.values()}) == len(known)
+    assert set(page.PEERS) < set(known)
+
+
+def test_what_shares_a_port_among_processes_gets_new_connections() -> None:
+    known = systems(Path("model.onnx"), 160, processes=2)
+    assert [name for name, system in known.items() if system.many] == [page.PROCESSES, "BentoML"]
+
+
+@pytest.mark.parametrize("name", [page.SAME, page.SHIPPED, *page.LIMIT.values()])
+def test_one_client_sends_each_mix_to_mmtl_and_the_limits(name: str) -> None:
+    alone = [load.mix for load in loads_of(name, 32) if load.clients == 1]
+    assert sorted(alone) == sorted(compare.MIXES)
+
+
+def test_open_loops_are_shares_of_what_was_measured_before() -> None:
+    loads = loads_of(page.SAME, 32)
+    assert loads.index(Load("mixed", 32)) < min(loads.index(load) for load in loads if load.share)
+    assert len(set(loads)) == len(loads)
+
+
+def test_the_order_rotates() -> None:
+    assert [rotated("abc", by) for by in range(4)] == [[*"abc"], [*"bca"], [*"cab"], [*"abc"]]
+
+
+def test_the_limit_is_the_faster_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(system: System, files: Sequence[Path], threads: int, batch: int) -> dict[str, Any]:
+        return {"images_per_second": 10 * threads, "threads": threads, "batch": batch}
+
+    monkeypatch.setattr(compare, "_run_bare", run)
+    served = System("mmtl", ())
+    assert run_bare(served, Load("small", 32), [], 8)["threads"] == compare.CORES + 1
+    assert run_bare(served, Load("small", 1), [], 8) == run(served, [], 1, 1)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"age": [0.2, 0.8]},
+        [{"age": [0.2, 0.8]}],
+        {"results": [{"prediction": {"age": {"probabilities": {"0-29": 0.2, "30+": 0.8}}}}]},
+    ],
+)
+def test_answers_of_each_form_hold_the_same(answer: Any) -> None:
+    assert ages(answer) == [0.2, 0.8]

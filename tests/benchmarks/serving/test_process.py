@@ -1,0 +1,54 @@
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.serving import process
+from benchmarks.serving.process import Process, System
+
+# Writes a line when a child of its has taken CPU time and ended, and another is there.
+PROGRAM = """
+import os, subprocess, sys, time
+busy = "import time; end = time.process_time() + 0.5\\nwhile time.process_time() < end: pass"
+subprocess.run([sys.executable, "-c", busy])
+subprocess.Popen([sys.executable, "-c", "import time; held = b'x' * 50_000_000; time.sleep(60)"])
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
+    program = Path(sys.executable)
+    monkeypatch.setattr(process, "make_environment", lambda _: program.parent)
+    found = Process(System("own", (program.name, "-c", PROGRAM), port=1), tmp_path / "log")
+    until = time.monotonic() + 30
+    while "ready" not in (tmp_path / "log").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    yield found
+    found.stop()
+
+
+def test_cpu_time_and_memory_are_those_of_children_too(running: Process) -> None:
+    assert 0.4 < running.cpu_seconds() < 5
+    until = time.monotonic() + 30
+    while running.megabytes() < 50:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert len(list(running.pids())) == 2
+
+
+def test_what_is_watched_is_what_is_taken_meanwhile(running: Process) -> None:
+    with running.watched() as watched:
+        time.sleep(0.1)
+    assert watched["cpu_seconds"] < 0.4  # what the child took before is not in it
+    assert watched["peak_megabytes"] > 5
+
+
+def test_a_system_that_is_stopped_has_no_process_left(running: Process) -> None:
+    running.pause()
+    running.stop()
+    assert list(running.pids()) == []
