@@ -17,11 +17,12 @@ from app.trace import trace_of
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 # That a page of another origin may read.
 EXPOSED_HEADERS = (*HEADERS, "Retry-After")
-_bearer = HTTPBearer(
-    auto_error=False,
-    description="A key of `mmtl keys create`, or an identity provider's token.",
+bearer = Security(
+    HTTPBearer(
+        auto_error=False,
+        description="A key of `mmtl keys create`, or an identity provider's token.",
+    )
 )
-bearer = Security(_bearer)
 # What any route that asks for a key may answer.
 REFUSALS = problems.describe(401, 403, 503)
 Dependency = Callable[[Request], Awaitable[None]]

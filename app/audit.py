@@ -64,8 +64,8 @@ class AuditLog:
             request_id: Of the request.
             key: Id of the caller's key, where there are keys.
             model: That the images were given to, where they were.
-            images: SHA-256 and outcome of each: `ok`, or the name of its problem. Of a request that
-                was refused as a whole, an empty SHA-256.
+            images: SHA-256 and outcome of each: `ok`, the name of its problem, or `gone` where the
+                caller was. Of a request that was refused as a whole, an empty SHA-256.
 
         Raises:
             AuditError: The disk is full, or the file cannot be written.
@@ -84,6 +84,8 @@ class AuditLog:
         ).encode()
         with self._unlocked():
             try:
+                if self._file < 0:
+                    raise AuditError(f"{self._path} is closed.")
                 with self._alone():
                     written = os.write(self._file, lines)
                     if written < len(lines):

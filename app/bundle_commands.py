@@ -22,6 +22,7 @@ from models.bundle import (
     check_replaceable,
     load_bundle,
 )
+from models.calibration import SENSITIVITY
 from models.recalibration import (
     change_prevalence,
     differences,
@@ -139,7 +140,9 @@ def recalibrate_bundle(
     ] = None,
     sensitivity: Annotated[
         float | None,
-        typer.Option(help="Of the new threshold, with --outcomes; from 0.5 to 1 (by default 0.9)."),
+        typer.Option(
+            help="That the new threshold must reach, with --outcomes: 0.5 to 1 (0.9 by default)."
+        ),
     ] = None,
     version: Annotated[
         str | None, typer.Option(help="Of the new bundle; by default the next patch version.")
@@ -160,7 +163,7 @@ def recalibrate_bundle(
     replaced = [load_bundle(out).manifest.version] if out.exists() else []
     if sensitivity is not None and outcomes is None:
         fail("--sensitivity takes --outcomes: a new prevalence moves nobody over the threshold.")
-    sensitivity = 0.9 if sensitivity is None else sensitivity
+    sensitivity = SENSITIVITY if sensitivity is None else sensitivity
     if not 0.5 <= sensitivity <= 1:
         fail("--sensitivity is a share from 0.5 to 1, such as 0.9.")
     before = _artifact(bundle, artifact)

@@ -31,6 +31,7 @@ from app.console import NOTICE, add_row, fail, printable, show
 from app.engines import EngineError
 from app.keys import KeysError
 from app.main import API_VERSION, create_app
+from app.predictor import DIGITS
 from app.problems import Kind, Problem
 from app.processes import (
     LISTENS,
@@ -42,7 +43,7 @@ from app.processes import (
     supervise,
 )
 from app.schemas import Failure, PredictResponse, Result, Success
-from app.server import Server, allow_files
+from app.server import Server, allow_files, keep_no_core
 from app.settings import PREFIX, Settings, SettingsError, load_settings
 from app.siblings import Siblings
 from app.spans import SpansError
@@ -53,7 +54,15 @@ from models.bundle import BundleError
 from models.calibration import CalibrationError
 from models.turns import allow_at_once, most_at_once
 
-_DAY_SECONDS = 86_400.0
+_WITHOUT_CALLERS = {
+    "deadline_seconds": 86_400.0,
+    "audit_log": None,
+    "keys": None,
+    "jwt_issuer": None,
+    "jwt_audience": None,
+    "jwt_jwks_url": None,
+    "traces": False,
+}
 _OBJECTS_PER_COLLECTION = 20_000
 _MANY_CORES = 8
 # Beyond the deadline of what was accepted: for uploads that never end, and for closing.
@@ -92,7 +101,7 @@ def _show_version(asked: bool) -> None:
 def root(
     _: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Of the program."),
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """What comes before a command."""
@@ -150,18 +159,20 @@ def serve(
         log.info("several processes may answer more", cores=cores, setting=f"{PREFIX}PROCESSES")
     _tune(settings, processes=1)
     if check:
-        made = settings.audit_log is not None and not settings.audit_log.exists()
+        audit_log = settings.audit_log and settings.audit_log.resolve()  # a link stays
+        made = audit_log is not None and not audit_log.exists()
         try:
             app = create_app(settings.share())
         finally:
-            if made and settings.audit_log is not None:  # the service's user may be another one
+            if made and audit_log is not None:  # the service's user may be another one
                 with suppress(OSError):
-                    settings.audit_log.unlink()
+                    audit_log.unlink()
         facts = app.state.networks.current.facts
         print(f"ok: {facts.name} {facts.version} on {settings.host}:{settings.port}")
         return
     check_address(settings.host, settings.port)
     allow_files(settings.max_connections)
+    keep_no_core()
     # Until it takes signals itself: what it loads just now may be the old bundle.
     asked: list[int] = []
     signal.signal(signal.SIGHUP, lambda number, _: asked.append(number))
@@ -202,6 +213,7 @@ def _serve_beside(place: Place) -> None:
         _tune(settings, whole.processes)
         configure_logs(settings.log_level, place.number)
         allow_files(settings.max_connections)
+        keep_no_core()
         said = False
 
         def may_listen() -> bool:
@@ -235,7 +247,10 @@ def bench(
     ] = None,
     clients: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Each sends when it has an answer (1, 8 and 32 by default)."),
+        typer.Option(
+            min=1,
+            help="How many; each sends when it has an answer (1, 8 and 32 by default).",
+        ),
     ] = None,
     rate: Annotated[
         float | None,
@@ -249,8 +264,16 @@ def bench(
             "clients had an answer.",
         ),
     ] = 10.0,
+    reconnect_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Answers, after which a client opens another connection: several processes on "
+            "one port share them better then.",
+        ),
+    ] = None,
     header: Annotated[
-        list[str] | None, typer.Option(help="Further ones: `Authorization: Bearer …`.")
+        list[str] | None, typer.Option(help="Further headers: `Name: value`.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -271,7 +294,9 @@ def bench(
     )
     measured: dict[int, dict[str, Any]] = {}
     for count in clients or ([load.OPEN_CLIENTS] if rate else [1, 8, 32]):
-        found = measured[count] = load.run(target, count, seconds, rate=rate).summary()
+        found = measured[count] = load.run(
+            target, count, seconds, rate=rate, reconnect_every=reconnect_every
+        ).summary()
         if found["statuses"] and "200" not in found["statuses"]:
             break  # nor would it answer more clients
     if as_json:
@@ -331,8 +356,8 @@ def predict(
     settings = load_settings().share()  # fewer threads may have another engine
     configure_logs("ERROR")
     _tune(settings, processes=1)
-    # Nobody waits at the other end of a connection.
-    settings = settings.model_copy(update={"deadline_seconds": _DAY_SECONDS, "audit_log": None})
+    # Nobody waits at the other end of a connection, nor has to be let in.
+    settings = settings.model_copy(update=_WITHOUT_CALLERS)
     answer = asyncio.run(_predict(settings, images, explain))
     if as_json:
         print(answer.model_dump_json(exclude_unset=True, indent=2))
@@ -384,6 +409,15 @@ def _read(path: Path, most: int) -> Upload | Failure:
     return Upload(name, data)
 
 
+def _told_apart(*numbers: float) -> list[str]:
+    """In three digits, or as many more of what an answer has as tell them apart."""
+    for digits in range(3, DIGITS + 1):
+        found = [f"{number:.{digits}f}" for number in numbers]
+        if len(set(found)) == len(found):
+            break
+    return found
+
+
 def _print_table(answer: PredictResponse) -> None:
     table = Table(title=printable(f"{answer.model.name} {answer.model.version}"), caption=NOTICE)
     for column in ("image", "melanoma", "decision", "age", "site", "warnings"):
@@ -391,11 +425,14 @@ def _print_table(answer: PredictResponse) -> None:
     for result in answer.results:
         if isinstance(result, Success):
             found = result.prediction
+            probability, threshold = _told_apart(
+                found.melanoma.probability, found.melanoma.threshold
+            )
             add_row(
                 table,
                 result.filename or "",
-                f"{found.melanoma.probability:.3f}",
-                f"{found.melanoma.decision} ({found.melanoma.threshold:.3f})".replace("_", " "),
+                probability,
+                f"{found.melanoma.decision} ({threshold})".replace("_", " "),
                 f"{found.age.label} ({found.age.years:.0f} years)",
                 found.site.label,
                 ", ".join(result.quality.warnings).replace("_", " "),

@@ -152,11 +152,11 @@ class _Parts:
         name = options[b"name"].decode("utf-8", "replace")
         filename = _filename(self._disposition, options)
         if name != FIELD or filename is None:
-            what = "a file" if name == FIELD else f"`{FIELD}`"
+            what = "a file, but text" if name == FIELD else f"`{FIELD}`"
             raise Problem(
                 problems.UNEXPECTED_FIELD,
                 f"The form has the field `{name[:60]}`, which is not {what}: send each image as a "
-                f"file in the field `{FIELD}`.",
+                f"file in the field `{FIELD}`, and none without a file.",
             )
         if len(self.files) == self._max_files:
             raise Problem(

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
+from starlette.types import Lifespan
 
 from app import problems
 from app.access import EXPOSED_HEADERS
@@ -51,6 +52,7 @@ def create_app(
         app.keys.KeysError: The key file cannot be used.
         app.audit.AuditError: The audit log cannot be written.
         app.spans.SpansError: Traces are asked for, and OpenTelemetry is not installed.
+        app.settings.SettingsError: Tokens are asked for, and what reads them is not installed.
     """
     # Before the network, which takes a while to load.
     try:
@@ -90,7 +92,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        predictor.start()
+        networks.start()
         longest = settings.deadline_seconds
         try:
             if siblings is not None:
@@ -103,7 +105,7 @@ def create_app(
         finally:
             if siblings is not None:
                 siblings.close()
-            predictor.close(longest)
+            networks.close(longest)
             for last in (audit, spans):
                 if last is not None:
                     last.close()
@@ -137,13 +139,15 @@ def create_app(
     return app
 
 
-def build_api(lifespan: object = None) -> FastAPI:
+def build_api(lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
     """The routes and their description, without a bundle behind them."""
     app = FastAPIOffline(
         title="mmtl",
         version=API_VERSION,
         description=DESCRIPTION,
+        docs_url=None,  # routes/web.py
         redoc_url=None,
+        static_url=web.ASSETS,
         # Behind TLS, it would send the picture again where it is told to, by plain HTTP.
         redirect_slashes=False,
         lifespan=lifespan,

@@ -83,7 +83,9 @@ class Networks:
         self.on_failure: Callable[[], None] = lambda: None
         self.current = self._load()
         self._announce()
-        metrics.queue_depth.set_function(lambda: self.current.batcher.admitted)
+        metrics.queue_depth.set_function(
+            lambda: sum(each.batcher.admitted for each in (self.current, *self._retiring))
+        )
         metrics.queue_limit.set(settings.queue_size)
         metrics.ready.set_function(lambda: self.current.batcher.ready)
 

@@ -107,14 +107,6 @@ class Predictor:
         self._limits = settings.limits
         self._metrics = metrics
 
-    def start(self) -> None:
-        """Start the network."""
-        self.networks.start()
-
-    def close(self, longest: float) -> None:
-        """Stop; what is still queued is run first, for so many seconds at most."""
-        self.networks.close(longest)
-
     def check_open(self) -> None:
         """Refuse a request whose body need not be read.
 

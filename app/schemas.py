@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
-Probability = Annotated[float, Field(ge=0, le=1)]
+from models.bundle import Probability
 
 
 class QualityWarning(StrEnum):
@@ -27,7 +27,10 @@ class Part(BaseModel):
 
 
 class Melanoma(Part):
-    """Calibrated probability of melanoma, and the decision at the bundle's threshold."""
+    """Calibrated probability of melanoma, and the decision at the bundle's threshold.
+
+    The decision is made before the two are rounded.
+    """
 
     probability: Probability
     threshold: Probability
@@ -83,8 +86,18 @@ class ImageFacts(Part):
     sha256: str = Field(description="Of the bytes received.")
 
 
+_PROBLEM_EXAMPLE: JsonDict = {
+    "type": "urn:mmtl:problem:unsupported-image",
+    "title": "Not an image of a supported format",
+    "status": 415,
+    "detail": "The bytes are not an image of a supported format (JPEG, PNG, WEBP, TIFF, BMP).",
+}
+
+
 class ProblemBody(Part):
     """RFC 9457 problem details. `type` is stable; `detail` is for people."""
+
+    model_config = ConfigDict(frozen=True, json_schema_extra={"example": _PROBLEM_EXAMPLE})
 
     type: str
     title: str
@@ -157,12 +170,7 @@ _EXAMPLE: JsonDict = {
         {
             "filename": "b.txt",
             "status": "error",
-            "error": {
-                "type": "urn:mmtl:problem:unsupported-image",
-                "title": "Not an image of a supported format",
-                "status": 415,
-                "detail": "The bytes are not an image of a supported format.",
-            },
+            "error": _PROBLEM_EXAMPLE,
         },
     ],
 }

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from math import ceil
+from socket import socket
 from types import FrameType, NoneType
 from typing import Any
 from uuid import uuid4
@@ -390,6 +391,11 @@ def allow_files(most_connections: int) -> None:
         log.warning("too few open files", allowed=allowed, needed=needed)
 
 
+def keep_no_core() -> None:
+    """Let this process leave no core dump, which would hold pictures and keys."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
 class Server(uvicorn.Server):
     """Uvicorn with this service's signals.
 
@@ -425,7 +431,7 @@ class Server(uvicorn.Server):
         self._networks: Networks = app.state.networks
         self._networks.on_failure = self._fail
 
-    async def startup(self, sockets: Any = None) -> None:
+    async def startup(self, sockets: list[socket] | None = None) -> None:
         """Listen, and take SIGHUP."""
         await super().startup(sockets)
         # The main thread alone gets signals, as uvicorn has it, too.
@@ -434,7 +440,7 @@ class Server(uvicorn.Server):
             loop.add_signal_handler(signal.SIGHUP, self._networks.hang_up)
         self.on_start()
 
-    async def shutdown(self, sockets: Any = None) -> None:
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
         """Stop; what a second signal cuts off is not logged as a failure."""
         await super().shutdown(sockets)
         if self.force_exit:

@@ -64,12 +64,14 @@ class Settings(BaseSettings):
     """Public key (PEM, Ed25519) that the bundle must be signed with (`mmtl bundle sign`)."""
 
     artifact: ArtifactFormat = "onnx"
-    """Which of the bundle's artifacts to run."""
+    """Which of the bundle's artifacts to run: `onnx`, or `torch_export` or `torchscript`, which
+    need torch and MMTL_TRUST_TORCH."""
 
     precision: Literal["auto", Precision] = "auto"
-    """`fp32`, `fp16` or `int8`; `auto` takes int8 on a CPU where the bundle has it, else fp32, and
-    lets OpenVINO compute in bfloat16 what stays in floats, where the CPU multiplies such numbers
-    (`amx_bf16` or `avx512_bf16` among its flags; docs/int8.md)."""
+    """`fp32`, `int8`, or `fp16` where a bundle has it (`mmtl-train` writes none). `auto` takes int8
+    on a CPU where the bundle has it, else fp32, and lets OpenVINO compute in bfloat16 what stays in
+    floats, where the CPU multiplies such numbers (`amx_bf16` or `avx512_bf16` among its flags;
+    docs/int8.md)."""
 
     runtime: Literal["auto", "onnxruntime", "openvino"] = "auto"
     """Of ONNX artifacts. `auto` takes OpenVINO for an int8 artifact, where no precision is named,
@@ -85,8 +87,8 @@ class Settings(BaseSettings):
 
     processes: int = Field(1, ge=1, le=64)
     """Processes that share the port, and the cores, queue, bytes and connections set here. On many
-    cores several answer more (measured on sixteen with a GPU, docs/performance-gpu.md; on two cores
-    they gain nothing), each in memory of its own. `/metrics` tells them apart."""
+    cores several answer more (measured on sixteen with a GPU, docs/performance-gpu.md), each in
+    memory of its own. `/metrics` tells them apart."""
 
     threads: int = Field(0, ge=0)
     """Threads of the runtime on the CPU, and of the decoder; 0 takes the container's CPU quota
@@ -98,7 +100,8 @@ class Settings(BaseSettings):
     AMX) eight, for their memory. Larger ones pay on a GPU."""
 
     queue_size: int = Field(256, ge=1)
-    """Most images admitted at once, over all requests; more answer 503."""
+    """Most images admitted at once, over all requests; more answer 503. While a bundle is replaced,
+    what the old network still has to answer does not count."""
 
     deadline_seconds: float = Field(30.0, gt=0)
     """Longest a request may take from its last byte to its answer; later ones answer 503."""
@@ -140,9 +143,10 @@ class Settings(BaseSettings):
     """Most pixels of a JPEG of one scan, which is decoded at a smaller scale."""
 
     max_pixels_in_full: int = Field(30_000_000, ge=1)
-    """Most pixels of any other image, and of a JPEG that is too long and thin for that. Of large
-    ones, one a core is decoded at a time, while a third of the memory (cgroup v2) holds them at
-    twenty bytes a pixel; at least one in each process."""
+    """Most pixels of any other image, and of what is held at once of a JPEG that is too long and
+    thin to be decoded small. Of images that hold more than four megapixels, at most one a core is
+    decoded at a time, and no more than a third of the memory (cgroup v2) holds at twenty bytes for
+    each pixel of this limit; at least one in each process."""
 
     cors_origins: tuple[str, ...] = ()
     """Origins that browsers may call from, as a JSON list: `["https://viewer.example"]`; `["*"]` is

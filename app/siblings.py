@@ -12,6 +12,8 @@ from pathlib import Path
 Answer = Callable[[str], Awaitable[bytes]]
 # Answer to a question to reload; any other is why not.
 RELOADED = b"reloaded"
+# Bytes of a question: more than a request's headers, of which one may be what it is about.
+_LONGEST = 1_000_000
 _SAMPLE = re.compile(rb"^([a-zA-Z_:][a-zA-Z0-9_:]*)(\{?)")
 
 
@@ -47,7 +49,7 @@ class Siblings:
                 writer.close()
 
         # Which takes the place of a socket that one left behind that died.
-        self._server = await asyncio.start_unix_server(answer, self._socket)
+        self._server = await asyncio.start_unix_server(answer, self._socket, limit=_LONGEST)
 
     def close(self) -> None:
         """Answer no more."""

@@ -4,15 +4,20 @@ Where the spans go is OpenTelemetry's own environment: OTEL_EXPORTER_OTLP_ENDPOI
 """
 
 import time
+from concurrent.futures import wait
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 
 from app.trace import Trace
+from models.threads import begin
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span
+
+_LAST_SECONDS = 2.0
 
 
 class SpansError(Exception):
@@ -40,7 +45,7 @@ class Spans:
                 f"MMTL_TRACES needs {error.name}: install the extra `tracing`."
             ) from None
         named = Resource.create({"service.name": "mmtl"}).merge(OTELResourceDetector().detect())
-        self._provider = TracerProvider(resource=named)
+        self._provider = TracerProvider(resource=named, shutdown_on_exit=False)
         try:
             processor = BatchSpanProcessor(exporter or OTLPSpanExporter())
         except ValueError as error:
@@ -82,8 +87,9 @@ class Spans:
         span.end()
 
     def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+        """Send what is left; a collector that is away is not waited for."""
+        with suppress(RuntimeError):  # no thread is to be had just now
+            wait([begin(self._provider.shutdown)], _LAST_SECONDS)
 
 
 def traceparent(span: "Span") -> str | None:

@@ -131,7 +131,7 @@ class Metrics:
         )
         self.ready = Gauge("mmtl_ready", "1 while images are taken, else 0.", registry=registry)
         self.processes = Gauge(
-            "mmtl_processes", "That the service has, if all are there.", registry=registry
+            "mmtl_processes", "Processes that the service should have.", registry=registry
         )
         self.reloads = Counter(
             "mmtl_reloads",
@@ -366,5 +366,6 @@ def configure_logs(level: str, process: int | None = None) -> None:
     logging.basicConfig(handlers=[handler], level=level, force=True)
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # a picture can hold one for each EXIF tag
-    for name in ("PIL", "python_multipart"):  # at DEBUG they log what a file says of its patient
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("PIL").setLevel(logging.WARNING)  # its DEBUG: what a file says of its patient
+    # Its warnings name bytes of an upload; what is wrong with one is a problem of ours.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)

@@ -96,7 +96,8 @@ class Body:
         """The body, as it comes.
 
         Raises:
-            Problem: It is longer than the limit, by its header or by what came.
+            Problem: It is longer than the limit, by its header or by what came, or there is no room
+                for it.
             ClientDisconnect: The caller went before its end.
         """
         too_large = Problem(

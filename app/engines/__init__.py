@@ -251,7 +251,9 @@ def check_shapes(
     """
     for name, shape in shapes.items():
         found = outputs[name].shape if name in outputs else None
-        if found is None or len(found) != len(shape):
-            raise BundleError(f"{artifact.file}: output {name} has shape {found}, not {shape}.")
-        if any(want is not None and want != have for want, have in zip(shape, found, strict=True)):
+        if (
+            found is None
+            or len(found) != len(shape)
+            or any(want not in (None, have) for want, have in zip(shape, found, strict=True))
+        ):
             raise BundleError(f"{artifact.file}: output {name} has shape {found}, not {shape}.")

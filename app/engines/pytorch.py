@@ -65,7 +65,7 @@ class PytorchEngine:
                     program = move_to_device_pass(program, self.device)
                 self._program = program.module()
         except Exception as error:  # either loader raises whatever its unpickler does
-            raise BundleError(f"torch cannot load {file}: {error}") from None
+            raise BundleError(f"torch cannot load {file}: {one_line(error)}") from None
         self._graphs = Graphs(max_batch) if on_gpu else None
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:

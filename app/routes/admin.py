@@ -19,7 +19,7 @@ async def administrator(request: Request) -> None:
     """Let in who has a key with the scope admin; where there are no keys, nobody.
 
     Raises:
-        Problem: 401 or 403.
+        Problem: 401 or 403, or 503 where an identity provider cannot be asked.
     """
     if not asks(request.app.state):
         raise Problem(

@@ -51,6 +51,8 @@ _FORM = {
                 "type": "array",
                 "minItems": 1,
                 "items": {"type": "string", "format": "binary"},
+                "description": "Images. In this page's form: choose a file in every row, and "
+                "remove (−) empty ones.",
             },
         },
     }

@@ -339,3 +339,10 @@ def test_a_disk_that_no_longer_hangs_is_written_to(
         hangs.set()
         assert client.post("/predict", files={"files": flat(1)}).status_code == 200
     assert len(lines(path)) == 2
+
+
+def test_a_log_that_is_closed_is_one_that_cannot_be_written(path: Path) -> None:
+    log = AuditLog(path, 1000)
+    log.close()
+    with pytest.raises(AuditError, match="is closed"):
+        log.write("request", "", None, [("", "ok")])

@@ -937,3 +937,57 @@ async def test_an_image_that_is_decoded_while_the_network_is_given_up_is_refused
     with pytest.raises(NotReady):
         future.result(0)
     given_up.set()
+
+
+async def test_a_batch_that_nobody_waits_for_any_more_leaves_the_engine_free(
+    batcher: Batcher, engine: Engine
+) -> None:
+    first = await hold(engine, batcher)
+    gone = asyncio.create_task(ask(batcher, 2))
+    while not batcher._decoded:
+        await asyncio.sleep(0.001)
+    gone.cancel()
+    await asyncio.sleep(0.01)
+    engine.gate.set()
+    await first
+    until(lambda: not batcher._decoded)
+    assert await asyncio.wait_for(ask(batcher, 3), 5) == 3
+
+
+async def test_what_waits_is_decoded_before_a_small_batch_is_run(engine: Engine) -> None:
+    engine.helpers = 0
+    batcher = Batcher(engine, (SIDE, SIDE), 1, 10, Metrics(4, ()), lambda _: {})
+    batcher.start()
+    until(lambda: batcher.ready)
+    answers: list[Future] = [Future() for _ in range(4)]
+    with batcher._changed:
+        for value, answer in enumerate(answers, 1):
+            batcher.put(partial(image, value), time.monotonic() + 5, answer)
+    for answer in answers:
+        await asyncio.wait_for(asyncio.wrap_future(answer), 5)
+    batcher.close(5)
+    assert engine.batches == [[1, 2, 3, 4]]
+
+
+async def test_to_decode_is_not_to_wait(batcher: Batcher) -> None:
+    def slow():
+        time.sleep(0.2)
+        return image(3)
+
+    answer: Future = Future()
+    batcher.put(slow, time.monotonic() + 5, answer)
+    assert (await asyncio.wrap_future(answer)).queue_seconds < 0.1
+
+
+async def test_what_is_left_to_do_and_is_late_is_no_image_dropped(engine: Engine) -> None:
+    metrics = Metrics(4, ())
+    batcher = Batcher(engine, (SIDE, SIDE), 1, 10, metrics, lambda _: {})
+    batcher.start()
+    until(lambda: batcher.ready)
+    late: Future = Future()
+    batcher.finish(lambda: 1, time.monotonic() - 1, late)
+    with pytest.raises(DeadlineExceeded):
+        await asyncio.wrap_future(late)
+    batcher.close(5)
+    found = metrics.registry.get_sample_value("mmtl_dropped_total", {"reason": "deadline"})
+    assert found == 0

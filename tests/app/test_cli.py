@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -149,6 +150,36 @@ def test_an_audit_log_is_begun_by_the_service_alone(
     log.write_text("{}\n")
     assert run("serve", "--check")[0] == 0
     assert log.read_text() == "{}\n"
+    link, there = tmp_path / "link.jsonl", tmp_path / "there.jsonl"
+    link.symlink_to(there)
+    monkeypatch.setenv("MMTL_AUDIT_LOG", str(link))
+    assert run("serve", "--check")[0] == 0
+    assert link.is_symlink()
+    assert not there.exists()
+
+
+def test_predict_needs_nothing_of_those_who_call(
+    run, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMTL_KEYS", "/nowhere")
+    monkeypatch.setenv("MMTL_TRACES", "true")
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    assert run("predict", picture)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("probability", "threshold", "shown"),
+    [
+        (0.12, 0.31, ["0.120", "0.310"]),
+        (0.04921, 0.04946, ["0.0492", "0.0495"]),
+        (0.000444, 0.000446, ["0.00044", "0.00045"]),
+        (0.5, 0.5, ["0.500000", "0.500000"]),
+    ],
+)
+def test_a_table_shows_as_many_digits_as_tell_the_decision(
+    probability: float, threshold: float, shown: list[str]
+) -> None:
+    assert cli._told_apart(probability, threshold) == shown
 
 
 def test_a_name_that_is_no_text_is_shown_all_the_same(run, picture: Path) -> None:

@@ -88,7 +88,7 @@ def test_one_file_too_many_is_refused_before_its_bytes_come() -> None:
     ("disposition", "match"),
     [
         ('form-data; name="image"; filename="a"', "has the field `image`"),
-        ('form-data; name="files"', "which is not a file"),
+        ('form-data; name="files"', "which is not a file, but text"),
         ("form-data", "has no name"),
         ('form-data; name="' + "x" * 500 + '"; filename="a"', "`x{60}`"),
     ],

@@ -123,8 +123,8 @@ def test_networks_that_each_look_broken_once_are_not_replaced(
             networks.reload()
         return looked_at.count(batcher) == 1
 
-    def replace() -> bool:
-        replaced.append(networks.current.batcher)
+    def replace(broken: Batcher) -> bool:
+        replaced.append(broken)
         return True
 
     monkeypatch.setattr(Batcher, "broken", broken_at_first_sight)
@@ -538,3 +538,21 @@ def test_a_bundle_that_must_be_signed_and_is_not_is_not_served(
     signed = settings.model_copy(update={"bundle_signed_by": public})
     with pytest.raises(BundleError, match=r"cannot be trusted: there is no bundle\.json\.sig"):
         create_app(signed)
+
+
+def test_a_network_that_replaces_another_while_the_service_drains_takes_no_new_request(
+    client: TestClient, hanging: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Networks._load_warm
+    networks = client.app.state.networks
+    before = networks.current
+
+    def load_while_draining(those: Networks) -> Network:
+        networks.drain()
+        return load(those)
+
+    monkeypatch.setattr(Networks, "_load_warm", load_while_draining)
+    assert predict(client, HANGS).status_code == 503
+    until(lambda: networks.current is not before)
+    until(lambda: networks.current.batcher._draining)
+    assert not networks.current.batcher.ready

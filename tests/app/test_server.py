@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from app import predictor
 from app.access import as_cors
 from app.main import create_app
-from app.server import Protocol, Server, allow_files
+from app.server import Protocol, Server, allow_files, keep_no_core
 from app.settings import Settings
 from app.telemetry import Metrics
 from app.uploads import Body
@@ -480,6 +481,14 @@ def test_there_may_be_a_file_for_each_connection(
     )
 
 
+def test_a_process_that_fails_leaves_no_core_dump(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[tuple[int, tuple[int, int]]] = []
+    monkeypatch.setattr("resource.getrlimit", lambda _: (INFINITY, INFINITY))
+    monkeypatch.setattr("resource.setrlimit", lambda which, both: limits.append((which, both)))
+    keep_no_core()
+    assert limits == [(resource.RLIMIT_CORE, (0, INFINITY))]
+
+
 def test_a_byte_between_two_requests_gains_no_time(port: int) -> None:
     with connect(port) as slow:
         slow.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -740,3 +749,32 @@ def test_an_upload_that_outlasts_the_service_is_told_so(server: Server, port: in
         answer = slow.recv(1000)
         assert (status(answer), problem_of(answer)) == (503, "draining")
         assert b"retry-after: 5" in answer
+
+
+def test_a_refusal_is_not_taken_for_the_answer_to_an_earlier_request(
+    server: Server, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    decode = predictor.decode
+
+    def decode_later(*arguments: object, **named: object) -> object:
+        go_on.wait(5)
+        return decode(*arguments, **named)
+
+    monkeypatch.setattr(predictor, "decode", decode_later)
+    picture = flat(1)
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    with connect(port) as ahead:
+        ahead.sendall(
+            head
+            + b"Content-Length: %d\r\n\r\n" % len(picture)
+            + picture
+            + head
+            + b"Transfer-Encoding: chunked\r\n\r\nno length\r\n"
+        )
+        try:
+            answer = ahead.recv(4096)
+        finally:
+            go_on.set()
+    assert answer == b""
+    assert refusals(server, "malformed-request") == 1

@@ -70,7 +70,11 @@ def test_a_slash_too_many_sends_no_picture_elsewhere(client: TestClient) -> None
 
 def test_the_documentation_needs_no_other_host(client: TestClient) -> None:
     assert client.get("/", follow_redirects=False).headers["Location"] == "/docs"
-    page = client.get("/docs").text
+    answer = client.get("/docs")
+    page = answer.text
+    assert page.startswith("<!DOCTYPE html>")
+    assert '<html lang="en">' in page
+    assert answer.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
     links = re.findall(r'(?:src|href)="([^"]+)"', page)
     assert links
     for link in links:

@@ -88,6 +88,18 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+async def test_a_question_may_be_as_long_as_headers_are(tmp_path: Path) -> None:
+    async def repeat(about: str) -> bytes:
+        return str(len(about)).encode()
+
+    one, other = (Siblings(tmp_path, number, 2) for number in range(2))
+    await other.listen({"repeat": repeat})
+    try:
+        assert await one.ask("repeat", "é" * 100_000, 5) == {1: b"100000"}
+    finally:
+        other.close()
+
+
 def test_two_processes_tell_the_metrics_of_both_and_reload_together(
     settings: Settings, tmp_path: Path
 ) -> None:

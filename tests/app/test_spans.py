@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -183,3 +184,19 @@ def test_without_opentelemetry_the_setting_is_one_sentence(
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(SpansError, match="install the extra `tracing`"):
         Spans()
+
+
+def test_a_collector_that_is_away_holds_no_service_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hanging(InMemorySpanExporter):
+        def export(self, spans: object) -> object:
+            over.wait(30)
+            return super().export(spans)
+
+    over = threading.Event()
+    monkeypatch.setattr("app.spans._LAST_SECONDS", 0.1)
+    spans = Spans(Hanging())
+    spans.begin("GET", Headers()).end()
+    began = time.monotonic()
+    spans.close()
+    assert time.monotonic() - began < 5
+    over.set()

@@ -154,6 +154,21 @@ def test_logs_tell_what_happened_and_nothing_of_the_patient(
 
 
 @pytest.mark.usefixtures("logs_as_before")
+@pytest.mark.parametrize("body", [b"--xSECRET", b"--x\r\nContent-Disp\x01sition: a\r\n\r\n"])
+def test_no_byte_of_a_form_that_cannot_be_read_is_logged(
+    settings: Settings, capsys: pytest.CaptureFixture[str], body: bytes
+) -> None:
+    configure_logs("DEBUG")
+    with started(settings) as client:
+        capsys.readouterr()
+        form = {"Content-Type": "multipart/form-data; boundary=x"}
+        assert client.post("/predict", content=body, headers=form).status_code == 400
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    ours = [line["event"] for line in lines if line["event"].partition(" ")[0] != "HTTP"]
+    assert ours == ["request"]  # HTTP: httpx, which asks
+
+
+@pytest.mark.usefixtures("logs_as_before")
 @pytest.mark.parametrize("process", [None, 3])
 def test_what_libraries_log_and_warn_of_is_json_like_our_own_lines(
     capsys: pytest.CaptureFixture[str], process: int | None

@@ -355,3 +355,24 @@ def test_without_the_library_the_service_does_not_start(
     monkeypatch.setattr(tokens_module, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match="install the extra `oidc`"):
         tokens_module.tokens_of(asking)
+
+
+@pytest.mark.anyio
+async def test_who_goes_while_keys_are_fetched_takes_them_from_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go_on = threading.Event()
+
+    def read(_: object) -> dict:
+        go_on.wait(5)
+        return {"keys": []}
+
+    monkeypatch.setattr(tokens_module, "_read", read)
+    monkeypatch.setattr(tokens_module, "_usable", lambda _: {("k", "RS256"): "key"})
+    tokens = Tokens("i", "a", "https://x")
+    gone, stays = (asyncio.create_task(tokens._key(("k", "RS256"))) for _ in range(2))
+    await asyncio.sleep(0.05)
+    gone.cancel()
+    await asyncio.sleep(0.05)
+    go_on.set()
+    assert await asyncio.wait_for(stays, 5) == "key"

@@ -215,3 +215,34 @@ async def test_what_has_been_read_is_not_held_while_a_refusal_waits_for_the_rest
         reading.cancel()
     finally:
         gc.enable()
+
+
+async def test_a_form_that_cannot_be_read_is_not_held_while_the_rest_is() -> None:
+    class Traced(bytearray):
+        pass
+
+    watched = []
+
+    def coming() -> Iterator[dict]:
+        head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+        yield part(head)
+        large = Traced(b"\r\n--x nonsense" + bytes(900))
+        watched.append(weakref.ref(large))
+        yield {"type": "http.request", "body": large, "more_body": True}
+        del large
+        yield part(bytes(9))
+
+    gc.disable()
+    try:
+        sent = request(coming(), content_type="multipart/form-data; boundary=x")
+        reading = asyncio.create_task(read(sent, Held(10_000, 10_000)))
+        await asyncio.sleep(0.3)
+        assert not reading.done()
+        assert watched[0]() is None
+        reading.cancel()
+    finally:
+        gc.enable()
+
+
+def test_what_alone_is_more_than_may_be_held_is_held() -> None:
+    Held(10, 10).take(11, True)

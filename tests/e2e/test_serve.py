@@ -205,6 +205,11 @@ def test_there_may_be_more_connections_than_a_shell_allows_files(service: Servic
     assert open_files(service.process.pid) > 256
 
 
+def test_no_core_dump_is_left(service: Service) -> None:
+    limits = Path(f"/proc/{service.process.pid}/limits").read_text()
+    assert re.findall(r"Max core file size +(\d+)", limits) == ["0"]
+
+
 def test_a_stop_answers_what_was_sent(service: Service) -> None:
     picture = lesion(3, 1200, 900)
     with ThreadPoolExecutor(6) as threads:
