@@ -12,12 +12,15 @@ uv := $(VENV)/bin/uv
 install := $(uv) pip install --quiet --python $(VENV)/bin/python --require-hashes
 editable := $(uv) pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
 
-.PHONY: serve test test-slow lint check default-bundle benchmark bench-serve bench-serve-gpu \
+.PHONY: serve training test test-slow lint check default-bundle benchmark bench-serve bench-serve-gpu \
 	reliability fuzz secrets audit sbom docs lock clean
 
 ## Serve the shipped bundle on http://127.0.0.1:8000 (settings: MMTL_*; see docs/settings.md).
 serve: $(VENV)/.cpu
 	@$(VENV)/bin/mmtl serve
+
+## Install what `mmtl-train` needs, and what development does.
+training: $(VENV)/.dev
 
 ## Lint, types and the import contract.
 lint: $(VENV)/.dev
@@ -26,7 +29,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-## The whole test suite, the service as a process in an environment without torch included. Most of
+## Every test but the slow ones (test-slow), the service as a process in an environment without torch included. Most of
 ## it computes on one core: two processes take a file of tests each, and their OpenMP threads do not compete.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile
@@ -126,7 +129,7 @@ fuzz: .venv-fuzz/.installed
 	@$(uv) pip install --quiet --python .venv-fuzz/bin/python --no-deps --no-build-isolation -e .
 	@touch $@
 
-## Write the generated pages of docs/ anew; a breaking change of the HTTP contract is refused.
+## Write docs/openapi.json, settings.md and problems.md anew; a breaking change of the HTTP contract is refused.
 docs: $(VENV)/.dev
 	$(VENV)/bin/pytest -q tests/app/test_openapi.py -k breaking
 	$(VENV)/bin/mmtl openapi > docs/openapi.json.part && mv docs/openapi.json.part docs/openapi.json
