@@ -2,7 +2,7 @@
 
 .venv/bin/python benchmarks/soak.py [--requests 100000] [IMAGE.jpg ...] > docs/soak.md
 
-(docs/soak-avx2.md on such a CPU, as serving/page.py has it.)
+(docs/soak-avx2.md on such a CPU, as serving/page.py has it; of files, `… | tail -1 >>` the same.)
 
 The files in turn, or drawn images of 600x450 pixels, and a damaged one; 32 clients. The slope is
 that of a straight line through the resident memory after the first tenth, with a 95 % interval by a

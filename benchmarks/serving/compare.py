@@ -66,8 +66,8 @@ SHORT_QUEUE = 32
 # By which what it accepts must be answered.
 SHORT_DEADLINE_SECONDS = 1
 LIMIT_BATCH = 8
-# Its documentation's "high throughput mode", without a proxy in C that it does not bring along.
-RAY = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+# Its documentation's "high throughput mode" (/kuberay/user-guides/serve-high-throughput.html).
+RAY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 # Of a peer.
 PEER_BATCH = 8
 # How far apart probabilities of an age bin may be: decoders and integers make some difference.
@@ -429,7 +429,7 @@ def main() -> None:
         page.write(arguments.out, arguments.name, rows, bundle, mixes)
         return
     known = systems(network, bundle.manifest.input.width)
-    names = [*known, "limit, same network", "limit, as shipped"]
+    names = [*known, *page.LIMIT.values()]
     if arguments.only:
         names = [name for name in names if name in arguments.only]
     for name in {system.environment for system in known.values()}:

@@ -26,6 +26,8 @@ from models.cores import processor
 
 CROWD = 128
 BATCH = 32
+# Of measuring, as compare.METHOD.
+METHOD = "one system after the other, open loops after a new start; connections spread"
 OURS, ALONE, LIMIT, NOTHING = "mmtl", "mmtl, one process", "limit", "nothing"
 
 
@@ -92,6 +94,8 @@ def main() -> None:
         return
     if arguments.page:
         rows = [json.loads(line) for line in (arguments.run / "results.jsonl").open()]
+        if rows[0].get("method") != METHOD:
+            raise SystemExit(f"{arguments.run} was measured in another way: measure it anew.")
     else:
         rows = _measure(known, names, bundle, arguments)
     results = Results(rows)
@@ -116,7 +120,7 @@ def _measure(
         "code": fingerprint(*compare.MEASURED, Path(__file__)),
         "machine": machine(),
         "processes": arguments.processes,
-        "method": "one system after the other, open loops after a new start",
+        "method": METHOD,
     }
     for name in {known[name].environment for name in names if name != LIMIT}:
         make_environment(name)
@@ -150,6 +154,8 @@ def _lines(results: Results, names: Sequence[str], bundle: Bundle) -> Iterator[s
         "many as mmtl has, and fill batches up to one size, without which they took a second for "
         "each change of it. They run ONNX Runtime as it comes, in TensorFloat-32, in which the "
         "network is faster, and in batches as large as mmtl's (FastAPI: one image at a time). "
+        "FastAPI in several processes and BentoML get a new connection for every image, mmtl's "
+        "processes do not. "
         "*The limit* is a bare loop without HTTP, in one process: mmtl's decoder and engine, a "
         f"thread a core or one more, in batches of {BATCH}. "
         + (f"Not measured here: {', '.join(missing)}. " if missing else "")

@@ -1,6 +1,7 @@
 """Ray Serve: a replica a core, each batching what it gets.
 
-https://docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html and /performance.html.
+https://docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html and /performance.html;
+compare.py switches its proxy (HAProxy) and its mode for high throughput on.
 """
 
 import asyncio
