@@ -15,7 +15,7 @@ from training.benchmark.cli import benchmark, zoo_cli
 from training.config import Config, configure
 from training.data.cli import cli as data_cli
 from training.data.manifest import DataError, first_line
-from training.data.vocabulary import Split
+from training.data.vocabulary import LEARNED, Split
 from training.run import Run
 
 DEFAULT_RUN = Path("runs/default")
@@ -79,7 +79,7 @@ def prepare(
     prepared = _preparation(data, manifest)
     from training.data.components import shared
     from training.data.manifest import load_manifest
-    from training.paper import LEARNED
+    from training.distillation import TAUGHT
     from training.tasks import untaught
 
     flags = {"backbone": backbone, "epochs": epochs, "size": size, "seed": seed}
@@ -91,12 +91,12 @@ def prepare(
     for (dataset, split), images in sorted(counts.items()):
         print(f"{dataset:24} {split:12} {images:7,}")
     records = load_manifest(Run(run).manifest)
-    known_by_others = frozen.teachers or frozen.start_from
-    tasks = untaught([record for record in records if record.split is Split.TRAIN])
-    if tasks and not known_by_others:
+    tasks = set(untaught([record for record in records if record.split is Split.TRAIN]))
+    tasks -= {"melanoma", *TAUGHT} if frozen.teachers else set()
+    if tasks and not frozen.start_from:
         print(
-            f"Caution: no training image has a label of {', '.join(tasks)}: the network will have "
-            "every class of that equally probable."
+            f"Caution: no training image has a label of {', '.join(sorted(tasks))}: the network "
+            "will find every class, or year of age, equally probable."
         )
     for split, others in ((Split.VALIDATION, [Split.TRAIN]), (Split.TEST, list(LEARNED))):
         if known := shared(records, split, others):

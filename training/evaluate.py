@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import sklearn
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_curve
 from tqdm import tqdm
 
 from training import metrics
@@ -386,9 +386,7 @@ def _auroc_difference(truth: Classes, probability: Floats, there: NDArray[np.boo
     """AUROC on the rows that are `there`, less that on the others; NaN where a class is absent."""
 
     def auroc(rows: NDArray[np.intp]) -> float:
-        if len(set(truth[rows].tolist())) < 2:
-            return float("nan")
-        return float(roc_auc_score(truth[rows], probability[rows]))
+        return metrics.auroc_or_nan(truth[rows], probability[rows])
 
     return lambda chosen: auroc(chosen[there[chosen]]) - auroc(chosen[~there[chosen]])
 

@@ -46,7 +46,7 @@ from training.lineage import training_data
 from training.memory import keep_freed_memory
 from training.network import MultiTaskNetwork, ServedEnsemble, ServedNetwork
 from training.ood import choose_ood_threshold, fit_feature_distance, middle_features
-from training.run import Run, rows
+from training.run import Run, rows, to_calibrate_on
 from training.runners import eager, onnx_runner, open_runner, run_batches, torchscript
 from training.state import (
     belongs,
@@ -114,11 +114,7 @@ def export(
     check_replaceable(folder)
     keep_freed_memory()
     records, pixels = run.load_data()
-    validation = [
-        row
-        for row in rows(records, Split.VALIDATION, config.validate_on)
-        if records[row].melanoma is not None
-    ]
+    validation = to_calibrate_on(records, config)
     train = rows(records, Split.TRAIN)
     first = torch.from_numpy(np.array(pixels[:1])).permute(0, 3, 1, 2)
     networks = [rounded(network, first) for network in load_networks(run, records)]

@@ -21,7 +21,7 @@ from training.data.manifest import (
     save_manifest,
 )
 from training.data.origins import origin_of
-from training.data.vocabulary import Split
+from training.data.vocabulary import LEARNED, Split
 from training.run import Run
 from training.state import belongs, identity_of, load_tensors
 
@@ -151,7 +151,7 @@ def learned(run: Run) -> list[Record]:
                 "that it goes on from has learned from. Run `mmtl-train prepare` again."
             )
         records += load_manifest(run.inherited)
-    used = [record for record in records if record.split in (Split.TRAIN, Split.VALIDATION)]
+    used = [record for record in records if record.split in LEARNED]
     return list({(record.dataset, record.image): record for record in reversed(used)}.values())
 
 

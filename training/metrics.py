@@ -23,13 +23,14 @@ Reading = Callable[[Classes, Classes], float]
 
 CALIBRATION_BINS = 15
 LEAST_SENSITIVITY = 0.80
+PARTIAL_AUROC = "partial AUROC above 80 % sensitivity"
 _EPSILON = 1e-6
 # Figures that mean nothing where one class is missing.
 NEED_BOTH = frozenset(
     {
         "AUROC",
         "average precision",
-        "partial AUROC above 80 % sensitivity",
+        PARTIAL_AUROC,
         "balanced accuracy",
         "calibration slope",
         "calibration intercept",
@@ -98,6 +99,13 @@ def reliability(truth: Classes, probability: Floats) -> list[dict[str, float]]:
         }
         for number in np.unique(numbers)
     ]
+
+
+def auroc_or_nan(truth: Classes | NDArray[np.bool_], score: Floats) -> float:
+    """The AUROC; NaN without both classes."""
+    if len(set(truth.tolist())) < 2:
+        return float("nan")
+    return float(roc_auc_score(truth, score))
 
 
 def calibration_slope(truth: Classes, probability: Floats) -> float:
@@ -169,7 +177,7 @@ def binary(threshold: float) -> dict[str, Measure]:
     return {
         "AUROC": lambda truth, p: float(roc_auc_score(truth, p)),
         "average precision": lambda truth, p: float(average_precision_score(truth, p)),
-        "partial AUROC above 80 % sensitivity": partial_auroc,
+        PARTIAL_AUROC: partial_auroc,
         **at_threshold(threshold),
         "Brier score": lambda truth, p: float(brier_score_loss(truth, p)),
         "mean probability less prevalence": lambda truth, p: float(p.mean() - truth.mean()),

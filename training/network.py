@@ -59,7 +59,7 @@ class MultiTaskNetwork(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
 
     def leave_out(self, tasks: Iterable[str]) -> None:
-        """Have heads that nothing teaches say nothing: every class is as probable as the others.
+        """Have heads that nothing teaches say nothing: each class, or age, is as likely as others.
 
         They stay so, as their losses have no gradient; drawn at random, they would make answers up,
         and that of the diagnosis half of the melanoma logit.

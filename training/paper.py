@@ -10,7 +10,7 @@ from training.data.audit import audit
 from training.data.components import with_components
 from training.data.layouts import Dataset, balanced
 from training.data.manifest import Record
-from training.data.vocabulary import Split
+from training.data.vocabulary import LEARNED, Split
 from training.predictions import Predictions
 
 TABLE_4 = {
@@ -21,7 +21,6 @@ TABLE_4 = {
 }
 IMAGES = 1962
 CLEAN = "balanced, clean"
-LEARNED = (Split.TRAIN, Split.VALIDATION)
 
 
 def find_clean(dataset: Dataset, knowing: Sequence[Dataset]) -> set[str]:

@@ -48,7 +48,7 @@ from training.data.vocabulary import Split
 from training.export import golden_outputs
 from training.half import store_in_half, widen
 from training.ood import choose_ood_threshold
-from training.run import Run, rows
+from training.run import Run, rows, to_calibrate_on
 from training.runners import Runner, onnx_runner, run_batches
 
 FILE = "model.int8.onnx"
@@ -129,12 +129,7 @@ def quantize(run: Run, folder: Path) -> tuple[Bundle, list[Cost]]:
             f"{folder} looks at {bundle.manifest.input.width} x {bundle.manifest.input.height} "
             f"pixels; the images of {run.folder} have {width} x {height}."
         )
-    validate_on = run.load_config().validate_on
-    validation = [
-        row
-        for row in rows(records, Split.VALIDATION, validate_on)
-        if records[row].melanoma is not None
-    ]
+    validation = to_calibrate_on(records, run.load_config())
     melanoma = np.array([bool(records[row].melanoma) for row in validation])
     if len(set(melanoma.tolist())) < 2:
         raise DataError(

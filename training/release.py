@@ -9,7 +9,7 @@ from training import paper
 from training.data.components import shared
 from training.data.layouts import Dataset, balanced, ham10000, image_files, read_datasets
 from training.data.manifest import DataError, Record, fingerprint
-from training.data.vocabulary import Split
+from training.data.vocabulary import LEARNED, Split
 from training.evaluate import Report, evaluate
 from training.predictions import Predictions
 from training.robustness import compare_sizes, flagged_shares
@@ -116,7 +116,7 @@ def _robustness(
     )
     if originals is not None:
         report["originals"] = compare_sizes(bundle, originals)
-    learned = [record for record in records if record.split in paper.LEARNED]
+    learned = [record for record in records if record.split in LEARNED]
     known = [record for dataset in datasets for record in dataset.records]
     report["out of distribution"] = flagged_shares(bundle, predictions, learned, known, other)
     return report
@@ -145,7 +145,7 @@ def _cautions(
             "mmtl-train data audit can tell."
         )
     elif split is Split.TEST:
-        if known := shared(records, split, paper.LEARNED):
+        if known := shared(records, split, LEARNED):
             cautions.append(
                 f"Of the {asked:,} images of this split, {known:,} are of a lesion, a patient or "
                 "a picture that the network has learned from, or that stopped and calibrated it: "

@@ -20,10 +20,11 @@ PAGE = "report.html"
 
 def save_report(folder: Path, report: Report) -> None:
     """Write `report.json` and `report.html` into a folder."""
+    page, numbers = render(report), to_json(report)  # before either: they belong together
     with write_atomically(folder / JSON) as temporary:
-        temporary.write_text(to_json(report))
+        temporary.write_text(numbers)
     with write_atomically(folder / PAGE) as temporary:
-        temporary.write_text(render(report), encoding="utf-8", errors="replace")
+        temporary.write_text(page, encoding="utf-8", errors="replace")
 
 
 def to_json(report: Report) -> str:

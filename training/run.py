@@ -188,6 +188,12 @@ def rows(records: list[Record], split: Split, dataset: str = "") -> list[int]:
     ]
 
 
+def to_calibrate_on(records: list[Record], config: Config) -> list[int]:
+    """Positions of the validation images whose outcome is known."""
+    validation = rows(records, Split.VALIDATION, config.validate_on)
+    return [row for row in validation if records[row].melanoma is not None]
+
+
 def to_learn_from(
     records: list[Record], config: Config, where: object
 ) -> tuple[list[int], list[int]]:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from models.bundle import BundleError
@@ -18,13 +17,13 @@ from models.files import write_atomically
 from training.config import Config, changed_fields, parse_config
 from training.data.components import with_components
 from training.data.manifest import DataError, fingerprint, first_line, load_manifest
-from training.data.vocabulary import Split
 from training.export import load_networks
 from training.fit import fit, predict_logits
 from training.folds import members
+from training.metrics import auroc_or_nan
 from training.network import melanoma_log_odds
 from training.report import interval, number, to_json
-from training.run import Run, rows
+from training.run import Run, to_calibrate_on
 from training.state import load_tensors
 from training.statistics import Clusters, Difference, Estimate, Statistic
 
@@ -176,11 +175,7 @@ def ask(run: Run) -> Answers:
     """
     records, pixels = run.load_data()
     linked = with_components(records)
-    validation = [
-        row
-        for row in rows(records, Split.VALIDATION, run.load_config().validate_on)
-        if records[row].melanoma is not None
-    ]
+    validation = to_calibrate_on(records, run.load_config())
     logits = [predict_logits(one, pixels, validation) for one in load_networks(run, records)]
     scores = [melanoma_log_odds(one["melanoma"], one["diagnosis"]) for one in logits]
     return Answers(
@@ -247,13 +242,7 @@ def _outcome(name: str, changes: str, run: Run, answers: Answers, first: Answers
 
 
 def _auroc(answers: Answers) -> Statistic:
-    def statistic(chosen: NDArray[np.intp]) -> float:
-        truth = answers.truth[chosen]
-        if truth.all() or not truth.any():
-            return float("nan")
-        return float(roc_auc_score(truth, answers.scores[chosen]))
-
-    return statistic
+    return lambda chosen: auroc_or_nan(answers.truth[chosen], answers.scores[chosen])
 
 
 def _same_data(one: Config, other: Config) -> bool:

@@ -11,9 +11,10 @@ from models.recalibration import LOGIT
 from tests.bundles import SIDE, expected_outputs, make_bundle
 from training.config import Config
 from training.data.manifest import DataError, Record
-from training.distillation import TAUGHT, open_teachers, soft_targets
+from training.distillation import TAUGHT, _ask, open_teachers, soft_targets
 from training.losses import MultiTaskLoss
 from training.run import Run
+from training.runners import onnx_runner
 from training.tasks import MISSING, TASKS, Targets
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, SIDE, SIDE, 3), np.uint8)
@@ -44,6 +45,30 @@ def test_the_soft_targets_are_the_teachers_mean_answers(
     again = soft_targets(run, [teacher], RECORDS, IMAGES, asked)
     assert torch.equal(again["melanoma"], soft["melanoma"])
     assert kept.suffix == ".npz"
+
+
+def test_a_teacher_sees_each_image_in_its_four_mirrorings(
+    teacher: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def runner(path: Path):
+        answer = onnx_runner(path)
+
+        def run(images: np.ndarray):
+            seen.append(images.copy())
+            return answer(images)
+
+        return run
+
+    monkeypatch.setattr("training.distillation.onnx_runner", runner)
+    monkeypatch.setattr("training.distillation.TAUGHT", {"site": ()})
+    image = np.random.default_rng(0).integers(0, 256, (1, *IMAGES.shape[1:]), np.uint8)
+    _ask(teacher, image, [0])
+    expected = [image, image[:, ::-1], image[:, :, ::-1], image[:, ::-1, ::-1]]
+    assert len(seen) == 4
+    for one in expected:
+        assert sum(bool((one == other).all()) for other in seen) == 1
 
 
 def test_what_was_said_of_other_pictures_is_not_taken(

@@ -7,12 +7,14 @@ import pytest
 
 from tests.training.conftest import SMALL, small
 from tests.training.folders import draw_ham10000
+from training.cli import cli
 from training.config import Config
 from training.data.manifest import DataError, load_manifest
 from training.data.vocabulary import Split
 from training.fit import fit
 from training.prepare import prepare, prepare_manifest
 from training.run import Run
+from training.state import load_tensors
 
 ONE_EPOCH = SMALL.model_copy(update={"train_on": ("HAM10000",), "epochs": 1, "size": 32})
 
@@ -97,3 +99,23 @@ def test_what_a_fitted_run_went_on_from_stays_what_it_was(tmp_path: Path) -> Non
         prepare_manifest(records, second, config)
     assert load_manifest(second.inherited) == inherited
     assert len(inherited) > sum(record.split is not Split.TEST for record in fewer)
+
+
+def test_heads_that_nothing_teaches_are_told_of_and_say_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_ham10000(tmp_path / "data" / "ham10000", 120)
+    (table,) = (tmp_path / "data").rglob("HAM10000_metadata*")
+    head, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([head, *(row.rpartition(",")[0] + "," for row in rows)]))
+    run = Run(tmp_path / "run")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("size = 64\nepochs = 1\nbatch_size = 8\n")
+    with small():
+        given = ["prepare", str(tmp_path / "data"), "--config", str(recipe), "--run"]
+        cli([*given, str(run.folder)], standalone_mode=False)
+        fit(run, workers=0)
+    assert "no training image has a label of site: the network" in capsys.readouterr().out
+    weights = load_tensors(run.best)
+    assert not weights["heads.site.weight"].any()
+    assert weights["heads.sex.weight"].any()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from training import paper
 from training.backbones import Source, WeightsError, find_source
 from training.benchmark import probes
 from training.benchmark.features import Features, Store, extract_all, keys_of, machine
@@ -19,7 +20,6 @@ from training.data.manifest import DataError, Record, fingerprint, first_line
 from training.zoo import Backbone
 
 SEED = 0
-PAPER_IMAGES = 1962
 INTERVAL = (
     "95 %, bootstrap over components within folds, widened by how much more the mean of folds "
     "strays on permuted labels"
@@ -192,7 +192,7 @@ def _cautions(report: Report, extracted: Extracted) -> list[str]:
     if not _is_papers(extracted.records):
         lines.append(
             f"These are {report['images']:,} images, {share:.0%} of them melanoma, and not the "
-            f"{PAPER_IMAGES:,} of the paper's table, half of them melanoma: its figures and these "
+            f"{paper.IMAGES:,} of the paper's table, half of them melanoma: its figures and these "
             "do not compare."
         )
     if any(b["note"] for b in report["backbones"]):
@@ -204,4 +204,4 @@ def _cautions(report: Report, extracted: Extracted) -> list[str]:
 
 def _is_papers(records: Sequence[Record]) -> bool:
     """Whether these are all of the balanced set's val."""
-    return len(records) == PAPER_IMAGES and all(balanced.is_part(record) for record in records)
+    return len(records) == paper.IMAGES and all(balanced.is_part(record) for record in records)

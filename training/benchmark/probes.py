@@ -17,6 +17,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.utils.extmath import randomized_svd
 
 from training.data.manifest import DataError
+from training.metrics import LEAST_SENSITIVITY, PARTIAL_AUROC
 
 Floats = NDArray[np.floating]
 Truth = NDArray[np.int64]
@@ -25,9 +26,8 @@ FOLDS = 5
 AXES = 128
 REPLICATES = 1000
 NEIGHBOURS = 20
-LEAST_SENSITIVITY = 0.80
 HIGH_SENSITIVITY = 0.95
-FIGURES = ("AUROC", "partial AUROC above 80 % sensitivity", "specificity at 95 % sensitivity")
+FIGURES = ("AUROC", PARTIAL_AUROC, "specificity at 95 % sensitivity")
 # The largest value of each.
 MOST = dict(zip(FIGURES, (1.0, 1 - LEAST_SENSITIVITY, 1.0), strict=True))
 _PENALTIES = (1.0, 10.0, 100.0, 1_000.0)

@@ -18,8 +18,9 @@ Report = dict[str, Any]
 
 def save_report(folder: Path, report: Report) -> None:
     """Write `report.html`, `report.json` and `backbones.csv` into a folder."""
+    page, numbers = render(report), to_json(report)  # before any: they belong together
     with write_atomically(folder / JSON) as temporary:
-        temporary.write_text(to_json(report))
+        temporary.write_text(numbers)
     with write_atomically(folder / TABLE) as temporary, temporary.open("w", newline="") as file:
         rows = [flat(b) | {"weights are": report["weights"]} for b in report["backbones"]]
         columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -27,7 +28,7 @@ def save_report(folder: Path, report: Report) -> None:
         writer.writeheader()
         writer.writerows(rows)
     with write_atomically(folder / PAGE) as temporary:
-        temporary.write_text(render(report), encoding="utf-8", errors="replace")
+        temporary.write_text(page, encoding="utf-8", errors="replace")
 
 
 def flat(backbone: Report) -> dict[str, Any]:

@@ -45,6 +45,10 @@ class Split(StrEnum):
     EXCLUDED = "excluded"
 
 
+# What a network is fitted, stopped or calibrated by.
+LEARNED = (Split.TRAIN, Split.VALIDATION)
+
+
 SEXES = {"female": Sex.FEMALE, "f": Sex.FEMALE, "male": Sex.MALE, "m": Sex.MALE}
 
 SITES = {
@@ -110,12 +114,18 @@ _DIAGNOSES: dict[str, Diagnosis | None] = {
 }
 # What is not said to be so, or not for certain.
 _DENIED = re.compile(
-    r"\?|\b(non|not|no|without|free|neg|negative|rul(?:ed?|ing) out|r/o|versus|vs|rather|"
+    r"\?|\b(non|not|no|without|melanoma free|neg|negative|rul(?:ed?|ing) out|r/o|versus|vs|rather|"
     r"susp|suspect|suspected|suspicion|"
     r"suspicious|poss|possible|possibly|probable|probably|likely|unlikely|presumed|questionable|"
     r"doubtful|suggestive|concern|concerning|query|excl|exclude|excludes|excluded|excluding|dd|"
     r"ddx|differential|history|hx|like|mimic\w*|resembl\w*|simulat\w*)\b"
 )
+# What a melanoma came of is no second diagnosis.
+_ORIGIN = re.compile(
+    r"\b(arising|developing) (in|from|within) (an? )?(\w+ )?nevus|\bnevus associated"
+)
+# Names that other words hold: "df", "scc".
+_SHORT = 5
 # Finer terms than the eight, by words that only they contain ("Melanoma in situ, NOS").
 _CONTAINED = {
     "squamous cell carcinoma in situ": Diagnosis.AKIEC,
@@ -150,12 +160,14 @@ def diagnosis_of(words: str) -> Term:
     text = text.replace("_", " ").replace("-", " ").replace("not otherwise specified", "nos")
     if _DENIED.search(text):
         return Term(None, None, known=False)
+    text = _ORIGIN.sub("", text)
     named = set[Diagnosis]()
     for part, diagnosis in _CONTAINED.items():
         text, count = re.subn(rf"\b{part}s?\b", "", text)
         if count:
             named.add(diagnosis)
-    if len(named) != 1:  # "nevus / melanoma" does not say which
+    others = [term for term in _DIAGNOSES if len(term) > _SHORT and term in text]
+    if len(named) != 1 or others:  # "nevus / melanoma" does not say which
         return Term(None, None, known=False)
     (only,) = named
     return Term(only, only is Diagnosis.MEL)

@@ -408,9 +408,21 @@ def test_columns_are_found_however_their_words_are_joined(tmp_path: Path) -> Non
             "a,P1,male,40,torso,melanoma",
             True,
         ),
+        (
+            "image,patient_id,sex,age_approx,anatom_site_general,benign_malignant",
+            "a,P1,male,40,torso,malignant",
+            True,
+        ),
+        ("image,patient_id,sex,age_approx,anatom_site_general,dx", "a,P1,male,40,torso,mel", True),
+        (
+            "image_id,patient_id,lesion_id,dx,age,sex,localization,melanoma",
+            "a,P1,L1,,40,male,back,1",
+            True,
+        ),
+        ("image_id,patient_id,dx,melanoma,age", "a,P1,nv,0,40", False),
     ],
 )
-def test_a_table_that_is_like_isic_2020s_keeps_its_labels(
+def test_a_table_that_is_like_a_published_one_keeps_its_labels(
     tmp_path: Path, header: str, row: str, melanoma: bool
 ) -> None:
     (record,) = clinic(tmp_path / "own", header, row).records

@@ -148,6 +148,9 @@ def test_an_isic_id_is_found_in_the_names_that_copies_have(name: str, image: str
         ("Nevus, Atypical, Dysplastic, or Clark", Diagnosis.NV, False, True),
         ("Lentigo maligna", Diagnosis.MEL, True, True),
         ("Melanoma in situ, NOS", Diagnosis.MEL, True, True),
+        ("Melanoma arising in a nevus", Diagnosis.MEL, True, True),
+        ("nevus-associated melanoma", Diagnosis.MEL, True, True),
+        ("Melanoma, margins free", Diagnosis.MEL, True, True),
         *(
             (said, None, None, False)
             for said in (
@@ -160,6 +163,9 @@ def test_an_isic_id_is_found_in_the_names_that_copies_have(name: str, image: str
                 "nevus; melanoma excl.",
                 "nevus or melanoma",
                 "nevus / melanoma",
+                "seborrheic keratosis or melanoma",
+                "solar lentigo / melanoma",
+                "nevus / dermatofibroma",
             )
         ),
     ],

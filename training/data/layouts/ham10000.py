@@ -1,5 +1,7 @@
 """HAM10000 (Tschandl et al. 2018): `HAM10000_metadata` and one or two folders of images."""
 
+from pathlib import Path
+
 from training.data.layouts import Place, image_of
 from training.data.manifest import Record
 from training.data.tables import Faults, read_rows
@@ -11,15 +13,19 @@ URL = "https://doi.org/10.7910/DVN/DBW86T"
 _COLUMNS = {"lesion_id", "image_id", "dx", "age", "sex", "localization"}
 
 
+# Of a plain table, which reads them.
+_OF_OTHERS = {"melanoma", "split", "dataset"}
+
+
 def recognise(place: Place) -> bool:
-    """By the columns `image_id` and `dx`."""
-    return bool(place.tables_with("image_id", "dx"))
+    """By its columns, and none of others'."""
+    return bool(_tables(place))
 
 
 def read(place: Place, faults: Faults) -> list[Record]:
     """Read the table."""
     records = []
-    for row in read_rows(place.tables_with("image_id", "dx")[0], _COLUMNS, faults):
+    for row in read_rows(_tables(place)[0], _COLUMNS, faults):
         image = image_of(row, "image_id")
         if image is None:
             continue
@@ -39,3 +45,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
             )
         )
     return records
+
+
+def _tables(place: Place) -> list[Path]:
+    return [path for path in place.tables_with(*_COLUMNS) if not place.tables[path] & _OF_OTHERS]

@@ -11,7 +11,8 @@ URL = "https://doi.org/10.34970/2020-ds01"
 _IMAGE = ("image_name", "image")
 _PATIENT = ("patient_id", "patient")
 _SITE = ("anatom_site_general_challenge", "anatom_site_general")
-_LABELS_OF_OTHERS = {"melanoma", "label", "class"}
+# Of a plain table, which reads them.
+_OF_OTHERS = {"melanoma", "label", "class", "dx", "lesion", "split", "dataset"}
 
 
 def recognise(place: Place) -> bool:
@@ -44,8 +45,10 @@ def read(place: Place, faults: Faults) -> list[Record]:
 
 
 def _is_table(header: frozenset[str]) -> bool:
+    told_otherwise = "benign_malignant" in header and "target" not in header
     return (
-        not {"isic_id", *_LABELS_OF_OTHERS} & header
+        not {"isic_id", *_OF_OTHERS} & header
+        and not told_otherwise
         and {"sex", "age_approx"} <= header
         and all(any(name in header for name in names) for names in (_IMAGE, _PATIENT, _SITE))
     )

@@ -31,7 +31,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
     records = []
     for table, header in place.tables.items():
         if _is_table(header, place):
-            if unread := sorted(header - _READ):
+            if unread := sorted(header - _READ - {""}):
                 faults.add(
                     "unread column",
                     f"{table}: nothing is read of {', '.join(unread)} (docs/data.md names the "
