@@ -392,8 +392,14 @@ def allow_files(most_connections: int) -> None:
 
 
 def keep_no_core() -> None:
-    """Let this process leave no core dump, which would hold pictures and keys."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    """Let this process leave no core dump, which would hold pictures and keys.
+
+    A limit of 1 byte is less than any file, and Linux gives none to a program that collects dumps
+    then, either (core(5), `fs/coredump.c`), which it does with 0.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    soft = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
+    resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
 
 
 class Server(uvicorn.Server):

@@ -87,7 +87,7 @@ class Spans:
         span.end()
 
     def close(self) -> None:
-        """Send what is left; a collector that is away is not waited for."""
+        """Send what is left; a collector that is away is waited for two seconds, no longer."""
         with suppress(RuntimeError):  # no thread is to be had just now
             wait([begin(self._provider.shutdown)], _LAST_SECONDS)
 

@@ -16,20 +16,26 @@ if TYPE_CHECKING:
 
 # Bytes; those of RGB have less than four thousand, or some hundred thousand where they are tables.
 MOST_PROFILE = 1_000_000
+# Elements that a profile may name ever so often, which makes minutes and gigabytes of a small one:
+# floating-point pipelines (ICC.1:2022, 10.16), which no camera or editor writes.
+_PIPELINE = b"mpet"
 # Levels by which a profile of sRGB itself may move colours, as it rounds its curves.
 _SAME = 2
 _STEPS = 9
 
 
-def in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+def in_srgb(image: Image.Image, profile: object) -> Image.Image:
     """An RGB picture in sRGB's colours; as it is, where its profile is sRGB's or of no use.
 
     Args:
         image: RGB.
-        profile: What its file says of its colours. One that is damaged, has more than
-            `MOST_PROFILE` bytes or is not of RGB says nothing, as in viewers.
+        profile: What its file says of its colours, whatever that is: a TIFF may have numbers there.
+            One that is damaged, has more than `MOST_PROFILE` bytes or pipelines, or is not of RGB,
+            says nothing, as in viewers.
     """
-    if not profile or len(profile) > MOST_PROFILE:
+    if not isinstance(profile, bytes) or not 0 < len(profile) <= MOST_PROFILE:
+        return image
+    if _PIPELINE in profile:
         return image
     transform = _transform(profile)
     return image if transform is None else transform.apply(image)

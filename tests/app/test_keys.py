@@ -142,6 +142,16 @@ def test_a_quota_is_a_minute_s_requests_and_refills(path: Path, clock) -> None:
     assert [running.wait_seconds(found) for _ in range(4)] == [0, 0, 0, 20]
 
 
+def test_who_waits_as_long_as_is_said_is_let_in(path: Path, clock) -> None:
+    key = create_key(path, "tool", ("predict",), 7)
+    running = Keys(path)
+    found = running.find(key)
+    assert found is not None
+    assert [running.wait_seconds(found) for _ in range(8)] == [0] * 7 + [9]  # of 8.57
+    clock.now += 9
+    assert running.wait_seconds(found) == 0
+
+
 def test_a_quota_that_is_changed_in_the_file_holds_from_then_on(path: Path, clock) -> None:
     key = create_key(path, "tool", ("predict",), 3)
     running = Keys(path)

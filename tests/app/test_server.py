@@ -486,7 +486,7 @@ def test_a_process_that_fails_leaves_no_core_dump(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("resource.getrlimit", lambda _: (INFINITY, INFINITY))
     monkeypatch.setattr("resource.setrlimit", lambda which, both: limits.append((which, both)))
     keep_no_core()
-    assert limits == [(resource.RLIMIT_CORE, (0, INFINITY))]
+    assert limits == [(resource.RLIMIT_CORE, (1, INFINITY))]
 
 
 def test_a_byte_between_two_requests_gains_no_time(port: int) -> None:

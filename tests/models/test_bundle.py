@@ -350,3 +350,16 @@ def test_an_artifact_that_was_left_out_is_passed_over(tmp_path: Path) -> None:
         bundle.artifact("onnx", "fp32")
     (folder / "model.int8.onnx").rename(folder / "model.onnx")
     assert load_bundle(folder).artifact_for_cpu().file == "model.onnx"
+
+
+def test_every_artifact_that_is_there_is_verified(tmp_path: Path) -> None:
+    def integers(manifest: dict) -> None:
+        first = manifest["artifacts"][0]
+        manifest["artifacts"].append({**first, "file": "model.int8.onnx", "precision": "int8"})
+
+    folder = changed(tmp_path, integers)
+    content = bytearray((folder / "model.onnx").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.int8.onnx").write_bytes(content)
+    with pytest.raises(BundleError, match=r"model\.int8\.onnx is not the file"):
+        load_bundle(folder)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from models.colours import MOST_PROFILE, in_srgb
 from models.images import decode
@@ -89,11 +89,25 @@ def test_a_progressive_jpeg_keeps_its_profile_though_it_is_decoded_small() -> No
         profile(P3, b"GRAY"),
         profile(P3, b"CMYK"),
         profile(P3).ljust(MOST_PROFILE + 1, b"\0"),
+        profile(P3) + b"mpet",  # of which LittleCMS makes gigabytes
+        None,
+        3,
+        0.5,
     ],
 )
-def test_a_profile_of_no_use_says_nothing(icc: bytes) -> None:
+def test_a_profile_of_no_use_says_nothing(icc: object) -> None:
     image = picture()
     assert in_srgb(image, icc) is image
+
+
+@pytest.mark.parametrize(("kind", "value"), [(3, 7), (4, 7), (12, 0.5)])
+def test_a_tiff_may_have_anything_for_a_profile(kind: int, value: float) -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[34675] = kind
+    tags[34675] = value
+    file = BytesIO()
+    picture().save(file, "TIFF", tiffinfo=tags)
+    assert (decode(file.getvalue(), 160, 160).pixels == np.asarray(picture())).all()
 
 
 def test_a_grey_picture_stays_grey() -> None:
