@@ -166,8 +166,12 @@ def diagnosis_of(words: str) -> Term:
         text, count = re.subn(rf"\b{part}s?\b", "", text)
         if count:
             named.add(diagnosis)
-    others = [term for term in _DIAGNOSES if len(term) > _SHORT and term in text]
-    if len(named) != 1 or others:  # "nevus / melanoma" does not say which
+    others = {
+        diagnosis
+        for term, diagnosis in _DIAGNOSES.items()
+        if len(term) > _SHORT and diagnosis and re.search(rf"\b{re.escape(term)}\b", text)
+    }
+    if len(named) != 1 or others - named:  # "nevus / melanoma" does not say which
         return Term(None, None, known=False)
     (only,) = named
     return Term(only, only is Diagnosis.MEL)
