@@ -18,6 +18,7 @@ from app.forms import FIELD
 from app.predictor import Predictor
 from app.problems import Problem, answer, respond
 from app.schemas import Failure, ModelFacts, PredictResponse, ProblemBody, Result, Success
+from app.telemetry import HEADERS
 from app.trace import Trace, trace_of
 from app.uploads import RAW_TYPES, Held, Upload, open_uploads
 from models.threads import begin
@@ -64,13 +65,18 @@ _BODY = {
         **dict.fromkeys(RAW_TYPES, _BINARY),
     },
 }
+# What is said of a patient is to be kept by no browser, and by no proxy on the way.
+_NOT_KEPT = {"Cache-Control": "no-store"}
 _STATUSES = (400, 401, 403, 408, 413, 415, 422, 429, 431, 500, 503)
 
 
 @router.post(
     _PATH,
     response_model=PredictResponse,
-    responses=problems.describe(*_STATUSES),
+    responses={
+        200: {"headers": problems.as_headers(HEADERS | {"Cache-Control": "`no-store`."})},
+        **problems.describe(*_STATUSES),
+    },
     openapi_extra={"requestBody": _BODY},
     summary="Melanoma probability, age bin, anatomical site, sex and diagnosis of each image",
 )
@@ -142,7 +148,7 @@ def _respond(
     )
     trace.problems.append(problem.kind.name)
     fields = problem.body().model_dump(exclude_unset=True)
-    return respond(problem, ProblemBody(**fields, results=results))
+    return respond(problem, ProblemBody(**fields, results=results), _NOT_KEPT)
 
 
 class _HeldResponse(Response):
@@ -157,7 +163,7 @@ class _HeldResponse(Response):
     """
 
     def __init__(self, text: str, held: Held):
-        super().__init__(text, media_type="application/json")
+        super().__init__(text, headers=_NOT_KEPT, media_type="application/json")
         self._let_go: Callable[[], object] | None = None
         size = len(self.body)
         if size > _UNCOUNTED_BYTES:

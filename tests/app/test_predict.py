@@ -42,6 +42,7 @@ def test_a_file_is_answered_as_the_contract_says(client: TestClient) -> None:
     data = flat(160, 80, 60)
     answer = client.post("/predict", files=form(data))
     assert answer.status_code == 200
+    assert answer.headers["Cache-Control"] == "no-store"  # by browsers and proxies
     body = answer.json()
     artifact, manifest = (body["model"].pop(name) for name in ("sha256", "manifest_sha256"))
     bundle = client.app.state.settings.bundle
@@ -245,6 +246,7 @@ def test_an_only_file_that_fails_is_the_answer(
 def test_when_all_files_fail_each_has_its_problem_inside(client: TestClient) -> None:
     answer = client.post("/predict", files=form(b"text", huge_png()))
     check_problem(answer, 422, "all-files-failed")
+    assert answer.headers["Cache-Control"] == "no-store"  # it names files
     types = [result["error"]["type"] for result in answer.json()["results"]]
     assert types == ["urn:mmtl:problem:unsupported-image", "urn:mmtl:problem:image-too-large"]
 
