@@ -13,7 +13,7 @@ install := $(uv) pip install --quiet --python $(VENV)/bin/python --require-hashe
 editable := $(uv) pip install --quiet --python $(VENV)/bin/python --no-deps --no-build-isolation -e .
 
 .PHONY: serve training test test-slow lint check default-bundle benchmark bench-serve bench-serve-gpu \
-	reliability fuzz secrets audit sbom docs lock clean
+	reliability fuzz secrets audit sbom docs lock lock-peers clean
 
 ## Serve the shipped bundle on http://127.0.0.1:8000 (settings: MMTL_*; see docs/settings.md).
 serve: $(VENV)/.cpu
@@ -68,7 +68,7 @@ benchmark: $(VENV)/.dev
 		--weights-dir $(WEIGHTS) --weights-notes docs/benchmark/weights.toml \
 		--finetune 3 --run runs/benchmark --out docs/benchmark
 
-## mmtl beside LitServe, BentoML, Ray Serve and FastAPI (three quarters of an hour; installs each on its own).
+## mmtl beside LitServe, BentoML, Ray Serve and FastAPI (an hour, Linux, 12 GB of memory; installs each on its own).
 bench-serve: $(VENV)/.dev
 	$(VENV)/bin/python -m benchmarks.serving.compare $(DATA)
 
@@ -165,6 +165,17 @@ lock: | $(uv)
 	printf 'hatchling\natheris\nschemathesis\n' | $(lock) pyproject.toml - --extra cpu --extra oidc --extra signatures --extra tracing \
 		-c requirements/cpu.txt -o requirements/fuzz.txt
 	printf 'pip-audit\ncyclonedx-bom\n' | $(lock) - -c requirements/dev.txt -o requirements/audit.txt
+
+## The same of what `make bench-serve` and `make bench-serve-gpu` measure mmtl beside.
+peers := benchmarks/serving/requirements
+alike := onnxruntime\nnumpy\npillow\npython-multipart\n
+lock-peers: | $(uv)
+	printf 'fastapi\nuvicorn[standard]\n$(alike)' | $(lock) - -c requirements/cpu.txt -o $(peers)-fastapi.txt
+	printf 'litserve\nuvicorn[standard]\n$(alike)' | $(lock) - -c requirements/cpu.txt -o $(peers)-litserve.txt
+	printf 'ray[serve]\nray-haproxy\nuvicorn[standard]\n$(alike)' | $(lock) - -c requirements/cpu.txt -o $(peers)-ray.txt
+	printf 'bentoml>=1.4\n$(alike)' | $(lock) - -o $(peers)-bentoml.txt  # it has OpenTelemetry of its own
+	echo 'onnxruntime-gpu[cuda,cudnn]' | $(lock) - $(addprefix --no-emit-package=,flatbuffers numpy packaging protobuf) \
+		-o $(peers)-onnxruntime-gpu.txt
 
 clean:
 	rm -rf $(VENV) .venv-e2e .mypy_cache .ruff_cache .pytest_cache .hypothesis

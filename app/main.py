@@ -124,7 +124,7 @@ def create_app(
     app.add_middleware(
         Telemetry,
         metrics=measured,
-        model_version=lambda: networks.current.facts.version,
+        model_version=networks.version,
         spans=spans,
     )
     if settings.cors_origins:

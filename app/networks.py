@@ -94,6 +94,10 @@ class Networks:
         self.current.batcher.start()
         threading.Thread(target=self._watch, name="mmtl-watch", daemon=True).start()
 
+    def version(self) -> str:
+        """Of the bundle that is served."""
+        return self.current.facts.version
+
     @property
     def draining(self) -> bool:
         """Whether the service is to end."""
@@ -167,7 +171,7 @@ class Networks:
             self.current.batcher.drain()
         self._metrics.reloads.labels("switched").inc()
         self._announce()
-        log.info("reloaded", before=old.facts.version, now=self.current.facts.version)
+        log.info("reloaded", before=old.facts.version, now=self.version())
         self._retiring.append(old)
         try:
             begin(self._retire)
@@ -267,7 +271,7 @@ class Networks:
         if self._draining:
             self.current.batcher.drain()
         give_back()
-        log.warning("network replaced", version=self.current.facts.version)
+        log.warning("network replaced", version=self.version())
         return True
 
     def _load_apart(self) -> Network:

@@ -67,6 +67,7 @@ class Protocol(HttpToolsProtocol):
     Args:
         settings: The limits.
         metrics: Told of what is refused, which the application never sees.
+        model_version: Of the network that is served now.
         spare: The server's connections that are too many, the oldest first.
         arguments: Uvicorn's own.
         named: Likewise.
@@ -76,6 +77,7 @@ class Protocol(HttpToolsProtocol):
         self,
         settings: Settings,
         metrics: Metrics,
+        model_version: Callable[[], str],
         spare: dict["Protocol", None],
         *arguments: Any,
         **named: Any,
@@ -83,6 +85,7 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self._settings = settings
         self._metrics = metrics
+        self._model_version = model_version
         self._spare = spare
         self._timer: asyncio.TimerHandle | None = None
         self._heard = False
@@ -348,7 +351,12 @@ class Protocol(HttpToolsProtocol):
         origin = dict(self.headers or ()).get(b"origin", b"").decode("latin-1")
         answer = respond(
             problem,
-            headers={"X-Request-ID": request_id, **as_cors(self._settings.cors_origins, origin)},
+            headers={
+                "X-Request-ID": request_id,
+                "X-Model-Version": self._model_version(),
+                "Server-Timing": "total;dur=0.0",  # which begins with the end of the headers
+                **as_cors(self._settings.cors_origins, origin),
+            },
         )
         status = HTTPStatus(answer.status_code)
         lines = [
@@ -415,12 +423,14 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, settings: Settings):
+        self._networks: Networks = app.state.networks
+        protocol = partial(Protocol, settings, app.state.metrics, self._networks.version, {})
         super().__init__(
             uvicorn.Config(
                 app,
                 host=settings.host,
                 port=settings.port,
-                http=partial(Protocol, settings, app.state.metrics, {}),  # type: ignore[arg-type]  # called like the class
+                http=protocol,  # type: ignore[arg-type]  # called like the class
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -434,7 +444,6 @@ class Server(uvicorn.Server):
         # Called when it listens, and takes its signals.
         self.on_start: Callable[[], None] = lambda: None
         self.stops_on = {signal.SIGINT, signal.SIGTERM}
-        self._networks: Networks = app.state.networks
         self._networks.on_failure = self._fail
 
     async def startup(self, sockets: list[socket] | None = None) -> None:

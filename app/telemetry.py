@@ -45,6 +45,8 @@ HEADERS = {
     "X-Model-Version": "Of the bundle that answered, or is served.",
     "Server-Timing": "Milliseconds by stage.",
 }
+# Of `POST /predict`, that the application gives.
+_STATUSES = (200, 400, 401, 403, 408, 413, 415, 422, 429, 499, 500, 503)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # As nginx counts it: the caller went before there was an answer.
 _GONE = 499
@@ -160,7 +162,7 @@ class Metrics:
         self.predicted_as = cache(self.predicted.labels)
         for stage in STAGES:
             self.stage(stage)
-        for status in ("200", "499", "500", "503"):  # the first of a kind is a rise from zero, too
+        for status in _STATUSES:  # the first of a kind is a rise from zero, too
             self.requests.labels("POST", "/predict", status)
         for outcome in OUTCOMES:
             self.images.labels(outcome)

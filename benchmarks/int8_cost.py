@@ -9,6 +9,7 @@ Exits with 1 where it costs more than the default of a CPU may: 0.003 of AUROC, 
 the decisions or of the out-of-distribution flags.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -73,13 +74,17 @@ def compare(
     return kept
 
 
-def main(run: Path, folder: Path) -> int:
+def main() -> int:
     """Print the page; 1 where a limit is passed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="Folder of a run, prepared.")
+    parser.add_argument("bundle", type=Path, help="Its bundle, with an int8 artifact.")
+    arguments = parser.parse_args()
     configure_logs("WARNING")  # not into the page
-    records, _ = Run(run).load_data()
+    records, _ = Run(arguments.run).load_data()
     tested = [r for r in held_out(records, Split.TEST) if r.dataset == "HAM10000"]
     tested = [r for r in tested if r.melanoma is not None]
-    bundle = load_bundle(folder)
+    bundle = load_bundle(arguments.bundle)
     artifacts = [bundle.artifact("onnx", "fp32"), bundle.artifact("onnx", "int8")]
     clusters = Clusters([r.component for r in tested])
     melanomas = sum(bool(r.melanoma) for r in tested)
@@ -109,4 +114,4 @@ def main(run: Path, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(main())

@@ -10,7 +10,6 @@ bootstrap over tenths of the time.
 """
 
 import argparse
-import os
 import sys
 import time
 from io import BytesIO
@@ -21,7 +20,7 @@ from full_size import start_service
 from PIL import Image
 
 from app import load
-from models.cores import processor
+from models.cores import available_cores, processor
 
 CLIENTS = 32
 BLOCKS = 10
@@ -92,7 +91,7 @@ def main() -> None:
     what = f"{sizes[0] / 1000:.0f} to {sizes[-1] / 1000:.0f} kB"
     print(
         f"{sent:,} requests of {CLIENTS} clients in {took / 60:.1f} minutes on "
-        f"{len(os.sched_getaffinity(0))} cores ({processor()}): {len(sizes)} images of {what} in "
+        f"{available_cores()} cores ({processor()}): {len(sizes)} images of {what} in "
         f"turn, and a damaged one; a line of log for each. {failed} answers were neither 200 nor "
         f"422. Resident memory: {memory[0]:.0f} MB after a tenth, {memory[-1]:.0f} MB at the end, "
         f"at most {most:.0f} MB. Slope: {slope:+.1f} MB in 100,000 requests ({low:+.1f} to "

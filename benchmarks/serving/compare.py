@@ -14,7 +14,6 @@ and a run that was interrupted goes on there; the page of this kind of CPU is wr
 import argparse
 import hashlib
 import json
-import os
 import platform
 import signal
 import subprocess
@@ -38,11 +37,13 @@ from benchmarks.serving.process import (
     System,
     fingerprint,
     make_environment,
+    surroundings,
 )
 from models.bundle import Bundle, load_bundle
-from models.cores import processor
+from models.cores import available_cores, processor
 
-CORES = len(os.sched_getaffinity(0))
+# As many as the service takes: a container may have fewer than its machine.
+CORES = available_cores()
 SECONDS = 3.0
 REPEATS = 4
 MIXES = ("small", "medium", "full size", "mixed")
@@ -61,10 +62,6 @@ MEASURED = (
     HERE / "peers",
     *(HERE / f"{name}.py" for name in ("compare", "limit", "null_server", "process")),
 )
-# Images that may wait where refusals are looked at: fewer than there are connections.
-SHORT_QUEUE = 32
-# By which what it accepts must be answered.
-SHORT_DEADLINE_SECONDS = 1
 LIMIT_BATCH = 8
 # Its documentation's "high throughput mode" (/kuberay/user-guides/serve-high-throughput.html).
 RAY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
@@ -73,7 +70,7 @@ PEER_BATCH = 8
 # How far apart probabilities of an age bin may be: decoders and integers make some difference.
 _ALIKE = 0.1
 # Of measuring: figures of another one do not belong beside these.
-METHOD = "each load to all systems in turn, open loops after a new start; the faster of two limits"
+METHOD = "each load to all systems in turn, at rest before it, open loops after a new start"
 _T = TypeVar("_T")
 
 
@@ -127,20 +124,19 @@ def systems(
 
     uvicorn = ("uvicorn", "fastapi_app:app", "--log-level", "warning")
     workers = ("--workers", str(processes))
+    bentoml = ("bentoml", "serve", "bentoml_app:Service", "--host", "127.0.0.1")
     its_cores = str(max(CORES // processes, 1))
     return {
         page.SAME: mmtl(MMTL_PRECISION="fp32"),
         page.SHIPPED: mmtl(),
         page.INT8: mmtl(MMTL_PRECISION="int8"),
-        page.SHORT: mmtl(
-            MMTL_QUEUE_SIZE=str(SHORT_QUEUE), MMTL_DEADLINE_SECONDS=str(SHORT_DEADLINE_SECONDS)
-        ),
+        **{name: mmtl(**variables) for name, variables in page.REFUSING.items()},
         "FastAPI": other("fastapi", *uvicorn, "--port"),
         page.PROCESSES: other("fastapi", *uvicorn, *workers, "--port", many=True, CORES=its_cores),
         page.SCALED: other("fastapi", *uvicorn, "--port", SCALED="1"),
         page.UNCOPIED: other("fastapi", *uvicorn, "--port", UNCOPIED="1"),
         "LitServe": other("litserve", "python", f"{peers}/litserve_app.py"),
-        "BentoML": other("bentoml", "bentoml", "serve", "bentoml_app:Service", "--port", many=True),
+        "BentoML": other("bentoml", *bentoml, "--port", many=True),
         "Ray Serve": other("ray", "python", f"{peers}/ray_app.py", **RAY),
         "nothing": other("mmtl", "python", f"{HERE}/null_server.py"),
     }
@@ -160,7 +156,7 @@ def loads_of(name: str, crowd: int) -> list[Load]:
     alone = [Load(mix, 1) for mix in MIXES]
     if name.startswith("limit"):
         return [*alone, *every]
-    if name == page.SHORT:
+    if name in page.REFUSING:
         return [Load("mixed", crowd), arrivals[-1]]
     if name not in page.LIMIT:
         alone = [Load("mixed", 1)]
@@ -248,7 +244,7 @@ def _run_bare(system: System, files: list[Path], threads: int, batch: int) -> di
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, **system.variables, "MMTL_THREADS": str(CORES)},
+        env={**surroundings(), **system.variables, "MMTL_THREADS": str(CORES)},
     )
     if done.returncode:
         raise SystemExit(f"limit.py failed: {done.stderr[-500:]}")
@@ -274,6 +270,7 @@ def measure(
     repeat: int,
     crowd: int = CROWD,
     batch: int = LIMIT_BATCH,
+    answers: list[list[float]] | None = None,
 ) -> dict[str, Any]:
     """Every load on all of some systems, in turn, while the others are stopped.
 
@@ -285,6 +282,7 @@ def measure(
         repeat: Each has another order.
         crowd: Clients that every mix is measured with.
         batch: Of the bare loop, at most.
+        answers: Of systems that were measured before, which those of these are added to.
 
     Raises:
         SystemExit: One of them does not start, answers otherwise than the others, or the load
@@ -295,12 +293,13 @@ def measure(
     found: dict[str, Any] = {name: {"loads": {}} for name in names}
     running: dict[str, Process] = {}
     anew = set[str]()
-    answers: list[list[float]] = []
+    answers = [] if answers is None else answers
 
     def start(name: str) -> float:
         log = run / f"{name.replace(', ', '-').replace(' ', '-')}.log"
         running[name] = Process(served[name], log)
         seconds, answer = running[name].wait(mixes["small"][0].read_bytes())
+        running[name].settle()
         running[name].pause()
         if name != "nothing":
             answers.append(ages(answer))
@@ -407,6 +406,17 @@ def collect(
     return rows
 
 
+def chosen(names: Sequence[str], only: Sequence[str] | None) -> list[str]:
+    """Those that were asked for, if any were.
+
+    Raises:
+        SystemExit: One of them is none.
+    """
+    if unknown := sorted(set(only or ()) - {*names}):
+        raise SystemExit(f"There is no system {unknown[0]!r}. There are: {'; '.join(names)}.")
+    return [name for name in names if name in (only or names)]
+
+
 def main() -> None:
     """Measure what is missing, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -424,15 +434,16 @@ def main() -> None:
     mixes = make_images(arguments.data.resolve(), arguments.run / "images")
     if arguments.page:
         rows = json.loads((arguments.out / f"{arguments.name}.json").read_text())
-        if rows[0].get("method") != METHOD:
-            raise SystemExit(f"{arguments.name}.json was measured in another way: measure it anew.")
+        facts = {"method": METHOD, "images": conditions(bundle, mixes)["images"]}
+        if differ := [fact for fact in facts if rows[0].get(fact) != facts[fact]]:
+            raise SystemExit(
+                f"{arguments.name}.json is of another {' and '.join(differ)}: measure it anew."
+            )
         page.write(arguments.out, arguments.name, rows, bundle, mixes)
         return
     known = systems(network, bundle.manifest.input.width)
-    names = [*known, *page.LIMIT.values()]
-    if arguments.only:
-        names = [name for name in names if name in arguments.only]
-    for name in {system.environment for system in known.values()}:
+    names = chosen([*known, *page.LIMIT.values()], arguments.only)
+    for name in {"mmtl", *(known[name].environment for name in names if name in known)}:
         make_environment(name)
 
     def measure_group(names: list[str], repeat: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ The same ONNX file behind each system, in ONNX Runtime on the first GPU. docs/pe
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -51,7 +50,7 @@ def systems(network: Path, side: int, processes: int) -> dict[str, System]:
 
 def machine() -> str:
     """What the figures are of: the GPU, the cores, and Python."""
-    cores = f"{len(os.sched_getaffinity(0))} cores ({processor()})"
+    cores = f"{compare.CORES} cores ({processor()})"
     return f"{gpu_name()}; {cores}, Python {platform.python_version()}"
 
 
@@ -88,7 +87,7 @@ def main() -> None:
     network = bundle.path(bundle.artifact("onnx", "fp32"))
     known = systems(network, bundle.manifest.input.width, arguments.processes)
     every = (*known, LIMIT)
-    names = [name for name in every if name in (arguments.only or every)]
+    names = compare.chosen(every, arguments.only)
     if arguments.only and not arguments.page:
         _measure(known, names, bundle, arguments)
         return
@@ -125,10 +124,12 @@ def _measure(
     for name in {known[name].environment for name in names if name != LIMIT}:
         make_environment(name)
 
+    answers: list[list[float]] = []
+
     def measure_one(names: list[str], repeat: int) -> dict[str, Any]:
         served = {name: known[name] for name in names if name != LIMIT}
         bare = {name: known[ALONE] for name in names if name == LIMIT}
-        return compare.measure(served, bare, mixes, arguments.run, repeat, CROWD, BATCH)
+        return compare.measure(served, bare, mixes, arguments.run, repeat, CROWD, BATCH, answers)
 
     # One after the other: what holds a GPU's memory holds it while it is stopped, too.
     one_by_one = [[name] for name in names]

@@ -113,7 +113,8 @@ def main() -> None:
         f"{bundle.manifest.name} {bundle.manifest.version}; {machine()}. Milliseconds a run, from "
         f"pixels in memory to answers in memory, the median of up to {RUNS}; until the first "
         f"answer of all {len(SIZES)} sizes; and how far the log-odds of melanoma and the age are "
-        "from the CPU's, at most (torch's artifacts are of another network).\n"
+        "from the CPU's, at most (torch's artifacts are of another network). TensorRT and pinned "
+        "memory are not measured.\n"
     )
     print(row(["", *(f"{size} images" for size in SIZES), "first answers, s", "log-odds", "years"]))
     print(row(["---"] * (len(SIZES) + 4)))

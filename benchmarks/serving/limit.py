@@ -15,6 +15,7 @@ import statistics
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -54,9 +55,8 @@ def main(seconds: float, threads: int, batch: int, paths: list[str]):
                 run(pixels)
             spans.append(time.monotonic() - began)
 
-    workers = [threading.Thread(target=work) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
+    pool = ThreadPoolExecutor(threads)
+    workers = [pool.submit(work) for _ in range(threads)]
     # What ends in the measured time counts, as it does for a service.
     time.sleep(_WARM_UP_SECONDS)
     before, start, cpu = len(spans), time.monotonic(), time.process_time()
@@ -65,7 +65,7 @@ def main(seconds: float, threads: int, batch: int, paths: list[str]):
     measured = spans[before:]
     over.set()
     for worker in workers:
-        worker.join()
+        worker.result()  # or what it failed with
     count = len(measured) * batch
     print(
         json.dumps(

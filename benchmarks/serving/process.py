@@ -25,8 +25,16 @@ PORT = 8765
 # What the name of an environment ends with where the network runs on a GPU.
 ON_GPU = "-gpu"
 _MARK = "BENCH_SERVE_TOKEN"
-# As it is in mmtl: none reports while it is measured.
-_ALIKE = {"ORT_DISABLE_TELEMETRY": "1"}
+# As it is in mmtl: none reports to its makers while it is measured.
+_ALIKE = {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "BENTOML_DO_NOT_TRACK": "True",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# Of variables that are settings of what is measured: those of whoever measures are not to be.
+_SETTINGS = ("MMTL_", "OMP_", "ORT_", "OTEL_", "RAY_", "BENTOML_", "WEB_CONCURRENCY")
+# At rest: of a core; looked at so often, in seconds, and so many times at most.
+_RESTS, _LOOK_SECONDS, _LOOKS = 0.1, 0.5, 60
 # Of /proc/PID/smaps: proc_pid_smaps(5).
 _MAPPING = re.compile(
     r"^[0-9a-f]+-[0-9a-f]+ \S+ (?P<place>[0-9a-f]+ \S+) (?P<inode>\d+).*\n"
@@ -83,7 +91,7 @@ def make_environment(name: str) -> Path:
     elif gpu:
         made_of.append(HERE / "requirements-onnxruntime-gpu.txt")
     if not done.exists() or done.read_text() != fingerprint(*made_of):
-        uv = ROOT / ".venv/bin/uv"
+        uv = Path(sys.executable).with_name("uv")
         print(f"installing {folder}", file=sys.stderr)
         subprocess.run([uv, "venv", "--quiet", "--clear", "-p", sys.executable, folder], check=True)
         there = ["--quiet", "--python", folder / "bin/python"]
@@ -99,6 +107,11 @@ def make_environment(name: str) -> Path:
             subprocess.run([*install, "--no-deps", "--require-hashes", "-r", locked], check=True)
         done.write_text(fingerprint(*made_of))
     return folder / "bin"
+
+
+def surroundings() -> dict[str, str]:
+    """This process's environment, without settings of what is measured."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS)}
 
 
 def _stat(process: Path) -> list[str]:
@@ -141,7 +154,7 @@ class Process:
         self.main = subprocess.Popen(
             [programs / system.command[0], *system.command[1:]],
             cwd=HERE / "peers",
-            env={**os.environ, **_ALIKE, **system.variables, _MARK: self.token},
+            env={**surroundings(), **_ALIKE, **system.variables, _MARK: self.token},
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -215,6 +228,14 @@ class Process:
             if self.main.poll() is not None or time.monotonic() - started > 120:
                 raise SystemExit(f"A system did not start: see {self.log.name}.")
             time.sleep(0.02)
+
+    def settle(self) -> None:
+        """Wait until it rests: where one of its workers answers, others may still be starting."""
+        for _ in range(_LOOKS):
+            before = self.cpu_seconds()
+            time.sleep(_LOOK_SECONDS)
+            if self.cpu_seconds() - before < _RESTS * _LOOK_SECONDS:
+                return
 
     @contextmanager
     def watched(self) -> Iterator[dict[str, float]]:

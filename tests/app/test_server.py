@@ -97,6 +97,8 @@ def problem_of(answer: bytes) -> str:
     assert b"content-type: application/problem+json" in head
     assert f"content-length: {len(body)}".encode() in head
     assert re.search(rb"x-request-id: [0-9a-f]{32}", head)
+    assert b"x-model-version: 1.2.3" in head
+    assert re.search(rb"server-timing: [^\r]*total;dur=\d", head)
     assert re.search(rb"date: \w{3}, [\w :]+ GMT", head)  # RFC 9110, section 6.6.1
     return json.loads(body)["type"].rpartition(":")[2]
 

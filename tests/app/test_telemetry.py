@@ -39,7 +39,7 @@ def test_every_label_is_there_before_the_first_request(client: TestClient) -> No
     assert found[key("mmtl_rejected_total", "saturated")] == 0
     assert found[key("mmtl_predicted_total", "site", "torso")] == 0
     assert found[key("mmtl_predicted_total", "melanoma", "below_threshold")] == 0
-    for status in ("200", "500", "503"):
+    for status in ("200", "400", "413", "499", "500", "503"):
         requests = key("mmtl_http_request_duration_seconds_count", "POST", "/predict", status)
         assert found[requests] == 0
     for reason in ("gone", "deadline"):

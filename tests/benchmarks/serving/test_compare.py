@@ -5,7 +5,16 @@ from typing import Any
 import pytest
 
 from benchmarks.serving import compare, page
-from benchmarks.serving.compare import Load, System, ages, loads_of, rotated, run_bare, systems
+from benchmarks.serving.compare import (
+    Load,
+    System,
+    ages,
+    chosen,
+    loads_of,
+    rotated,
+    run_bare,
+    systems,
+)
 
 
 def test_every_system_has_a_port_of_its_own() -> None:
@@ -29,6 +38,13 @@ def test_open_loops_are_shares_of_what_was_measured_before() -> None:
     loads = loads_of(page.SAME, 32)
     assert loads.index(Load("mixed", 32)) < min(loads.index(load) for load in loads if load.share)
     assert len(set(loads)) == len(loads)
+
+
+def test_only_systems_that_there_are_can_be_asked_for() -> None:
+    assert chosen(["a", "b", "c"], None) == ["a", "b", "c"]
+    assert chosen(["a", "b", "c"], ["c", "a"]) == ["a", "c"]
+    with pytest.raises(SystemExit, match=r"no system 'd'\. There are: a; b; c"):
+        chosen(["a", "b", "c"], ["a", "d"])
 
 
 def test_the_order_rotates() -> None:

@@ -6,9 +6,11 @@ import pytest
 from benchmarks.serving import page
 from benchmarks.serving.compare import loads_of
 from benchmarks.serving.page import (
+    DEADLINE,
     INT8,
     LIMIT,
     PEERS,
+    REFUSING,
     SAME,
     SCALED,
     SHIPPED,
@@ -38,14 +40,14 @@ def loaded(system: str) -> Figures:
     }
     if system in LIMIT.values():
         found |= {"p50_ms": 10.5, "cpu_ms_per_image": 10.5}
-    if system == SHORT:
+    if system in REFUSING:
         found["refused_p99_ms"] = 5.0
     return found
 
 
 def rows(change: Callable[[str, str, Figures], None] = lambda *_: None) -> list[dict[str, Any]]:
     """Three repeats of every system."""
-    names = (SAME, SHIPPED, INT8, SHORT, *PEERS, SCALED, UNCOPIED, "nothing", *LIMIT.values())
+    names = (SAME, SHIPPED, INT8, *REFUSING, *PEERS, SCALED, UNCOPIED, "nothing", *LIMIT.values())
     found = []
     for repeat in range(3):
         for system in names:
@@ -75,6 +77,7 @@ def test_a_service_that_meets_every_target() -> None:
         (PEERS[0], "small, 32 clients", "images_per_second", 76.0, ["small: over"]),
         (PEERS[2], "medium, 32 clients", "images_per_second", 91.0, ["any mix"]),
         (SHORT, OVER, "p99_ms", 1001.0, ["at most the deadline"]),
+        (DEADLINE, OVER, "p99_ms", 301.0, ["at most the deadline"]),
         (SHORT, OVER, "refused_p99_ms", 14.0, ["p99 of what is refused"]),
         (SHORT, OVER, "without_retry_after", 1, ["without Retry-After"]),
         (SHIPPED, OVER, "unsent", 1, ["unsent"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serving import process
-from benchmarks.serving.process import Process, System
+from benchmarks.serving.process import Process, System, surroundings
 
 # Writes a line when a child of its has taken CPU time and ended, and another is there.
 PROGRAM = """
@@ -46,6 +46,28 @@ def test_what_is_watched_is_what_is_taken_meanwhile(running: Process) -> None:
         time.sleep(0.1)
     assert watched["cpu_seconds"] < 0.4  # what the child took before is not in it
     assert watched["peak_megabytes"] > 5
+
+
+def test_a_system_settles_when_none_of_its_processes_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = iter([0.0, 0.4, 0.4, 0.5, 0.5, 0.51])  # before and after each half second
+    monkeypatch.setattr(Process, "cpu_seconds", lambda _: next(seconds))
+    monkeypatch.setattr(process.time, "sleep", lambda _: None)
+    Process.__new__(Process).settle()
+    assert list(seconds) == []
+
+
+def test_settings_of_whoever_measures_do_not_get_into_what_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MMTL_PRECISION", "fp32")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HOME", "/home/who")
+    found = surroundings()
+    assert "MMTL_PRECISION" not in found
+    assert "OMP_NUM_THREADS" not in found
+    assert found["HOME"] == "/home/who"
 
 
 def test_a_system_that_is_stopped_has_no_process_left(running: Process) -> None:
