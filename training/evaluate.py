@@ -221,7 +221,10 @@ class _Evaluation:
                 np.arange(len(rows)) >= len(own),
             )
             estimate = self._clusters(rows).bootstrap({"AUROC": less}, SEED, REPLICATES)["AUROC"]
-            found[name] = {"learned from": sorted(learned), "AUROC difference": asdict(estimate)}
+            found[name] = {
+                "learned from": sorted(learned),
+                "AUROC difference": asdict(bounded(estimate)),
+            }
         return found
 
     def _task(self, task: str, rows: Sequence[int]) -> Report:

@@ -256,7 +256,8 @@ def _agreeing_threshold(probability: NDArray[np.float64], decided: NDArray[np.bo
     values, above = probability[order], decided[order]
     # At or above value i: wrong are those above it that were not, and those below that were.
     wrong = np.cumsum(~above[::-1])[::-1] + np.concatenate([[0], np.cumsum(above)[:-1]])
-    best = np.flatnonzero(wrong == wrong.min())
+    starts = np.flatnonzero(np.diff(values, prepend=-1.0))  # nothing parts those that are alike
+    best = starts[wrong[starts] == wrong[starts].min()]
     middle = int(best[len(best) // 2])
     below = values[middle - 1] if middle else 0.0
     return float((values[middle] + below) / 2)

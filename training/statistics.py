@@ -46,7 +46,8 @@ class Difference:
         value: The difference.
         low: Of its 95 % confidence interval.
         high: Likewise.
-        p_value: Two-sided; below 0.05 where the interval leaves zero out.
+        p_value: Two-sided, by the same distribution. Of few lesions it may be above 0.05 where
+            the interval leaves zero out: so few resamples show no less.
     """
 
     value: float
@@ -135,7 +136,8 @@ class Clusters:
         found = {}
         both = {name: less(name) for name in first}
         for name, (drawn, shape) in self._replicate(both, seed, replicates).items():
-            found[name] = Difference(shape.value, *_interval(drawn, shape), _p_value(drawn, shape))
+            own = bounded(Estimate(shape.value, *_interval(drawn, shape)))
+            found[name] = Difference(own.value, own.low, own.high, _p_value(drawn, shape))
         return found
 
     def _replicate(

@@ -129,6 +129,15 @@ def test_the_interval_of_a_skewed_figure_reaches_further_where_it_is_skewed() ->
 EVEN = np.linspace(0, 1, 100_001)
 
 
+def test_a_difference_that_no_resample_changes_has_no_interval() -> None:
+    """Of a handful of melanomas that both models find, nothing is known for certain."""
+    clusters = Clusters([str(number) for number in range(20)])
+    all_found = {"sensitivity": lambda chosen: 1.0}
+    found = clusters.compare(all_found, all_found)["sensitivity"]
+    assert (found.value, found.p_value) == (0, 1)
+    assert np.isnan([found.low, found.high]).all()
+
+
 @pytest.mark.parametrize("bias", [-0.3, 0.2])
 @pytest.mark.parametrize("acceleration", [-0.05, 0.1])
 def test_an_interval_is_efrons(bias: float, acceleration: float) -> None:
