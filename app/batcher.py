@@ -187,11 +187,6 @@ class Batcher:
         return not self._failed and all(worker.is_alive() for worker in self._workers)
 
     @property
-    def device(self) -> str:
-        """That the network runs on."""
-        return self._engine.device
-
-    @property
     def admitted(self) -> int:
         """Images that are admitted and not answered."""
         return self._admitted
@@ -261,13 +256,10 @@ class Batcher:
 
     def abandon(self) -> None:
         """Refuse everything at once, what is being worked on too; a worker that hangs is left."""
-        with self._changed:
-            self._failed = True
-            self._changed.notify_all()
+        self._fail(NotReady())
         for _, jobs in self._busy.copy().values():
             for job in jobs:
                 job.fail(NotReady())
-        self._refuse_all(NotReady())
         skip_turn()
 
     @contextmanager
@@ -344,13 +336,10 @@ class Batcher:
                 del taken, jobs[:]  # an image need not be held until the next one comes
         except BaseException as error:  # whatever it was, no caller may hang on it
             log.error("worker died", error=type(error).__name__, reason=str(error))
-            with self._changed:
-                self._failed = True
-                self._changed.notify_all()
             reason = Draining() if self._closed else NotReady()
+            self._fail(reason)
             for job in jobs:
                 job.fail(reason)
-            self._refuse_all(reason)
             raise
 
     def _warm_up(self, name: str) -> None:
@@ -529,10 +518,14 @@ class Batcher:
         if self._failures < _MOST_FAILURES:
             return
         log.error("network fails", failures=self._failures)
+        self._fail(NotReady())
+
+    def _fail(self, reason: Refused) -> None:
+        """Run nothing more."""
         with self._changed:
             self._failed = True
             self._changed.notify_all()
-        self._refuse_all(NotReady())
+        self._refuse_all(reason)
 
     def _refuse_all(self, reason: Refused) -> None:
         with self._changed:

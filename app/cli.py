@@ -28,7 +28,7 @@ from app import bundle_commands, key_commands, load, problems, reference_command
 from app.access import Exposed, check_exposure
 from app.audit import AuditError
 from app.console import NOTICE, add_row, fail, printable, show
-from app.engines import EngineError
+from app.engines import EngineError, warm_up_failed
 from app.keys import KeysError
 from app.main import API_VERSION, create_app
 from app.predictor import DIGITS
@@ -375,7 +375,7 @@ async def _predict(settings: Settings, images: list[Path], explain: bool) -> Pre
     model = app.state.networks.current.facts
     async with app.router.lifespan_context(app):
         if not await asyncio.to_thread(app.state.networks.current.batcher.wait_ready):
-            raise EngineError("The network failed while it was warmed up.")
+            raise warm_up_failed()
         starts = range(0, len(images), settings.max_files)
         # To a terminal alone, and gone when it is done.
         shown = Console(stderr=True)

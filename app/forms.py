@@ -69,7 +69,10 @@ class Form:
         _, options = parse_options_header(content_type)
         boundary = options.get(b"boundary")
         if not boundary:
-            raise Problem(problems.MALFORMED_FORM, "The Content-Type header names no boundary.")
+            raise Problem(
+                problems.MALFORMED_FORM,
+                "The Content-Type header names no boundary: leave it to the HTTP client to write.",
+            )
         # The parser knows its parts, which know nothing of it: in a cycle of the two, the bytes of
         # an upload would be held until the next garbage collection.
         parts = self._parts = _Parts(max_files)
@@ -87,7 +90,10 @@ class Form:
                 },
             )
         except FormParserError:
-            raise Problem(problems.MALFORMED_FORM, "The boundary is too long.") from None
+            raise Problem(
+                problems.MALFORMED_FORM,
+                "The boundary is too long: take one of at most 70 characters.",
+            ) from None
 
     def write(self, chunk: bytes) -> None:
         """Read on.
@@ -112,7 +118,9 @@ class Form:
             Problem: The form is cut short, or holds no file.
         """
         if not self._parts.ended:
-            raise Problem(problems.MALFORMED_FORM, "The form ends before its closing boundary.")
+            raise Problem(
+                problems.MALFORMED_FORM, "The form ends before its closing boundary: send it again."
+            )
         if not self._parts.files:
             raise Problem(
                 problems.NO_FILES, f"Send at least one image as a file in the field `{FIELD}`."
@@ -148,7 +156,10 @@ class _Parts:
     def on_headers_finished(self) -> None:
         _, options = parse_options_header(self._disposition)
         if b"name" not in options:
-            raise Problem(problems.MALFORMED_FORM, "A part of the form has no name.")
+            raise Problem(
+                problems.MALFORMED_FORM,
+                f"A part of the form has no name: send each image in the field `{FIELD}`.",
+            )
         name = options[b"name"].decode("utf-8", "replace")
         filename = _filename(self._disposition, options)
         if name != FIELD or filename is None:

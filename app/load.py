@@ -242,6 +242,164 @@ def draw_images(seed: int = 0) -> list[bytes]:
     return images
 
 
+class _Load:
+    """One load while it runs: what was sent, and when what is measured begins and ends.
+
+    Args:
+        target: As `run_load` has it, and so are all others.
+        clients: Likewise.
+        seconds: Likewise.
+        warm_up_seconds: Likewise.
+        rate: Likewise.
+        reconnect_every: Likewise.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        clients: int,
+        seconds: float,
+        warm_up_seconds: float,
+        rate: float | None,
+        reconnect_every: int | None,
+    ):
+        self._target = target
+        self._clients = clients
+        self._seconds = seconds
+        self._warm_up_seconds = warm_up_seconds
+        self._rate = rate
+        self._reconnect_every = reconnect_every
+        self._requests = cycle(target.requests)
+        self._measured = Measured(seconds=seconds)
+        self._opened = time.monotonic()
+        self._start = self._end = float("inf")
+        self._measuring = asyncio.Event()
+        self._unanswered = set(range(clients))
+        self._heard = False
+
+    async def run(self) -> Measured:
+        """All of it."""
+        failed: Exception | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                if self._rate or not self._warm_up_seconds:
+                    self._begin(self._opened + self._warm_up_seconds)
+                if self._rate:
+                    group.create_task(self._arrive(_poisson(self._opened, self._rate)))
+                else:
+                    for number in range(self._clients):
+                        group.create_task(self._client(number))
+                group.create_task(self._meter())
+        except* LoadError as errors:  # what is raised in here is a group again in some Pythons
+            failed = errors
+            while isinstance(failed, ExceptionGroup):  # arrivals have a group of their own
+                failed = failed.exceptions[0]
+        if failed is not None:
+            raise failed
+        return self._measured
+
+    def _begin(self, at: float) -> None:
+        self._start, self._end = at, at + self._seconds
+        self._measuring.set()
+
+    async def _connect(self, number: int = 0) -> _Connection:
+        host, port = self._target.host, self._target.port
+        try:
+            _, connection = await asyncio.get_running_loop().create_connection(
+                _Connection, host, port, ssl=self._target.tls
+            )
+        except UnicodeError:  # an empty part, or one longer than 63 letters
+            raise LoadError(f"{host} is not the name of a host.") from None
+        except OSError as error:
+            raise LoadError(
+                f"Nobody answers at {host}:{port}: {error.strerror or error}."
+            ) from None
+        # Not all at once again.
+        connection.answers = number % (self._reconnect_every or 1)
+        return connection
+
+    async def _ask(self, connection: _Connection, asked: float) -> tuple[_Connection, int]:
+        status, retry_after = 0, False
+        if self._reconnect_every and connection.answers >= self._reconnect_every:
+            connection.close()
+        try:
+            if not connection.open:
+                connection = await self._connect()
+            status, retry_after = await connection.send(next(self._requests))
+        except LoadError:  # of a service that has answered before, and may again
+            pass
+        except TimeoutError:
+            if not self._heard:
+                raise LoadError(
+                    f"{self._target.host}:{self._target.port} takes connections, and answered "
+                    f"nothing in {_PATIENCE_SECONDS:.0f} seconds."
+                ) from None
+        self._heard = self._heard or status != 0
+        answered = time.monotonic()
+        self._measured.answers_in_all += 1
+        if self._start <= answered <= self._end:
+            self._measured.answers += 1
+            self._measured.images += status == 200
+        if self._start <= asked < self._end:
+            self._measured.note(status, retry_after, answered - asked)
+        return connection, status
+
+    async def _client(self, number: int) -> None:
+        """One of a closed loop."""
+        connection = await self._connect(number)
+        try:
+            while (asked := time.monotonic()) < self._end:
+                connection, status = await self._ask(connection, asked)
+                self._unanswered.discard(number)
+                if not (self._unanswered or self._measuring.is_set()):
+                    now = time.monotonic()
+                    # Somewhere between two bursts: just after one, a short time holds too few.
+                    burst = now + random.random() * (now - asked)
+                    self._begin(max(self._opened + self._warm_up_seconds, burst))
+                if status in (0, 503):
+                    await asyncio.sleep(0.01)  # a client that is refused does not spin
+        finally:
+            connection.close()
+
+    async def _arrive(self, arrivals: Iterator[float]) -> None:
+        """An open loop."""
+        # The last one that became free takes the next arrival: one that rests is closed in the end.
+        free: asyncio.LifoQueue[_Connection] = asyncio.LifoQueue()
+
+        async def take(connection: _Connection, asked: float) -> None:
+            try:
+                connection, _ = await self._ask(connection, asked)
+            finally:
+                free.put_nowait(connection)
+
+        for connection in await asyncio.gather(*map(self._connect, range(self._clients))):
+            free.put_nowait(connection)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for asked in takewhile(lambda at: at < self._end, arrivals):
+                    await asyncio.sleep(max(asked - time.monotonic(), 0))
+                    # What waits at the end is sent for as long again, and no longer.
+                    left = self._end + self._seconds - time.monotonic()
+                    try:
+                        async with asyncio.timeout(left):
+                            connection = await free.get()
+                    except TimeoutError:
+                        self._measured.unsent += asked >= self._start
+                        continue
+                    group.create_task(take(connection, asked))
+        finally:
+            while not free.empty():
+                free.get_nowait().close()
+
+    async def _meter(self) -> None:
+        """What this process itself takes."""
+        await self._measuring.wait()
+        await asyncio.sleep(max(self._start - time.monotonic(), 0))
+        before = _cpu_seconds()
+        await asyncio.sleep(max(self._end - time.monotonic(), 0))
+        self._measured.generator_seconds = _cpu_seconds() - before
+
+
 async def run_load(
     target: Target,
     clients: int,
@@ -249,7 +407,6 @@ async def run_load(
     warm_up_seconds: float = 1.0,
     rate: float | None = None,
     reconnect_every: int | None = None,
-    seed: int = 0,
 ) -> Measured:
     """Send images for a while.
 
@@ -263,7 +420,6 @@ async def run_load(
         reconnect_every: Answers of a connection, after which another takes its place: of several
             processes behind one port, the one that wakes first takes most of those that are opened
             at once, and would keep them. None keeps connections.
-        seed: Of the arrivals.
 
     Raises:
         LoadError: Nobody answers there.
@@ -271,141 +427,12 @@ async def run_load(
     """
     if clients < 1:
         raise ValueError("A load takes one client at least.")
-    loop = asyncio.get_running_loop()
-    requests = cycle(target.requests)
-    measured = Measured()
-    opened = time.monotonic()
-    start = end = float("inf")
-    measuring = asyncio.Event()
-    unanswered = set(range(clients))
-    cpu = 0.0
-    failed: Exception | None = None
-    heard = False
-
-    def begin(at: float) -> None:
-        nonlocal start, end
-        start, end = at, at + seconds
-        measuring.set()
-
-    async def connect(number: int = 0) -> _Connection:
-        try:
-            _, connection = await loop.create_connection(
-                _Connection, target.host, target.port, ssl=target.tls
-            )
-        except UnicodeError:  # an empty part, or one longer than 63 letters
-            raise LoadError(f"{target.host} is not the name of a host.") from None
-        except OSError as error:
-            raise LoadError(
-                f"Nobody answers at {target.host}:{target.port}: {error.strerror or error}."
-            ) from None
-        # Not all at once again.
-        connection.answers = number % (reconnect_every or 1)
-        return connection
-
-    async def ask(connection: _Connection, asked: float) -> tuple[_Connection, int]:
-        nonlocal heard
-        status, retry_after = 0, False
-        if reconnect_every and connection.answers >= reconnect_every:
-            connection.close()
-        try:
-            if not connection.open:
-                connection = await connect()
-            status, retry_after = await connection.send(next(requests))
-        except LoadError:  # of a service that has answered before, and may again
-            pass
-        except TimeoutError:
-            if not heard:
-                raise LoadError(
-                    f"{target.host}:{target.port} takes connections, and answered nothing in "
-                    f"{_PATIENCE_SECONDS:.0f} seconds."
-                ) from None
-        heard = heard or status != 0
-        answered = time.monotonic()
-        measured.answers_in_all += 1
-        if start <= answered <= end:
-            measured.answers += 1
-            measured.images += status == 200
-        if start <= asked < end:
-            measured.note(status, retry_after, answered - asked)
-        return connection, status
-
-    async def client(number: int) -> None:
-        connection = await connect(number)
-        try:
-            while (asked := time.monotonic()) < end:
-                connection, status = await ask(connection, asked)
-                unanswered.discard(number)
-                if not (unanswered or measuring.is_set()):
-                    now = time.monotonic()
-                    # Somewhere between two bursts: just after one, a short time holds too few.
-                    begin(max(opened + warm_up_seconds, now + random.random() * (now - asked)))
-                if status in (0, 503):
-                    await asyncio.sleep(0.01)  # a client that is refused does not spin
-        finally:
-            connection.close()
-
-    async def arrive(arrivals: Iterator[float]) -> None:
-        # The last one that became free takes the next arrival: one that rests is closed in the end.
-        free: asyncio.LifoQueue[_Connection] = asyncio.LifoQueue()
-
-        async def take(connection: _Connection, asked: float) -> None:
-            try:
-                connection, _ = await ask(connection, asked)
-            finally:
-                free.put_nowait(connection)
-
-        for connection in await asyncio.gather(*map(connect, range(clients))):
-            free.put_nowait(connection)
-        try:
-            async with asyncio.TaskGroup() as group:
-                for asked in takewhile(lambda at: at < end, arrivals):
-                    await asyncio.sleep(max(asked - time.monotonic(), 0))
-                    try:
-                        # What waits at the end is sent for as long again, and no longer.
-                        async with asyncio.timeout_at(
-                            loop.time() + end + seconds - time.monotonic()
-                        ):
-                            connection = await free.get()
-                    except TimeoutError:
-                        measured.unsent += asked >= start
-                        continue
-                    group.create_task(take(connection, asked))
-        finally:
-            while not free.empty():
-                free.get_nowait().close()
-
-    async def meter() -> None:
-        nonlocal cpu
-        await measuring.wait()
-        await asyncio.sleep(max(start - time.monotonic(), 0))
-        before = _cpu_seconds()
-        await asyncio.sleep(max(end - time.monotonic(), 0))
-        cpu = _cpu_seconds() - before
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            if rate or not warm_up_seconds:
-                begin(opened + warm_up_seconds)
-            if rate:
-                group.create_task(arrive(_poisson(opened, rate, seed)))
-            else:
-                for number in range(clients):
-                    group.create_task(client(number))
-            group.create_task(meter())
-    except* LoadError as errors:  # what is raised in here is a group again in some Pythons
-        failed = errors
-        while isinstance(failed, ExceptionGroup):  # arrivals have a group of their own
-            failed = failed.exceptions[0]
-    if failed is not None:
-        raise failed
-    measured.seconds = seconds
-    measured.generator_seconds = cpu
-    return measured
+    return await _Load(target, clients, seconds, warm_up_seconds, rate, reconnect_every).run()
 
 
-def _poisson(start: float, rate: float, seed: int) -> Iterator[float]:
-    """Times of arrivals, without end."""
-    generator = random.Random(seed)
+def _poisson(start: float, rate: float) -> Iterator[float]:
+    """Times of arrivals, without end; the same for every load."""
+    generator = random.Random(0)
     now = start
     while True:
         now += generator.expovariate(rate)

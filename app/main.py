@@ -12,7 +12,7 @@ from starlette.types import Lifespan
 from app import problems
 from app.access import EXPOSED_HEADERS
 from app.audit import AuditError, AuditLog
-from app.engines import EngineError
+from app.engines import warm_up_failed
 from app.keys import Keys, KeysError
 from app.networks import Networks, ReloadError
 from app.predictor import Predictor
@@ -87,7 +87,7 @@ def create_app(
     async def wait_for_others() -> None:
         while not networks.draining and not (networks.current.batcher.ready and may_listen()):
             if networks.failed:
-                raise EngineError("The network failed while it was warmed up.")
+                raise warm_up_failed()
             await asyncio.sleep(_WAIT_SECONDS)
 
     @asynccontextmanager

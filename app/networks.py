@@ -11,7 +11,7 @@ from os.path import isfile
 import structlog
 
 from app.batcher import Batcher, Draining
-from app.engines import EngineError, open_engine
+from app.engines import Engine, EngineError, open_engine, warm_up_failed
 from app.quality import measure
 from app.schemas import ModelFacts
 from app.settings import Settings
@@ -42,7 +42,7 @@ class Network:
     bundle: Bundle
     artifact: Artifact
     facts: ModelFacts
-    engine_name: str
+    engine: Engine
     batcher: Batcher
 
 
@@ -298,7 +298,7 @@ class Networks:
         try:
             network.batcher.start()
             if not network.batcher.wait_ready():
-                raise EngineError("The network failed while it was warmed up.")
+                raise warm_up_failed()
         except BaseException:
             network.batcher.close(0)  # the workers that have started
             raise
@@ -318,7 +318,7 @@ class Networks:
                 sha256=artifact.sha256,
                 manifest_sha256=bundle.manifest_sha256,
             ),
-            engine.name,
+            engine,
             Batcher(
                 engine,
                 (manifest.input.height, manifest.input.width),
@@ -336,7 +336,7 @@ class Networks:
             version=network.facts.version,
             artifact=network.artifact.file,
             precision=network.artifact.precision,
-            runtime=network.engine_name,
+            runtime=network.engine.name,
             sha256=network.artifact.sha256,
             manifest_sha256=network.bundle.manifest_sha256,
         )
@@ -345,7 +345,7 @@ class Networks:
             if artifact.format == "onnx" and not isfile(network.bundle.path(artifact)):
                 log.warning("artifact absent", artifact=artifact.file, precision=artifact.precision)
         self._metrics.serve(
-            network.bundle.manifest, network.facts, network.engine_name, network.batcher.device
+            network.bundle.manifest, network.facts, network.engine.name, network.engine.device
         )
 
 

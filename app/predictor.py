@@ -59,7 +59,7 @@ _REFUSALS: dict[type[batching.Refused], tuple[Kind, str]] = {
     ),
     batching.DeadlineExceeded: (
         problems.DEADLINE_EXCEEDED,
-        "The image waited longer than MMTL_DEADLINE_SECONDS.",
+        "The image waited longer than MMTL_DEADLINE_SECONDS. Try again after Retry-After seconds.",
     ),
     batching.InferenceFailed: (
         problems.INFERENCE_FAILED,
@@ -219,7 +219,7 @@ class Predictor:
             **fields,
         )
 
-    def _decode(self, network: Network, picture: "_Picture") -> NDArray[np.uint8]:
+    def _decode(self, network: Network, picture: _Picture) -> NDArray[np.uint8]:
         """In a worker's thread: the pixels, and what else there is to know of the picture."""
         began = picture.decode_began = time.monotonic()
         size = network.bundle.manifest.input

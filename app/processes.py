@@ -313,9 +313,12 @@ def _or_taken(host: str, port: int) -> Iterator[None]:
     try:
         yield
     except UnicodeError:  # an empty part, or one longer than 63 letters
-        raise PortTaken(f"{host} is not the name of a host.") from None
+        raise PortTaken(f"{host} is not the name of a host: set another MMTL_HOST.") from None
     except OSError as error:
-        raise PortTaken(f"{host}:{port} cannot be listened on: {error.strerror}.") from None
+        raise PortTaken(
+            f"{host}:{port} cannot be listened on: {error.strerror}. Set another MMTL_PORT or "
+            "MMTL_HOST, or stop what listens there."
+        ) from None
 
 
 def _reserve(host: str, port: int) -> socket.socket:

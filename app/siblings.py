@@ -14,7 +14,6 @@ Answer = Callable[[str], Awaitable[bytes]]
 RELOADED = b"reloaded"
 # Bytes of a question: more than a request's headers, of which one may be what it is about.
 _LONGEST = 1_000_000
-_SAMPLE = re.compile(rb"^([a-zA-Z_:][a-zA-Z0-9_:]*)(\{?)")
 
 
 class Siblings:
@@ -107,12 +106,8 @@ def merge_metrics(texts: Mapping[int, bytes]) -> bytes:
                 if line not in described:
                     described.append(line)
             elif line:
-                label = b'process="%d"' % number
-                rest = rb"\1{" + label + rb","
-                samples.append(
-                    _SAMPLE.sub(rest, line)
-                    if b"{" in line.split(b" ", 1)[0]
-                    else _SAMPLE.sub(rb"\1{" + label + rb"}", line)
-                )
+                name, mark, rest = re.split(rb"([ {])", line, maxsplit=1)
+                end = b"," if mark == b"{" else b"} "
+                samples.append(b'%b{process="%d"%b%b' % (name, number, end, rest))
     lines = [line for each in families.values() for part in each for line in part]
     return b"".join(line + b"\n" for line in lines) + ends

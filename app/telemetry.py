@@ -183,10 +183,9 @@ class Metrics:
         """
         try:
             encode, media_type = choose_encoder(accept)
-            return encode(self.registry), media_type
         except (TypeError, ValueError):  # of a version that is no number
             encode, media_type = choose_encoder("")
-            return encode(self.registry), media_type
+        return encode(self.registry), media_type
 
     def observe_probability(self, probability: float) -> None:
         """Count a melanoma probability, as exactly as its bucket."""

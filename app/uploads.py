@@ -101,7 +101,8 @@ class Body:
             ClientDisconnect: The caller went before its end.
         """
         too_large = Problem(
-            problems.BODY_TOO_LARGE, f"The request may have at most {self._most:,} bytes in all."
+            problems.BODY_TOO_LARGE,
+            f"The request may have at most {self._most:,} bytes in all: send fewer images in each.",
         )
         declared = self._request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > self._most:
@@ -211,7 +212,7 @@ async def _read_raw(body: Body) -> Upload:
         pieces.add(chunk)
     data = pieces.take()
     if not data:
-        raise Problem(problems.EMPTY_IMAGE, "The request's body is empty (0 bytes).")
+        raise Problem(problems.EMPTY_IMAGE, "The request's body is empty (0 bytes): send an image.")
     return Upload(None, data)
 
 

@@ -105,6 +105,8 @@ class OperatingPoint(_Part):
     specificity: Probability
 
 
+# Limits that came later are validators, not `Field`'s: another limit in the API's description is a
+# breaking change (tests/app/test_openapi.py).
 class Golden(_Part):
     """What the network answers for `golden_image(seed, ...)`."""
 
@@ -310,9 +312,10 @@ class Bundle:
         return self.folder / artifact.file
 
     def files(self, *without: str) -> dict[str, Path]:
-        """Those that fit another manifest, too: all but the manifest, its signature and these.
+        """Files to copy beside another manifest, by name: not this, its signature or `without`.
 
-        Nor what a link that is no artifact leads to: who wrote the bundle may not have read that.
+        A symbolic link is followed for an artifact only: another may lead to what its author could
+        not read.
         """
         out = {MANIFEST, SIGNATURE, *without}
         artifacts = {artifact.file for artifact in self.manifest.artifacts}
@@ -532,7 +535,8 @@ def check_golden(
         manifest: Of the artifact's bundle.
         artifact: That answered.
         outputs: Its answers.
-        rounding: Of a value, or of 1 for a smaller one: allowed beside the artifact's tolerance.
+        rounding: The engine's, as a share of an output's largest golden value (or of 1, where that
+            is smaller): allowed in addition to the artifact's tolerance.
 
     Raises:
         BundleError: An output is missing or differs by more than the artifact's tolerance.

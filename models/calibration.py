@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import Calibration, melanoma_probability
+from models.bundle import Calibration, OperatingPoint, melanoma_probability
 
 Floats = NDArray[np.floating]
 Bools = NDArray[np.bool_]
@@ -89,6 +89,40 @@ def choose_threshold(
         return shift_odds(float(last), -_MARGIN)
     halfway = float((last + below.max()) / 2)
     return halfway if halfway > below.max() else float(last)  # numbers without one between them
+
+
+def calibrate(
+    logits: Floats, melanoma: Bools, dataset: str, sensitivity: float = SENSITIVITY
+) -> tuple[Calibration, float, OperatingPoint]:
+    """The calibration and the threshold that images give, and what the threshold reaches on them.
+
+    Args:
+        logits: float [N], uncalibrated.
+        melanoma: bool [N].
+        dataset: What these images are called.
+        sensitivity: That the threshold must reach.
+
+    Raises:
+        CalibrationError: As `fit_calibration` does.
+    """
+    calibration = fit_calibration(logits, melanoma)
+    probability = melanoma_probability(logits, calibration)
+    threshold = choose_threshold(probability, melanoma, sensitivity)
+    criterion = f"sensitivity of at least {100 * sensitivity:g} %"
+    point = operating_point(criterion, dataset, melanoma, probability >= threshold)
+    return calibration, threshold, point
+
+
+def operating_point(criterion: str, dataset: str, melanoma: Bools, called: Bools) -> OperatingPoint:
+    """What calling some images melanoma reaches: `called`, bool [N], of `melanoma`, bool [N]."""
+    return OperatingPoint(
+        criterion=criterion,
+        dataset=dataset,
+        images=len(melanoma),
+        melanomas=int(melanoma.sum()),
+        sensitivity=float(called[melanoma].mean()),
+        specificity=float((~called[~melanoma]).mean()),
+    )
 
 
 def log_odds(probability: float) -> float:

@@ -5,8 +5,6 @@ the network's input, so a 24-megapixel original costs little more than its thumb
 progressive one, only the scans that show at that scale.
 """
 
-import struct
-import zlib
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -62,23 +60,6 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPS_SIDES = {5, 6, 7, 8}
-# What Pillow's parsers raise on bytes that are not what their header says.
-_PARSE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    EOFError,
-    MemoryError,
-    AssertionError,
-    AttributeError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-    RuntimeError,
-)
 
 
 class ImageError(ValueError):
@@ -108,9 +89,9 @@ class Limits:
     Attributes:
         max_bytes: The encoded size, in bytes.
         max_pixels: Width times height of a JPEG of one scan, which is decoded at a smaller scale.
-        max_pixels_in_full: Pixels that are held at once. Of other formats, and of JPEG of several
-            scans (progressive), whose coefficients are all held whatever the scale, that is width
-            times height; a JPEG of one scan holds as many only where it is long and thin.
+        max_pixels_in_full: Pixels in memory at once. Width times height of other formats and of a
+            JPEG of several scans (progressive), which are decoded at full size; of a JPEG of one
+            scan, at the scale that it is decoded at: more only where it is long and thin.
     """
 
     max_bytes: int = 50 * MEGA
@@ -174,10 +155,11 @@ def decode(
             false.
     """
     if len(data) == 0:
-        raise EmptyImageError("The image is empty (0 bytes).")
+        raise EmptyImageError("The image is empty (0 bytes): send the file itself.")
     if len(data) > limits.max_bytes:
         raise ImageTooLargeError(
-            f"The image has {len(data):,} bytes; at most {limits.max_bytes:,} are accepted."
+            f"The image has {len(data):,} bytes; at most {limits.max_bytes:,} are accepted. Send a "
+            "smaller copy."
         )
     if bytes(data[:2]) in (b"II", b"MM"):
         _check_tiff(data, limits)
@@ -197,8 +179,8 @@ def decode(
         raise UnsupportedImageError(
             f"The bytes are not an image of a supported format ({', '.join(FORMATS)})."
         ) from None
-    except _PARSE_ERRORS:
-        raise CorruptImageError("The image's header is damaged.") from None
+    except Exception:  # Pillow's parsers raise whatever an image's bytes lead them to
+        raise CorruptImageError("The image's header is damaged: take a whole copy.") from None
     with image:
         # A phone's MPO is a JPEG with previews appended; its first frame is the photograph.
         image_format = "JPEG" if image.format == "MPO" else str(image.format)
@@ -240,7 +222,7 @@ def _fit(
             image.load()
     except ImageError:
         raise
-    except _PARSE_ERRORS:
+    except Exception:
         raise CorruptImageError(_DAMAGED) from None
     orientation = _orientation(image)
     profile = image.info.get("icc_profile")
@@ -260,7 +242,7 @@ def _fit(
                 target, Image.Resampling.BILINEAR, box=centred_box(image.size)
             )
         )
-    except _PARSE_ERRORS:
+    except Exception:
         raise CorruptImageError(_DAMAGED) from None
     resized = in_srgb(resized, profile)
     if orientation in _TRANSPOSE:
@@ -287,7 +269,7 @@ def _check_size(
     if width * height > most:
         raise ImageTooLargeError(
             f"The image has {width} x {height} = {width * height / MEGA:,.1f} megapixels; "
-            f"at most {most / MEGA:g} are accepted for {kind}."
+            f"at most {most / MEGA:g} are accepted for {kind}. Send a smaller copy."
         )
 
 
@@ -326,7 +308,7 @@ def _orientation(image: Image.Image) -> int:
     # A damaged EXIF block says nothing about the pixels, so it does not refuse them.
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except _PARSE_ERRORS:
+    except Exception:
         return 1
 
 

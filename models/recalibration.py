@@ -14,15 +14,12 @@ from models.bundle import (
     Bundle,
     Calibration,
     Manifest,
-    OperatingPoint,
-    melanoma_probability,
     save_bundle,
 )
 from models.calibration import (
     SENSITIVITY,
     CalibrationError,
-    choose_threshold,
-    fit_calibration,
+    calibrate,
     log_odds,
     shift_prevalence,
 )
@@ -127,17 +124,7 @@ def recalibrate(
                 f"{count} images {kind} melanoma are too few to calibrate on; at least "
                 f"{LEAST_OUTCOMES} are needed."
             )
-    calibration = fit_calibration(logits, melanoma)
-    probability = melanoma_probability(logits, calibration)
-    threshold = choose_threshold(probability, melanoma, sensitivity)
-    point = OperatingPoint(
-        criterion=f"sensitivity of at least {100 * sensitivity:g} %",
-        dataset=dataset,
-        images=len(melanoma),
-        melanomas=int(melanoma.sum()),
-        sensitivity=float((probability[melanoma] >= threshold).mean()),
-        specificity=float((probability[~melanoma] < threshold).mean()),
-    )
+    calibration, threshold, point = calibrate(logits, melanoma, dataset, sensitivity)
     changed = _changed(manifest, lambda _: (calibration, threshold), float(melanoma.mean()))
     artifacts = [each.model_copy(update={"operating_point": None}) for each in changed.artifacts]
     return changed.model_copy(

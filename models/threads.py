@@ -49,10 +49,10 @@ def begin(work: Callable[[], _T]) -> Future[_T]:
 
 
 def begun_by(work: Callable[[], _T]) -> tuple[_T, list[int]]:
-    """What some work gives, and the threads that it begins.
+    """Do some work, and find the threads that it starts.
 
-    A thread is called as the one that begins it: the calling thread has a name of its own
-    meanwhile, which tells them from those that others begin, and which they keep.
+    On Linux a thread inherits the name of the one that starts it. So the calling thread is renamed
+    meanwhile: whatever has that name afterwards was started by the work.
 
     Args:
         work: Without arguments.

@@ -68,7 +68,7 @@ class _Turns:
     """Those that nobody has; the one given back last is taken first, as its heap is warm.
 
     Args:
-        most: There are.
+        most: How many turns there are.
     """
 
     def __init__(self, most: int) -> None:

@@ -1,6 +1,5 @@
 """Pretrained backbones: where each one's weights come from, and how they are loaded."""
 
-import tomllib
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -16,8 +15,9 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from models.bundle import sha256_of
+from training.config import Config, read_toml
 from training.data.manifest import DataError, first_line
-from training.zoo import Backbone
+from training.zoo import Backbone, choose
 
 IMAGENET_CLASSES = 1000
 # The same tensors in the same order under other names, so they are mapped position by position.
@@ -161,6 +161,13 @@ def find_source(
     return Source("download", f"{backbone.library} {backbone.weights}"), backbone
 
 
+def source_of(config: Config) -> tuple[Source, Backbone]:
+    """Where the weights of a configuration's backbone are to be had, as `find_source` has it."""
+    (backbone,) = choose([config.backbone])
+    folder, notes = (Path(x) if x else None for x in (config.weights_dir, config.weights_notes))
+    return find_source(backbone, folder, notes, only=folder is not None)
+
+
 def load_classifier(backbone: Backbone, source: Source) -> Classifier:
     """The network with the weights of a source, in evaluation mode.
 
@@ -256,10 +263,7 @@ def _packaged(package: str) -> Path | None:
 def _note(path: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        note = tomllib.loads(path.read_text(encoding="utf-8-sig")).get(name, {})
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not TOML: {error}.") from None
+    note = read_toml(path).get(name, {})
     if not isinstance(note, dict):
         raise DataError(f"{path}: {name} must be a table, [{name}].")
     for key in ("mean", "std"):

@@ -12,11 +12,10 @@ from training.data.manifest import Record
 from training.data.vocabulary import Sex, Site
 from training.metrics import categorical
 from training.statistics import LEAST_CLUSTERS
+from training.tasks import MISSING
 
 Floats = NDArray[np.floating]
 Classes = NDArray[np.int64]
-
-MISSING = -1
 
 
 class MetadataModel:

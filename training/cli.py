@@ -278,9 +278,9 @@ def evaluate(
         read_datasets([data])
     model = predictions or bundle or Path("runs/bundle")
     used = load_bundle(model) if predictions is None else None
-    if publish and used is None:
-        raise DataError("--publish writes into a bundle; a table of predictions is none.")
-    if publish and used is not None:
+    if publish:
+        if used is None:
+            raise DataError("--publish writes into a bundle; a table of predictions is none.")
         check_publishable(used, str(split), fingerprint(records))
 
     def read(path: Path, at: float | None) -> Predictions:

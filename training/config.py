@@ -160,16 +160,23 @@ def configure(path: Path | None = None, **flags: Any) -> Config:
     Raises:
         DataError: The file cannot be read, or a value is none.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is not TOML: {error}.") from None
+    values = {} if path is None else read_toml(path)
     given = {name: value for name, value in flags.items() if value is not None}
     return parse_config(values | given, str(path or "the configuration"), given)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        DataError: It cannot be read, or is none.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not TOML: {error}.") from None
 
 
 def parse_config(values: dict[str, Any], where: str, options: Collection[str] = ()) -> Config:

@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch import Tensor
 from tqdm import tqdm
 
@@ -126,7 +127,7 @@ def _ask(
         batch = np.stack([pixels[i] for i in positions[start : start + BATCH_SIZE]])
         seen = [run(np.ascontiguousarray(np.flip(batch, axes))) for axes in _MIRRORINGS]
         logit = np.mean([out[LOGIT].reshape(-1) for out in seen], axis=0)
-        melanoma = 1 / (1 + np.exp(-logit))
+        melanoma = expit(logit)
         parts.setdefault("melanoma", []).append(np.stack([1 - melanoma, melanoma], axis=1))
         for task in TAUGHT:
             parts.setdefault(task, []).append(np.mean([out[task] for out in seen], axis=0))

@@ -12,12 +12,13 @@ from sklearn.metrics import roc_curve
 from tqdm import tqdm
 
 from training import metrics
-from training.baselines import MISSING, MetadataModel, majority, truth_of
+from training.baselines import MetadataModel, majority, truth_of
 from training.data.components import with_components
-from training.data.manifest import DataError, Record, fingerprint
+from training.data.manifest import DataError, Record, collection_of, fingerprint
 from training.metrics import Classes, Floats
 from training.predictions import Predictions
 from training.statistics import LEAST_CLUSTERS, REPLICATES, Clusters, Estimate, Statistic, bounded
+from training.tasks import MISSING
 
 SEED = 0
 INTERVAL = (
@@ -105,7 +106,7 @@ def check_size(records: Sequence[Record]) -> None:
 def _rows_by_dataset(records: Sequence[Record]) -> dict[str, list[int]]:
     rows: dict[str, list[int]] = {}
     for row, record in enumerate(records):
-        rows.setdefault(record.dataset.split(" (")[0], []).append(row)
+        rows.setdefault(collection_of(record.dataset), []).append(row)
     return rows
 
 
@@ -204,7 +205,7 @@ class _Evaluation:
         Both are of held-out images. Which images a source took in differs, so that a difference is
         not of the network alone.
         """
-        learned = {name.split(" (")[0] for name in self.predictions.trained_on} & set(sources)
+        learned = {collection_of(name) for name in self.predictions.trained_on} & set(sources)
         if not learned:
             return {}
 

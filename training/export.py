@@ -21,21 +21,14 @@ from models.bundle import (
     Golden,
     InputSpec,
     Manifest,
-    OperatingPoint,
     Outputs,
     Task,
     check_replaceable,
     golden_image,
-    melanoma_probability,
     save_bundle,
     sha256_of,
 )
-from models.calibration import (
-    SENSITIVITY,
-    CalibrationError,
-    choose_threshold,
-    fit_calibration,
-)
+from models.calibration import CalibrationError, calibrate
 from training.data.cache import Pixels
 from training.data.manifest import DataError, Record
 from training.data.vocabulary import Sex, Site, Split
@@ -134,11 +127,13 @@ def export(
         files = write_artifacts(served, Path(temporary), pixels[:1])
         outputs = run_batches(onnx_runner(files["onnx"]), pixels, validation, 32)
         try:
-            calibration = fit_calibration(outputs["melanoma_logit"], melanoma)
+            calibration, threshold, point = calibrate(
+                outputs["melanoma_logit"],
+                melanoma,
+                f"{config.validate_on} validation split".strip(),
+            )
         except CalibrationError as error:
             raise DataError(f"{run.folder}, validation split: {error}") from None
-        probabilities = melanoma_probability(outputs["melanoma_logit"], calibration)
-        threshold = choose_threshold(probabilities, melanoma)
         checked = np.linspace(0, len(records) - 1, min(CHECKED_IMAGES, len(records))).astype(int)
         differences = compare_artifacts(served, files, pixels, checked.tolist())
         golden = np.stack([golden_image(seed, *pixels.shape[1:3]) for seed in GOLDEN_SEEDS])
@@ -166,14 +161,7 @@ def export(
                 for artifact_format, path in files.items()
             ),
             prevalence=float(melanoma.mean()),
-            operating_point=OperatingPoint(
-                criterion=f"sensitivity of at least {100 * SENSITIVITY:g} %",
-                dataset=f"{config.validate_on} validation split".strip(),
-                images=len(melanoma),
-                melanomas=int(melanoma.sum()),
-                sensitivity=float((probabilities[melanoma] >= threshold).mean()),
-                specificity=float((probabilities[~melanoma] < threshold).mean()),
-            ),
+            operating_point=point,
             training_data=training_data(run),
             golden=tuple(
                 Golden(seed=seed, outputs=golden_outputs(eager(served)(golden), row))

@@ -185,5 +185,5 @@ def _grid(tokens: Tensor, prefix: int) -> Tensor:
     places = tokens[:, prefix:]
     side = round(places.shape[1] ** 0.5)
     if side * side != places.shape[1]:
-        raise DataError("The tokens of this backbone are no square grid.")
+        raise DataError("The tokens of this backbone are no square grid: choose another one.")
     return places.transpose(1, 2).reshape(places.shape[0], places.shape[2], side, side)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from models.files import write_atomically
 from models.memory import give_back
-from training.backbones import find_source
+from training.backbones import source_of
 from training.config import Config, Precision
 from training.data.cache import Pixels
 from training.data.manifest import DataError, load_manifest
@@ -37,10 +37,13 @@ from training.plots import curves
 from training.run import Run, to_learn_from
 from training.runners import batches
 from training.state import State, identity_of, load_tensors, save_tensors
-from training.tasks import Targets, encode_targets, untaught
+from training.tasks import MISSING, Targets, encode_targets, untaught
 from training.team import Team, gather
 from training.tensorboard import open_scalars
 from training.zoo import choose
+
+# Images at a time, where nothing is learned of them.
+_BATCH = 64
 
 
 def build_network(config: Config, pretrained: bool = True) -> MultiTaskNetwork:
@@ -50,11 +53,10 @@ def build_network(config: Config, pretrained: bool = True) -> MultiTaskNetwork:
         training.backbones.WeightsError: The pretrained weights are missing.
     """
     torch.manual_seed(config.seed)
-    (entry,) = choose([config.backbone])
-    source = None
     if pretrained:
-        folder, notes = (Path(x) if x else None for x in (config.weights_dir, config.weights_notes))
-        source, entry = find_source(entry, folder, notes, only=folder is not None)
+        source, entry = source_of(config)
+    else:
+        source, (entry,) = None, choose([config.backbone])
     backbone, channels, mean, std = build_feature_map(entry, source, config.drop_path, config.size)
     return MultiTaskNetwork(backbone, channels, config.trunk_channels, mean, std)
 
@@ -366,22 +368,20 @@ def validate(
     _, parts = loss.cpu().eval()(logits, targets.take(torch.tensor(positions)))
     loss.to(next(network.parameters()).device)
     melanoma = targets.classes["melanoma"][positions]
-    known = melanoma >= 0
+    known = melanoma != MISSING
     scores = melanoma_log_odds(logits["melanoma"], logits["diagnosis"])
     auroc = roc_auc_score(melanoma[known], scores[known]) if scores.isfinite().all() else math.nan
     return {"validation_auroc": float(auroc)} | {f"validation_{k}": v for k, v in parts.items()}
 
 
 @torch.inference_mode()
-def predict_logits(
-    network: nn.Module, pixels: Pixels, positions: list[int], batch_size: int = 64
-) -> dict[str, Tensor]:
+def predict_logits(network: nn.Module, pixels: Pixels, positions: list[int]) -> dict[str, Tensor]:
     """The logits of some images, by task, on the CPU."""
     network.eval()
     device = next(network.parameters()).device
     parts = [
         {task: value.cpu() for task, value in network(batch.to(device).permute(0, 3, 1, 2)).items()}
-        for batch in batches(pixels, positions, batch_size)
+        for batch in batches(pixels, positions, _BATCH)
     ]
     return {task: torch.cat([part[task] for part in parts]) for task in parts[0]}
 

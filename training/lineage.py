@@ -91,7 +91,9 @@ def check_fitted(run: Run) -> None:
         DataError: It has no fitted network, or one of other data than its manifest has.
     """
     if not run.best.is_file():
-        raise DataError(f"start_from: {run.folder} has no fitted network.")
+        raise DataError(
+            f"start_from: {run.folder} has no fitted network: `mmtl-train fit --run {run.folder}`."
+        )
     if not run.checkpoint.is_file() or not belongs(
         load_tensors(run.checkpoint),
         identity_of(run.load_config(), load_manifest(run.manifest)),

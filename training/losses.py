@@ -18,13 +18,13 @@ _ADJUSTED = ("melanoma", "diagnosis")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """How much of a batch is here, where several processes share one.
+    """This process's shares (0 to 1) of a batch that several processes work on.
 
     Attributes:
-        labels: Of the batch's labels, by task; a task that has none is left out.
-        images: Of its images.
-        processes: Of the processes.
-        sum: Of a value that each process has a part of.
+        labels: Its share of the batch's labels, by task; a task that has none is left out.
+        images: Its share of the images.
+        processes: One over the number of processes.
+        sum: Adds up a value over all processes.
     """
 
     labels: dict[str, float]

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
     accuracy_score,
@@ -25,6 +27,7 @@ CALIBRATION_BINS = 15
 LEAST_SENSITIVITY = 0.80
 PARTIAL_AUROC = "partial AUROC above 80 % sensitivity"
 _EPSILON = 1e-6
+_DRAWS = 1000
 # Figures that mean nothing where one class is missing.
 NEED_BOTH = frozenset(
     {
@@ -59,7 +62,7 @@ def expected_calibration_error(truth: Classes, probability: Floats) -> float:
 
 
 def ece_if_calibrated(
-    probability: Floats, clusters: NDArray[np.int64], seed: int, draws: int = 1000
+    probability: Floats, clusters: NDArray[np.int64], seed: int
 ) -> tuple[float, float]:
     """What the ECE of these probabilities would be if they were true: its mean and 95 % quantile.
 
@@ -70,7 +73,6 @@ def ece_if_calibrated(
         probability: float [N].
         clusters: The number of each image's cluster, from 0: int [N].
         seed: Of the draws.
-        draws: How many.
     """
     generator = np.random.default_rng(seed)
     values = [
@@ -78,7 +80,7 @@ def ece_if_calibrated(
             (generator.random(clusters.max() + 1)[clusters] < probability).astype(np.int64),
             probability,
         )
-        for _ in range(draws)
+        for _ in range(_DRAWS)
     ]
     return float(np.mean(values)), float(np.quantile(values, 0.95))
 
@@ -127,14 +129,7 @@ def calibration_intercept(truth: Classes, probability: Floats) -> float:
     Calibration in the large (Van Calster et al. 2019): above 0, melanomas are more than foretold.
     """
     logits = _log_odds(probability)
-    low, high = -40.0, 40.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if (1 / (1 + np.exp(-(logits + middle)))).mean() < truth.mean():
-            low = middle
-        else:
-            high = middle
-    return middle
+    return float(brentq(lambda by: expit(logits + by).mean() - truth.mean(), -40, 40))
 
 
 def net_benefit(truth: Classes, probability: Floats, threshold: float) -> float:
@@ -251,6 +246,5 @@ def _balanced_accuracy(present: Classes) -> Reading:
 
 
 def _log_odds(probability: Floats) -> Floats:
-    clipped = np.clip(probability, _EPSILON, 1 - _EPSILON)
-    found: Floats = np.log(clipped / (1 - clipped))
+    found: Floats = logit(np.clip(probability, _EPSILON, 1 - _EPSILON))
     return found

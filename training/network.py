@@ -22,6 +22,7 @@ VIEWS = tuple(
     (transposed, flipped) for transposed in (False, True) for flipped in ((), (0,), (1,), (0, 1))
 )
 MELANOMA = DIAGNOSES.index(Diagnosis.MEL)
+_DROPOUT = 0.2
 
 
 class MultiTaskNetwork(nn.Module):
@@ -33,7 +34,6 @@ class MultiTaskNetwork(nn.Module):
         trunk_channels: Of the features that the heads share.
         mean: Of the normalisation that the backbone was pretrained with, per channel, 0 to 1.
         std: Likewise.
-        dropout: On the pooled features, in training.
     """
 
     mean: Tensor
@@ -46,12 +46,11 @@ class MultiTaskNetwork(nn.Module):
         trunk_channels: int,
         mean: Sequence[float],
         std: Sequence[float],
-        dropout: float = 0.2,
     ):
         super().__init__()
         self.backbone = backbone
         self.trunk = nn.Sequential(nn.Conv2d(channels, trunk_channels, 1), nn.SiLU())
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(_DROPOUT)  # of the pooled features, in training
         self.heads = nn.ModuleDict(
             {task.name: nn.Linear(trunk_channels, task.outputs) for task in TASKS}
         )

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from models.bundle import Bundle, Precision, melanoma_probability
 from models.files import write_atomically
 from models.images import ImageError, decode
-from models.recalibration import LOGIT
+from models.recalibration import LOGIT, PROBABILITY
 from training.data.layouts import name_of
 from training.data.manifest import DataError, Record, open_table
 from training.data.tables import Faults, Row, read_rows
@@ -22,7 +22,6 @@ from training.data.vocabulary import Diagnosis, Sex, Site
 from training.runners import Runner, onnx_runner
 
 BATCH_SIZE = 32
-PROBABILITY = "melanoma_probability"
 
 _AGES = re.compile(r"(\d+)(?:-(\d+)|\+)")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from training.backbones import find_source
+from training.backbones import source_of
 from training.config import Config
 from training.data.cache import Pixels, build_cache, files_key
 from training.data.components import components, with_components
@@ -20,7 +20,6 @@ from training.folds import fitted, parts
 from training.lineage import Inheritance, check_fitted, inheritance, keep_inheritance
 from training.run import Run, rows, to_learn_from
 from training.state import belongs, identity_of, load_tensors
-from training.zoo import choose
 
 
 def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
@@ -65,7 +64,7 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     pixels = _build_cache(run, config, [records[i] for i in used])
     # Ids alone miss copies that a dataset holds under another name, so pictures are compared, too.
     found = find_duplicates(thumbnails(lambda row: pixels[row], len(pixels)))
-    pairs = [(used[pair.one], used[pair.other]) for pair in found]
+    pairs = [(used[one], used[other]) for one, other in found]
     divided = assign_fixed(records, components(records, pairs, listed), config.test_on)
     manifest = [divided[i] for i in used]
     check_splits(manifest, config)
@@ -201,9 +200,7 @@ def check_network(config: Config) -> None:
     open_teachers(config.teachers, config.size)
     if config.start_from:
         check_fitted(Run(Path(config.start_from)))
-    (backbone,) = choose([config.backbone])
-    folder, notes = (Path(x) if x else None for x in (config.weights_dir, config.weights_notes))
-    find_source(backbone, folder, notes, only=folder is not None)
+    _, backbone = source_of(config)
     for size in {config.size, *config.sizes}:
         build_feature_map(backbone, None, size=size)
 

@@ -33,14 +33,18 @@ from models.bundle import (
     Bundle,
     Calibration,
     Golden,
-    OperatingPoint,
     golden_batch,
     load_bundle,
     melanoma_probability,
     save_bundle,
     sha256_of,
 )
-from models.calibration import CalibrationError, choose_threshold, fit_calibration
+from models.calibration import (
+    CalibrationError,
+    choose_threshold,
+    fit_calibration,
+    operating_point,
+)
 from models.recalibration import CARD, METRICS
 from training.data.cache import Pixels
 from training.data.manifest import DataError
@@ -188,13 +192,11 @@ def quantize(run: Run, folder: Path) -> tuple[Bundle, list[Cost]]:
                 Golden(seed=golden.seed, outputs=golden_outputs(outputs, row))
                 for row, golden in enumerate(bundle.manifest.golden)
             ),
-            operating_point=OperatingPoint(
-                criterion=f"fewest decisions other than {precise.file}'s ({point.criterion})",
-                dataset=point.dataset,
-                images=len(melanoma),
-                melanomas=int(melanoma.sum()),
-                sensitivity=float(after.above[melanoma].mean()),
-                specificity=float((~after.above[~melanoma]).mean()),
+            operating_point=operating_point(
+                f"fewest decisions other than {precise.file}'s ({point.criterion})",
+                point.dataset,
+                melanoma,
+                after.above,
             ),
         )
         kept = [a for a in bundle.manifest.artifacts if a.file != FILE]

@@ -24,7 +24,7 @@ def held_out(records: Sequence[Record], split: Split) -> list[Record]:
     """
     found = [record for record in records if record.split is split and record.path]
     if not found:
-        raise DataError(f"The manifest has no images of the split {split}.")
+        raise DataError(f"The manifest has no images of the split {split}: choose another --split.")
     return found
 
 
@@ -54,18 +54,20 @@ def evaluate_model(
     published = next((d for d in datasets if paper.is_complete(d)), None)
     tested = predictions.records
     rows = [i for i, r in enumerate(tested) if balanced.is_part(r)]
+    data_fingerprint = fingerprint(records)
+    own = bundle is not None and bundle.manifest.training_data.fingerprint == data_fingerprint
     subsets, clean, known = {}, set[str](), None
     if published is not None and rows:
         clean = paper.find_clean(published, [d for d in datasets if d is not published])
-        if bundle is not None and bundle.manifest.training_data.fingerprint == fingerprint(records):
+        if own:
             known = paper.find_known(records)
         fair = clean - (known or set())
         subsets[paper.CLEAN] = [row for row in rows if tested[row].image in fair]
     training = [record for record in records if record.split is Split.TRAIN]
     report = evaluate(predictions, training, against, subsets)
     report["split"] = str(split)
-    report["data_fingerprint"] = fingerprint(records)
-    report["cautions"] = _cautions(predictions, records, split, bundle)
+    report["data_fingerprint"] = data_fingerprint
+    report["cautions"] = _cautions(predictions, records, split, bundle, own)
     if published is not None and rows:
         evaluated = [tested[row] for row in rows]
         report["paper"] = paper.describe(published, clean, evaluated, predictions, known)
@@ -123,9 +125,13 @@ def _robustness(
 
 
 def _cautions(
-    predictions: Predictions, records: Sequence[Record], split: Split, bundle: Bundle | None
+    predictions: Predictions,
+    records: Sequence[Record],
+    split: Split,
+    bundle: Bundle | None,
+    own: bool,
 ) -> list[str]:
-    """What a reader must know of every figure."""
+    """What a reader must know of every figure; the bundle was fitted to these records, if `own`."""
     cautions = []
     asked = len(held_out(records, split))
     if len(predictions.records) < asked:
@@ -138,7 +144,7 @@ def _cautions(
             f"The threshold {predictions.threshold:g} is the one that was given: whether it was "
             "frozen before these images were seen is not known, nor what the model learned from."
         )
-    elif bundle.manifest.training_data.fingerprint != fingerprint(records):
+    elif not own:
         cautions.append(
             "This manifest is not the one that the bundle was fitted with: whether the bundle has "
             "learned from these images, or from the same lesions, is not known; "
@@ -156,7 +162,6 @@ def _cautions(
             f"These are images of the {split} split, which the network, its calibration or its "
             "threshold were fitted to: the figures are better than they would be on others."
         )
-    own = bundle is not None and bundle.manifest.training_data.fingerprint == fingerprint(records)
     if own and (tasks := untaught([r for r in records if r.split is Split.TRAIN])):
         cautions.append(
             f"None of the images that it was trained on says anything of: {', '.join(tasks)}. What "

@@ -1,7 +1,6 @@
 """Recipes tried on the same data, one after the other, and compared on the validation split."""
 
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from models.bundle import BundleError
 from models.files import write_atomically
-from training.config import Config, changed_fields, parse_config
+from training.config import Config, changed_fields, parse_config, read_toml
 from training.data.components import with_components
 from training.data.manifest import DataError, fingerprint, first_line, load_manifest
 from training.export import load_networks
@@ -40,9 +39,9 @@ class Outcome:
         recipe: By name.
         changes: What it changes of the first one, as a sentence names it.
         epochs: That it took, with those that did not help; of all networks, where it has several.
-        minutes: Of them.
+        minutes: That these epochs took.
         auroc: For melanoma, on validation.
-        difference: Of the first recipe's; None for that one.
+        difference: Its AUROC less the first recipe's; None for the first.
     """
 
     recipe: str
@@ -84,10 +83,7 @@ def load_recipes(path: Path) -> dict[str, Config]:
     Raises:
         DataError: The file or a recipe in it is none, or two are the same.
     """
-    try:
-        given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not TOML: {error}.") from None
+    given = read_toml(path)
     if unknown := sorted(set(given) - {"all", "recipes"}):
         raise DataError(f"{path}: there is no {unknown[0]} in a sweep; [all] and [recipes.NAME].")
     tables, common = given.get("recipes", {}), given.get("all", {})

@@ -48,6 +48,14 @@ class EngineError(Exception):
     """A runtime or a device that is not there; the message says what to do."""
 
 
+def warm_up_failed() -> EngineError:
+    """What to say of a network that fails before it has answered anything."""
+    return EngineError(
+        "The network failed while it was warmed up: the log says why. Check the bundle with "
+        "`mmtl bundle verify`, or set another MMTL_DEVICE or MMTL_RUNTIME."
+    )
+
+
 class Engine(Protocol):
     """A loaded network.
 
@@ -57,8 +65,8 @@ class Engine(Protocol):
         runs_at_once: Threads that call `run` at the same time: on the CPU one a core where the
             runtime's own threads would wait for each other; on a GPU two, so that one batch is
             prepared while another runs.
-        helpers: Workers that serve it beyond one a core: those that run a GPU; on the CPU one at
-            most, which uses what the others leave idle, waiting for the interpreter.
+        helpers: Worker threads beyond one a core: on a GPU, those that run it; on the CPU one at
+            most, for the core that the others leave idle while they wait for the GIL.
         batch: Most images in one run.
         rounding: What it rounds otherwise than the runtime that the artifact was made with, as a
             share of a golden output's largest value, or of 1 where that is smaller.

@@ -47,7 +47,10 @@ class PytorchEngine:
     ):
         available = torch.cuda.device_count()
         if device.startswith("cuda:") and int(device.removeprefix("cuda:")) >= available:
-            raise EngineError(f"MMTL_DEVICE={device}: torch finds {available} GPUs here.")
+            raise EngineError(
+                f"MMTL_DEVICE={device}: torch finds {available} GPUs here. Leave it out, or name "
+                "one that is there."
+            )
         self.name: str = artifact_format
         self.device = device if device != "auto" else ("cuda:0" if available else "cpu")
         on_gpu = self.device != "cpu"

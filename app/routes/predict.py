@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Annotated, Any, TypeVar
 from weakref import finalize
@@ -108,7 +108,7 @@ async def predict(
             if answered is None:
                 state.metrics.images.labels("gone").inc(len(uploads))
             if state.audit is not None:
-                results = answered[1] if answered else None
+                results = answered[1] if answered else [None] * len(uploads)
                 outcomes = await asyncio.to_thread(_outcomes, uploads, results)
         response = _respond(answered, trace, state.held)
     except Problem as refused:
@@ -186,12 +186,11 @@ class _HeldResponse(Response):
 
 
 class Direct:
-    """Answers `POST /predict` without parameters, which needs nobody to find its way or read them.
+    """Middleware that answers `POST /predict` without a query past FastAPI's routing and parsing.
 
-    To everything else it does what goes for every path: HEAD is GET, and no path has a line's end.
-
-    FastAPI describes the route, and answers everything else
-    (benchmarks/serving/steps.py measures what that saves).
+    benchmarks/serving/steps.py measures what that saves. FastAPI describes the route, and answers
+    everything else, for which two things are done here: HEAD becomes GET, and a path with a control
+    character is not found.
 
     Args:
         app: What answers everything else.
@@ -230,12 +229,9 @@ class Direct:
 _ROUTE = router.routes[-1]
 
 
-def _outcomes(uploads: list[Upload], results: list[Result] | None) -> list[tuple[str, str]]:
+def _outcomes(uploads: list[Upload], results: Iterable[Result | None]) -> list[tuple[str, str]]:
     """SHA-256 and outcome of each image, for the audit log."""
-    return [
-        _outcome(upload, results[position] if results else None)
-        for position, upload in enumerate(uploads)
-    ]
+    return [_outcome(*each) for each in zip(uploads, results, strict=True)]
 
 
 def _outcome(upload: Upload, result: Result | None) -> tuple[str, str]:

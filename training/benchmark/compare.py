@@ -183,7 +183,7 @@ def _cautions(report: Report, extracted: Extracted) -> list[str]:
     lines = []
     if extracted.random:
         lines.append("RANDOM WEIGHTS: every figure here is of networks that learned nothing.")
-    if report["of the 86"] < 86:
+    if report["of the 86"] < paper.BACKBONES:
         lines.append(
             f"Only {report['of the 86']} of the paper's 86 backbones are here; what was asked for "
             "and has no weights, or failed, is listed at the end."

@@ -6,10 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from training.benchmark.probes import FIGURES
+from training.benchmark.probes import AUROC
 from training.plots import BLUE, GREY, RED, draw
 
-AUROC = FIGURES[0]
 Report = dict[str, Any]
 
 

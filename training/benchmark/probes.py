@@ -27,7 +27,8 @@ AXES = 128
 REPLICATES = 1000
 NEIGHBOURS = 20
 HIGH_SENSITIVITY = 0.95
-FIGURES = ("AUROC", PARTIAL_AUROC, "specificity at 95 % sensitivity")
+AUROC = "AUROC"
+FIGURES = (AUROC, PARTIAL_AUROC, "specificity at 95 % sensitivity")
 # The largest value of each.
 MOST = dict(zip(FIGURES, (1.0, 1 - LEAST_SENSITIVITY, 1.0), strict=True))
 _PENALTIES = (1.0, 10.0, 100.0, 1_000.0)
@@ -117,24 +118,23 @@ def design(
     return Study(truth, folds, weights, permuted)
 
 
-def project(features: Floats, axes: int = AXES) -> Floats:
+def project(features: Floats) -> Floats:
     """The leading principal components of the standardised features, with total variance 1.
 
     No label is used, so all images take part. Probes see these instead of up to 4,096 features.
 
     Args:
         features: [N, C].
-        axes: At most.
 
     Returns:
-        float64 [N, min(axes, N - 1, C)].
+        float64 [N, min(AXES, N - 1, C)].
     """
     values: Floats = features.astype(np.float32)
     values = values - values.mean(axis=0)
     scale = values.std(axis=0)
     values = values[:, scale > 1e-6 * max(float(scale.max()), 1e-30)]
     values = values / values.std(axis=0) if values.shape[1] else np.zeros((len(features), 1))
-    kept = max(1, min(axes, len(values) - 1, values.shape[1]))
+    kept = max(1, min(AXES, len(values) - 1, values.shape[1]))
     u, singular, _ = randomized_svd(values, kept, n_iter=2, random_state=0)
     found = (u * singular).astype(np.float64)
     projected: Floats = found / max(float(np.sqrt((found**2).sum() / len(found))), 1e-30)

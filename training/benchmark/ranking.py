@@ -7,11 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, norm
 
-from training.benchmark.probes import FIGURES, Judged
+from training.benchmark.probes import AUROC, Judged
 
 Floats = NDArray[np.floating]
 
-AUROC = FIGURES[0]
 SIGNIFICANT = 0.05
 
 

@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from training import paper
 from training.benchmark import probes, ranking, transferability, zero_train
 from training.benchmark.features import COST_BATCH_SIZES, Features
-from training.benchmark.probes import FIGURES, Judged, Study
-from training.zoo import Backbone, load_zoo
+from training.benchmark.probes import AUROC, Judged, Study
+from training.zoo import Backbone
 
 Floats = NDArray[np.floating]
 Report = dict[str, Any]
 
 # The head of the paper's table; every other seed stands in the table of chance.
 FIXED_SEED = 0
-AUROC = FIGURES[0]
 # Each holds one backbone's features.
 _THREADS = 8
 SCORES = ("LogME", "LEEP", "NCE", "H-score", "ImageNet top-1")
@@ -93,7 +93,7 @@ def judge(
             }
         )
     worst, best = zero_train.extremes_by_chance(images, len(found))
-    worst_of_86, best_of_86 = zero_train.extremes_by_chance(images, _count_of_86())
+    worst_of_86, best_of_86 = zero_train.extremes_by_chance(images, paper.BACKBONES)
     report: Report = {
         "images": images,
         "melanomas": int(study.truth.sum()),
@@ -109,8 +109,8 @@ def judge(
             "coins": {"best": best, "worst": worst},
             "coins of 86": {"best": best_of_86, "worst": worst_of_86},
             "paper": {
-                "best": dict(zip(("name", "value"), zero_train.PAPER_BEST, strict=True)),
-                "worst": dict(zip(("name", "value"), zero_train.PAPER_WORST, strict=True)),
+                "best": paper.BEST_BACKBONE,
+                "worst": paper.WORST_BACKBONE,
             },
         },
         "correlations": _correlations(backbones),
@@ -212,7 +212,3 @@ def _correlations(backbones: Sequence[Report]) -> Report:
     }
     own = {"logistic": None, "fine-tuned": ranking.rank_correlation(probe, tuned)}
     return found | {"logistic probe": own}
-
-
-def _count_of_86() -> int:
-    return sum(not backbone.extra for backbone in load_zoo())

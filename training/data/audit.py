@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from models.files import write_atomically
 from training.data.components import Bond, components, key_of, linked
-from training.data.duplicates import Duplicate
 from training.data.layouts import Dataset
-from training.data.manifest import Record
+from training.data.manifest import Record, open_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ def audit(
     first: Sequence[Dataset],
     second: Sequence[Dataset],
     knowing: Sequence[Dataset] = (),
-    compare: Callable[[Sequence[Record]], list[Duplicate]] | None = None,
+    compare: Callable[[Sequence[Record]], list[tuple[int, int]]] | None = None,
     same_ids: bool = False,
 ) -> Audit:
     """Look for whatever A (`first`) and B (`second`) share.
@@ -106,8 +105,7 @@ def audit(
     everything = a + b + [record for dataset in knowing for record in dataset.records]
     side = np.array([1] * len(a) + [2] * len(b) + [0] * (len(everything) - len(a) - len(b)))
     listed = [pair for d in (*first, *second, *knowing) for pair in d.pairs]
-    near = compare(everything[: len(a) + len(b)]) if compare else []
-    pairs = [(pair.one, pair.other) for pair in near]
+    pairs = compare(everything[: len(a) + len(b)]) if compare else []
     known_links = linked((tuple(d.place.tables), d.records) for d in (*first, *second, *knowing))
 
     images = components(everything, by=("image",))
@@ -125,11 +123,19 @@ def audit(
     _, near_pairs = _across(side, [pair for pair in pairs if images[pair[0]] != images[pair[1]]])
     whole = components(everything, [*pairs, *known_links], listed, same_ids=same_ids)
     by_any = _joined(side, whole)
-    either = joined["lesion"] | joined["patient"]
-    duplicate = in_listed | in_near
-
-    def count(where: NDArray[np.bool_], of: int) -> int:
-        return int((where & (side == of)).sum())
+    rows = {
+        "image": by_image,
+        "lesion": joined["lesion"],
+        "patient": joined["patient"],
+        "lesion_or_patient": joined["lesion"] | joined["patient"],
+        "duplicate": in_listed | in_near,
+        "any": by_any,
+    }
+    counts = {
+        f"rows_{prefix}by_{name}": int((where & (side == of)).sum())
+        for prefix, of in (("", 2), ("a_", 1))
+        for name, where in rows.items()
+    }
 
     def shared(bond: Bond) -> int:
         return len(set(known[bond][joined[bond] & (side > 0)].tolist()))
@@ -166,28 +172,14 @@ def audit(
         bare_ids_in_both=0 if same_ids else _bare_in_both(a, b),
         pictures_compared=sum(bool(record.path) for record in a + b) if compare else None,
         near_duplicate_pairs=near_pairs if compare else None,
-        rows_by_image=count(by_image, 2),
-        rows_by_lesion=count(joined["lesion"], 2),
-        rows_by_patient=count(joined["patient"], 2),
-        rows_by_lesion_or_patient=count(either, 2),
-        rows_by_duplicate=count(duplicate, 2),
-        rows_by_any=count(by_any, 2),
-        rows_a_by_image=count(by_image, 1),
-        rows_a_by_lesion=count(joined["lesion"], 1),
-        rows_a_by_patient=count(joined["patient"], 1),
-        rows_a_by_lesion_or_patient=count(either, 1),
-        rows_a_by_duplicate=count(duplicate, 1),
-        rows_a_by_any=count(by_any, 1),
         leaks=leaks,
+        **counts,
     )
 
 
 def save_leaks(path: Path, leaks: Sequence[Leak]) -> None:
     """Write every leaking row of B as CSV, with a row of A that gives it away."""
-    with (
-        write_atomically(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
+    with write_atomically(path) as temporary, open_table(temporary) as file:
         writer = csv.writer(file)
         writer.writerow(["image", "dataset", "path", "reasons", "image_a", "dataset_a", "path_a"])
         for leak in leaks:

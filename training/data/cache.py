@@ -232,9 +232,5 @@ def _read(note: Path) -> dict[str, Any]:
 
 def _note_down(note: Path, key: str, pixels: "np.memmap[Any, Any]", done: int) -> None:
     pixels.flush()
-    _write(note, {"key": key, "images": done})
-
-
-def _write(note: Path, content: dict[str, Any]) -> None:
     with write_atomically(note) as temporary:
-        temporary.write_text(json.dumps(content))
+        temporary.write_text(json.dumps({"key": key, "images": done}))

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from models.images import ImageError, decode
 from training.data.layouts import Dataset, image_files, table_files
-from training.data.manifest import Record
+from training.data.manifest import Record, collection_of
 
 # The label columns of a manifest, which may be empty.
 LABELS = ("melanoma", "diagnosis", "age", "sex", "site", "lesion", "patient")
@@ -75,7 +75,7 @@ def check(dataset: Dataset, pixels: bool = True) -> Check:
             f"(read as: {dataset.layout.TITLE}).",
             fatal=False,
         )
-    names = sorted({record.dataset.split(" (")[0] for record in records})
+    names = sorted({collection_of(record.dataset) for record in records})
     return Check(
         dataset=", ".join(names) or dataset.place.name,
         layout=dataset.layout.TITLE,

@@ -190,7 +190,7 @@ def split(
         raise DataError("Choose one of --paper, --clean and --folds.")
     datasets = read_datasets(paths)
     records, listed = gather(datasets)
-    pairs = [(pair.one, pair.other) for pair in pair_up(records)] if pixels else []
+    pairs = pair_up(records) if pixels else []
     pairs += linked((tuple(d.place.tables), d.records) for d in datasets)
     labels = components(records, pairs, listed, same_ids=same_ids)
     if folds:

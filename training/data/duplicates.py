@@ -8,7 +8,6 @@ and below.
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,23 +33,8 @@ _CHUNK = 2048
 Thumbnails = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Number = TypeVar("Number", bound=np.generic)
-
-
-@dataclass(frozen=True, slots=True)
-class Duplicate:
-    """Two pictures of one lesion in one frame.
-
-    Attributes:
-        one: Position of the first, the lower one.
-        other: Of the second.
-        agreement: Correlation of their detail, at most 1.
-        turned: Whether one is the other turned or mirrored.
-    """
-
-    one: int
-    other: int
-    agreement: float
-    turned: bool
+# Positions of two pictures, the lower one first.
+Pair = tuple[int, int]
 
 
 def thumbnail(pixels: NDArray[np.uint8]) -> Thumbnails:
@@ -59,12 +43,11 @@ def thumbnail(pixels: NDArray[np.uint8]) -> Thumbnails:
     return np.asarray(grey)
 
 
-def thumbnails_of(records: Sequence[Record], progress: bool = True) -> Thumbnails:
+def thumbnails_of(records: Sequence[Record]) -> Thumbnails:
     """The thumbnails of image files, decoded as the network sees them.
 
     Args:
         records: With pixels.
-        progress: Show a bar.
 
     Returns:
         uint8 [len(records), 64, 64]; an image that cannot be read is black, and like no other.
@@ -76,25 +59,22 @@ def thumbnails_of(records: Sequence[Record], progress: bool = True) -> Thumbnail
         except (OSError, ImageError):
             return np.zeros((SIDE, SIDE, 3), np.uint8)
 
-    return thumbnails(read, len(records), progress)
+    return thumbnails(read, len(records))
 
 
-def pair_up(records: Sequence[Record], progress: bool = True) -> list[Duplicate]:
+def pair_up(records: Sequence[Record]) -> list[Pair]:
     """All near-duplicates among the records that have pixels; positions are in `records`."""
     pictured = [position for position, record in enumerate(records) if record.path]
-    found = find_duplicates(thumbnails_of([records[i] for i in pictured], progress))
-    return [replace(pair, one=pictured[pair.one], other=pictured[pair.other]) for pair in found]
+    found = find_duplicates(thumbnails_of([records[i] for i in pictured]))
+    return [(pictured[one], pictured[other]) for one, other in found]
 
 
-def thumbnails(
-    read: Callable[[int], NDArray[np.uint8]], count: int, progress: bool = True
-) -> Thumbnails:
+def thumbnails(read: Callable[[int], NDArray[np.uint8]], count: int) -> Thumbnails:
     """The thumbnails of `count` images, read and shrunk in parallel.
 
     Args:
         read: The pixels of an image, by position: uint8 [H, W, 3].
         count: Number of images.
-        progress: Show a bar.
 
     Returns:
         uint8 [count, 64, 64].
@@ -102,14 +82,12 @@ def thumbnails(
     found = np.empty((count, SIDE, SIDE), np.uint8)
     with ThreadPoolExecutor() as pool:
         small = pool.map(lambda position: thumbnail(read(position)), range(count))
-        for position, picture in enumerate(
-            tqdm(small, "compare", count, unit="image", disable=not progress)
-        ):
+        for position, picture in enumerate(tqdm(small, "compare", count, unit="image")):
             found[position] = picture
     return found
 
 
-def find_duplicates(images: Thumbnails) -> list[Duplicate]:
+def find_duplicates(images: Thumbnails) -> list[Pair]:
     """All pairs of near-duplicates, turned and mirrored ones too.
 
     Args:
@@ -121,19 +99,15 @@ def find_duplicates(images: Thumbnails) -> list[Duplicate]:
     # Blank pictures are all alike, and show no lesion.
     seen = np.flatnonzero(images.reshape(-1, SIDE * SIDE).std(axis=1) >= _LEAST_CONTRAST)
     if len(seen) < len(images):
-        found_seen = find_duplicates(images[seen])
-        return [replace(d, one=int(seen[d.one]), other=int(seen[d.other])) for d in found_seen]
+        return [(int(seen[one]), int(seen[other])) for one, other in find_duplicates(images[seen])]
     bits = _bits(images)
-    found: dict[tuple[int, int], Duplicate] = {}
+    found: set[Pair] = set()
     for orientation in range(8):
         turned = _turn(bits.reshape(-1, _GRID, _GRID), orientation).reshape(-1, _BITS)
         candidates = np.concatenate([np.zeros((0, 2), int), *_close(bits, turned)])
-        agreement = _agreement(images, candidates, orientation)
-        for (one, other), value in zip(candidates.tolist(), agreement.tolist(), strict=True):
-            best = found.get((one, other))
-            if value >= LEAST_AGREEMENT and (best is None or best.agreement < value):
-                found[one, other] = Duplicate(one, other, value, orientation > 0)
-    return [found[pair] for pair in sorted(found)]
+        agree = _agreement(images, candidates, orientation) >= LEAST_AGREEMENT
+        found.update((one, other) for one, other in candidates[agree].tolist())
+    return sorted(found)
 
 
 def _bits(images: Thumbnails) -> Floats:

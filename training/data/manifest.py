@@ -76,6 +76,11 @@ def isic_id(name: str) -> str | None:
     return f"ISIC_{found[1]}" if found else None
 
 
+def collection_of(dataset: str) -> str:
+    """The collection that a dataset is a part of: `balanced` of `balanced (ISIC2019)`."""
+    return dataset.partition(" (")[0]
+
+
 def save_manifest(path: Path, records: Sequence[Record]) -> None:
     """Write the manifest as CSV, whole or not at all."""
     with write_atomically(path) as temporary, open_table(temporary) as file:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from training.data.layouts import isic_cli, load_layouts
+from training.data.manifest import collection_of
 
 # Datasets of the archive that have a page of their own; others are known by their layout.
 _ISIC_2017 = ("CC BY-NC", "https://challenge.isic-archive.com/data/#2017")
@@ -27,7 +28,7 @@ def origin_of(dataset: str, of_archive: float = 0.0) -> Origin:
     if dataset == "isic2017":
         return Origin(*_ISIC_2017)
     for layout in load_layouts():
-        if dataset.split(" (")[0] == layout.TITLE:
+        if collection_of(dataset) == layout.TITLE:
             return Origin(layout.LICENCE, layout.URL)
     if of_archive == 1:
         return Origin(isic_cli.LICENCE, isic_cli.URL)

@@ -98,7 +98,7 @@ def test_copies_under_another_name_are_found_by_picture(tmp_path: Path) -> None:
     found = audit(
         read_datasets([tmp_path / "a"]),
         read_datasets([tmp_path / "b"]),
-        compare=lambda records: pair_up(records, progress=False),
+        compare=pair_up,
     )
     assert (found.near_duplicate_pairs, found.rows_by_duplicate, found.rows_by_any) == (1, 1, 1)
     save_leaks(tmp_path / "leaks.csv", found.leaks)

@@ -41,22 +41,20 @@ def recoloured(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize(
-    ("change", "turned"),
+    "change",
     [
-        (jpeg, False),
-        (resized, False),
-        (recoloured, False),
-        (lambda pixels: np.rot90(pixels), True),
-        (lambda pixels: pixels[:, ::-1], True),
-        (lambda pixels: np.rot90(pixels, 2)[:, ::-1], True),
+        jpeg,
+        resized,
+        recoloured,
+        lambda pixels: np.rot90(pixels),
+        lambda pixels: pixels[:, ::-1],
+        lambda pixels: np.rot90(pixels, 2)[:, ::-1],
     ],
     ids=["recompressed", "resized", "recoloured", "turned", "mirrored", "upside down"],
 )
-def test_a_copy_is_found(change, turned: bool) -> None:
+def test_a_copy_is_found(change) -> None:
     images = [*ORIGINALS, change(ORIGINALS[7])]
-    (found,) = find_duplicates(np.stack([thumbnail(image) for image in images]))
-    assert (found.one, found.other, found.turned) == (7, 60, turned)
-    assert 0.9 <= found.agreement <= 1.0001
+    assert find_duplicates(np.stack([thumbnail(image) for image in images])) == [(7, 60)]
 
 
 def test_other_lesions_and_blank_pictures_are_no_duplicates() -> None:
@@ -77,8 +75,7 @@ def test_positions_are_those_of_the_records(tmp_path: Path) -> None:
         Record("c", str(tmp_path / "c.png"), "A"),
         Record("d", str(tmp_path / "d.png"), "A"),
     ]
-    (found,) = pair_up(records, progress=False)
-    assert (found.one, found.other) == (0, 3)
+    assert pair_up(records) == [(0, 3)]
 
 
 def test_every_real_copy_is_found(shared_data: Path) -> None:
@@ -88,9 +85,9 @@ def test_every_real_copy_is_found(shared_data: Path) -> None:
     ham = [r for d in read_datasets([shared_data / "ham10000"]) for r in d.records]
     originals = [record for record in ham if record.image in names]
     pairs = {
-        (originals[p.one].image, copies[p.other - len(originals)].image)
-        for p in pair_up([*originals, *copies], progress=False)
-        if p.one < len(originals) <= p.other
+        (originals[one].image, copies[other - len(originals)].image)
+        for one, other in pair_up([*originals, *copies])
+        if one < len(originals) <= other
     }
     same = {(record.image, record.image) for record in originals}
     assert len(same) > 300

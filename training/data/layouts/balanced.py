@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from training.data.layouts import Place
-from training.data.manifest import DataError, Record, isic_id
+from training.data.manifest import DataError, Record, collection_of, isic_id
 from training.data.tables import Faults, Row, read_rows
 from training.data.vocabulary import ONE_ZERO, SEXES, SITES, Split
 
@@ -54,7 +54,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
 
 def is_part(record: Record) -> bool:
     """Whether a record is of this dataset, whatever year its image is from."""
-    return record.dataset.split(" (")[0] == TITLE
+    return collection_of(record.dataset) == TITLE
 
 
 def _part(table: Path) -> Split:

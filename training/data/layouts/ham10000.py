@@ -11,9 +11,7 @@ TITLE = "HAM10000"
 LICENCE = "CC BY-NC 4.0"
 URL = "https://doi.org/10.7910/DVN/DBW86T"
 _COLUMNS = {"lesion_id", "image_id", "dx", "age", "sex", "localization"}
-
-
-# Of a plain table, which reads them.
+# Columns that make it a plain table, which reads them.
 _OF_OTHERS = {"melanoma", "split", "dataset"}
 
 

@@ -11,7 +11,7 @@ URL = "https://doi.org/10.34970/2020-ds01"
 _IMAGE = ("image_name", "image")
 _PATIENT = ("patient_id", "patient")
 _SITE = ("anatom_site_general_challenge", "anatom_site_general")
-# Of a plain table, which reads them.
+# Columns that make it a plain table, which reads them.
 _OF_OTHERS = {"melanoma", "label", "class", "dx", "lesion", "split", "dataset"}
 
 

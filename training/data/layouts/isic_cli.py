@@ -3,7 +3,7 @@
 from training.data.layouts import Place, image_of
 from training.data.manifest import Record
 from training.data.tables import Faults, Row, read_rows
-from training.data.vocabulary import SEXES, SITES, TRUTHS, Diagnosis
+from training.data.vocabulary import SEXES, SITES, Diagnosis
 
 TITLE = "ISIC archive (isic-cli)"
 LICENCE = "CC licences, CC BY-NC among them: see the column copyright_license"
@@ -65,5 +65,5 @@ def _labels(row: Row) -> tuple[Diagnosis | None, bool | None]:
     if melanoma is None:
         # "malignant" alone may be any cancer; "indeterminate" is neither.
         words = (row.text(*_MALIGNANCY) or "").lower()
-        melanoma = TRUTHS["benign"] if words == "benign" else None
+        melanoma = False if words == "benign" else None
     return diagnosis, melanoma

@@ -19,7 +19,7 @@ def recognise(place: Place) -> bool:
 
 
 def read(place: Place, faults: Faults) -> list[Record]:
-    """Read the folders: `malignant` is melanoma here. Its names are not ISIC's, and its own."""
+    """Read the folders: `malignant` is melanoma here. One without an ISIC id keeps its path."""
     records = []
     for path in place.files:
         part, name = path.parts[-3], path.parts[-2]
