@@ -273,7 +273,11 @@ def bench(
         ),
     ] = None,
     header: Annotated[
-        list[str] | None, typer.Option(help="Further headers: `Name: value`.")
+        list[str] | None,
+        typer.Option(
+            help="Further headers: `Name: value`, or `@FILE` of a file with such lines, which no "
+            "list of processes shows."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -284,7 +288,7 @@ def bench(
     """
     if not isfinite(seconds) or not isfinite(rate or 0.0):
         fail("--seconds and --rate are finite numbers.")
-    pairs = [entry.partition(":") for entry in header or []]
+    pairs = [entry.partition(":") for given in header or [] for entry in _header_lines(given)]
     if any(not (name.strip() and colon) for name, colon, _ in pairs):
         fail("A --header is `Name: value`.")
     target = load.Target(
@@ -315,6 +319,16 @@ def bench(
         fail("No answer came in the measured time: give more --seconds.")
     if failed := {status: n for status, n in statuses.items() if status not in ("200", "503")}:
         fail(f"Some requests failed: {_in_words(failed)}.", status=1)
+
+
+def _header_lines(given: str) -> list[str]:
+    if not given.startswith("@"):
+        return [given]
+    try:
+        lines = Path(given[1:]).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        fail(f"--header {given}: the file cannot be read: {getattr(error, 'strerror', error)}.")
+    return [line for line in lines if line.strip()]
 
 
 def _in_words(statuses: Mapping[str, int]) -> str:

@@ -22,6 +22,7 @@ from app.problems import Kind, Problem
 from app.quality import find_warnings
 from app.schemas import (
     Age,
+    Box,
     Category,
     Explanation,
     Failure,
@@ -39,7 +40,7 @@ from app.telemetry import Metrics
 from app.trace import Trace
 from app.uploads import Upload
 from models.bundle import Outputs, one_melanoma_probability
-from models.images import DecodedImage, ImageError, decode
+from models.images import DecodedImage, ImageError, centred_box, decode
 
 T = TypeVar("T")
 
@@ -202,12 +203,18 @@ class Predictor:
             drawn: Future[str] = Future()
             heat = answer.outputs["melanoma_map"]
             draw = partial(draw_overlay, upload.data, image, heat, self._limits)
+            asked = time.monotonic()
             network.batcher.finish(draw, deadline, drawn)
             try:
                 overlay = await asyncio.wrap_future(drawn)
             except ImageError as error:  # damaged where only a larger picture shows it
                 raise Problem.of_image(error.with_traceback(None)) from None
-            fields["explanation"] = Explanation(media_type="image/png", overlay=overlay)
+            had = time.monotonic()
+            self._spent(trace, "explain", had - asked)
+            trace.spans.append(("explain", asked, had))
+            fields["explanation"] = Explanation(
+                media_type="image/png", overlay=overlay, box=_box(image)
+            )
         return Success(
             filename=upload.filename,
             status="ok",
@@ -268,6 +275,13 @@ class Predictor:
                 metrics.predicted_as(task, found.label).inc()
         if not result.quality.in_distribution:
             metrics.out_of_distribution.inc()
+
+
+def _box(image: DecodedImage) -> Box:
+    """What the network sees of an image."""
+    left, top, right, bottom = centred_box((image.width, image.height))
+    sides = {"left": left, "top": top, "width": right - left, "height": bottom - top}
+    return Box(**{side: round(pixels, 2) for side, pixels in sides.items()})
 
 
 def _failure(upload: Upload, problem: Problem, trace: Trace) -> Failure:

@@ -70,11 +70,24 @@ class Quality(Part):
     warnings: list[QualityWarning]
 
 
+class Box(Part):
+    """A part of an image, in pixels of the upright original."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
 class Explanation(Part):
-    """A heat map of what raised (red) and lowered (blue) the melanoma logit, over the image."""
+    """A heat map of what raised (red) and lowered (blue) the melanoma logit, over the image.
+
+    Over the part of it that the network sees: the middle, no longer than 4:3.
+    """
 
     media_type: Literal["image/png"]
-    overlay: str = Field(description="The picture, in base64.")
+    overlay: str = Field(description="The picture, in base64, at most 512 pixels a side.")
+    box: Box = Field(description="The part of the image that it shows.")
 
 
 class ImageFacts(Part):

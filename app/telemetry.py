@@ -33,7 +33,7 @@ from app.spans import Spans, traceparent
 from app.trace import KEY, Trace
 from models.bundle import Manifest
 
-STAGES = ("decode", "queue", "inference")
+STAGES = ("decode", "queue", "inference", "explain")
 # Of images: as their results say it, or the request was refused as a whole, or nobody waited.
 OUTCOMES = ("ok", "error", "refused", "gone")
 # Scrapes and probes come every few seconds and say nothing new.

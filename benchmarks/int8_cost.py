@@ -97,8 +97,8 @@ def main() -> int:
         f"{len(tested):,} images of the HAM10000 test split ({melanomas} melanomas), "
         f"manifest {fingerprint(records)[:16]}. "
         "Differences are less fp32 in ONNX Runtime, paired, that of AUROC with the 95 % interval "
-        "of a bootstrap over lesions (seed 0). Calibration and thresholds are each artifact's own, fitted on "
-        "validation with ONNX Runtime."
+        "of a bootstrap over lesions (seed 0). Calibration and thresholds are each artifact's own, "
+        "fitted on validation with ONNX Runtime."
     )
     print("\n## int8 in ONNX Runtime\n")
     print("What a CPU that does not multiply bfloat16 numbers takes by default.")

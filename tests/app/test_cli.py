@@ -201,6 +201,27 @@ def test_a_header_without_a_name_or_a_value_is_refused(run, header: str) -> None
     assert (status, told.strip()) == (2, "mmtl: A --header is `Name: value`.")
 
 
+def test_headers_can_be_those_of_a_file(
+    run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A key on a command line is seen by everybody who may list processes."""
+    file = tmp_path / "headers"
+    file.write_text("Authorization: Bearer secret\n\nX-Request-ID: a\n")
+    sent: list[tuple[str, str]] = []
+    monkeypatch.setattr("app.load.Target", lambda url, images, headers: sent.extend(headers))
+    monkeypatch.setattr(
+        "app.load.run", lambda *_, **__: Measured(1.0, 3, statuses=Counter({"200": 3}))
+    )
+    status, _, told = run("bench", "http://127.0.0.1:9", "--clients", "1", "--header", f"@{file}")
+    assert (status, told) == (0, "")
+    assert sent == [("Authorization", "Bearer secret"), ("X-Request-ID", "a")]
+    status, _, told = run("bench", "http://127.0.0.1:9", "--header", f"@{file}s")
+    assert (status, told.strip()) == (
+        2,
+        f"mmtl: --header @{file}s: the file cannot be read: No such file or directory.",
+    )
+
+
 @pytest.mark.parametrize(
     ("statuses", "images", "status", "said"),
     [
@@ -287,9 +308,12 @@ def test_a_hangup_while_the_bundle_is_loaded_reloads_it_then(
 @pytest.mark.parametrize(
     ("host", "said"),
     [
-        ("a..b", "a..b is not the name of a host."),
-        ("127.0.0.1", "cannot be listened on: Address already in use."),
-        ("192.0.2.1", "cannot be listened on: Cannot assign requested address."),  # RFC 5737
+        ("a..b", "a..b is not the name of a host: set another MMTL_HOST."),
+        ("127.0.0.1", "cannot be listened on: Address already in use. Set another MMTL_PORT or"),
+        (
+            "192.0.2.1",
+            "cannot be listened on: Cannot assign requested address. Set another",
+        ),  # RFC 5737
     ],
 )
 def test_where_nobody_can_listen_nothing_is_loaded(
@@ -301,7 +325,7 @@ def test_where_nobody_can_listen_nothing_is_loaded(
         monkeypatch.setenv("MMTL_PORT", str(taken.getsockname()[1]))
         status, _, error = run("serve", "--insecure")
     assert status == 2
-    assert error.endswith(said + "\n")
+    assert said in error
     assert error.count("\n") == 1
 
 

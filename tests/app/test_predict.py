@@ -147,6 +147,24 @@ def test_an_explanation_is_a_picture_of_what_was_seen(client: TestClient) -> Non
     picture = Image.open(BytesIO(base64.b64decode(explanation["overlay"])))
     assert explanation["media_type"] == "image/png"
     assert (picture.format, picture.size) == ("PNG", (512, 384))
+    assert explanation["box"] == {"left": 0, "top": 0, "width": 640, "height": 480}
+    assert "explain;dur=" in answer.headers["Server-Timing"]
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "drawn"),
+    [((300, 150), (50, 0, 200, 150), (512, 384)), ((90, 240), (0, 60, 90, 120), (384, 512))],
+)
+def test_an_explanation_says_which_part_of_the_image_it_shows(
+    client: TestClient,
+    size: tuple[int, int],
+    box: tuple[int, int, int, int],
+    drawn: tuple[int, int],
+) -> None:
+    answer = client.post("/predict?explain=true", files=form(lesion(0, *size)))
+    explanation = answer.json()["results"][0]["explanation"]
+    assert explanation["box"] == dict(zip(("left", "top", "width", "height"), box, strict=True))
+    assert Image.open(BytesIO(base64.b64decode(explanation["overlay"]))).size == drawn
 
 
 def test_an_image_that_cannot_be_explained_fails_alone(

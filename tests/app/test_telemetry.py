@@ -33,7 +33,7 @@ def key(name: str, *labels: str) -> tuple[str, frozenset[str]]:
 
 def test_every_label_is_there_before_the_first_request(client: TestClient) -> None:
     found = samples(client)
-    for stage in ("decode", "queue", "inference"):
+    for stage in ("decode", "queue", "inference", "explain"):
         assert found[key("mmtl_stage_duration_seconds_count", stage)] == 0
     assert found[key("mmtl_images_total", "ok")] == 0
     assert found[key("mmtl_rejected_total", "saturated")] == 0

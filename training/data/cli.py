@@ -174,22 +174,35 @@ def split(
     clean: Annotated[
         bool, typer.Option("--clean", help="Likewise, without what shares a component with it.")
     ] = False,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep", help="The splits that rows have, without what would leak between them."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     same_ids: SameIds = False,
     pixels: Pixels = True,
 ) -> None:
     """Split over components: no image, lesion, patient or (with --pixels) copy on two sides.
 
-    --folds has no test part, and --paper and --clean have their own.
+    --folds has no test part, and --paper, --clean and --keep have their own.
     """
     from training.data import splits
+    from training.data.check import find_strays
     from training.data.components import components, linked
     from training.data.duplicates import pair_up
 
-    if (paper and clean) or (folds and (paper or clean)):
-        raise DataError("Choose one of --paper, --clean and --folds.")
+    if sum((paper, clean, keep, bool(folds))) > 1:
+        raise DataError("Choose one of --paper, --clean, --keep and --folds.")
     datasets = read_datasets(paths)
     records, listed = gather(datasets)
+    for path in paths:
+        for folder, count in find_strays(path, datasets).items():
+            print(f"Left out: {count:,} images in {folder}, of no dataset.", file=sys.stderr)
+    own = sum(record.split is not None for record in records)
+    if own and not (paper or clean or keep):
+        print(f"{own:,} rows had splits of their own, which --keep keeps.", file=sys.stderr)
     pairs = pair_up(records) if pixels else []
     pairs += linked((tuple(d.place.tables), d.records) for d in datasets)
     labels = components(records, pairs, listed, same_ids=same_ids)
@@ -201,6 +214,8 @@ def split(
         return
     if paper or clean:
         done = splits.assign_published(records, labels, clean, validation, seed)
+    elif keep:
+        done = splits.keep(records, labels, validation, seed)
     else:
         done = splits.divide(records, labels, validation, test, seed)
     save_manifest(out, done)

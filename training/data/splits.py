@@ -129,6 +129,56 @@ def divide(
     return _part(named, list(range(len(named))), shares, seed)
 
 
+def keep(
+    records: Sequence[Record],
+    labels: NDArray[np.int32],
+    validation: float,
+    seed: int = 0,
+) -> list[Record]:
+    """The splits that the records have already, without what would leak from one into another.
+
+    Tested is what was to be, whole. Of what else there is, whatever shares a component with it is
+    excluded, and what trains, or is in no split, also where its component validates. A record in no
+    split trains; where none validates, a share of those that train does.
+
+    Args:
+        records: With splits, some of them.
+        labels: Their components.
+        validation: Share, where none validates.
+        seed: Of that choice.
+
+    Raises:
+        DataError: None has a split.
+    """
+    if not any(record.split for record in records):
+        raise DataError(
+            "No row has a split of its own to keep: a table says it in a column `split` (train, "
+            "validation, test), or folders do. Leave --keep out."
+        )
+    names = names_of(records, labels)
+
+    def components_of(split: Split) -> set[str]:
+        return {n for n, record in zip(names, records, strict=True) if record.split is split}
+
+    tested, validating = components_of(Split.TEST), components_of(Split.VALIDATION)
+
+    def kept(record: Record, name: str) -> Split:
+        if record.split in (Split.TEST, Split.EXCLUDED):
+            return record.split
+        if name in tested or (name in validating and record.split is not Split.VALIDATION):
+            return Split.EXCLUDED
+        return record.split or Split.TRAIN
+
+    done = [
+        replace(record, split=kept(record, name), component=name)
+        for record, name in zip(records, names, strict=True)
+    ]
+    if any(record.split is Split.VALIDATION for record in done):
+        return done
+    free = [i for i, record in enumerate(done) if record.split is Split.TRAIN]
+    return _part(done, free, {Split.VALIDATION: validation}, seed)
+
+
 def fold(
     records: Sequence[Record], labels: NDArray[np.int32], folds: int, seed: int = 0
 ) -> list[list[Record]]:

@@ -58,6 +58,10 @@ class Faults(list[Fault]):
             raise DataError(f"{fatal[0].message}{more} `mmtl-train data check` shows every fault.")
 
 
+# Of a decimal, as half of Europe has it: no more than two places follow it.
+_COMMA = re.compile(r"^(\d+),(\d{1,2})$")
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A row of a table, and where it stands. A column may be given under several names."""
@@ -79,7 +83,7 @@ class Row:
         """The cell as an age in years, 0 to 120."""
         value = self.text(*columns)
         try:
-            age = None if value is None else float(value)
+            age = None if value is None else float(_COMMA.sub(r"\1.\2", value))
         except ValueError:
             age = -1.0
         if age is not None and not 0 <= age <= OLDEST:

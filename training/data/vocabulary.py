@@ -45,6 +45,14 @@ class Split(StrEnum):
     EXCLUDED = "excluded"
 
 
+# As people's tables and folders have them.
+SPLITS = {
+    **{split.value: split for split in Split},
+    **dict.fromkeys(("val", "valid", "dev"), Split.VALIDATION),
+    "training": Split.TRAIN,
+    "testing": Split.TEST,
+}
+
 # What a network is fitted, stopped or calibrated by.
 LEARNED = (Split.TRAIN, Split.VALIDATION)
 
@@ -124,6 +132,7 @@ _DENIED = re.compile(
 _ORIGIN = re.compile(
     r"\b(arising|developing) (in|from|within) (an? )?(\w+ )?nevus|\bnevus associated"
 )
+_NEVUS = re.compile(r"\bna?ev(us|i)\b")
 # Names that other words hold: "df", "scc".
 _SHORT = 5
 # Finer terms than the eight, by words that only they contain ("Melanoma in situ, NOS").
@@ -153,7 +162,7 @@ class Term:
 
 def diagnosis_of(words: str) -> Term:
     """Understand a diagnosis as ISIC's tables spell it, in any case."""
-    text = words.strip().lower()
+    text = _NEVUS.sub("nevus", words.strip().lower())
     if text in _DIAGNOSES:
         found = _DIAGNOSES[text]
         return Term(found, None if found is None else found is Diagnosis.MEL)

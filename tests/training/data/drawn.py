@@ -141,6 +141,12 @@ def draw_kaggle10k(folder: Path) -> None:
             (folder / part / name).mkdir(parents=True, exist_ok=True)
 
 
+def draw_class_folders(folder: Path) -> None:
+    for number in range(ROWS):
+        part, name = ("train", "Val")[number % 2], ("Melanoma", "naevus", "BKL")[number // 2]
+        picture(folder / part / name / f"case {number}.png", number, number < 2)
+
+
 def draw_plain(folder: Path) -> Path:
     rows = []
     for number in range(ROWS):
@@ -188,5 +194,6 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], Path | None], int]] = {
     "isic-cli-new": ("ISIC archive (isic-cli)", draw_isic_cli_new, 5),
     "balanced": ("balanced", draw_balanced_set, 8),
     "kaggle10k": ("Kaggle 10k", draw_kaggle10k, 6),
+    "class-folders": ("class folders", draw_class_folders, 6),
     "plain": ("plain CSV", draw_plain, 6),
 }

@@ -187,6 +187,26 @@ def test_a_manifest_in_a_folder_does_not_hide_its_datasets(folder: Path, capsys)
     assert [item["layout"] for item in found["datasets"]] == ["ISIC 2019", "plain CSV"]
 
 
+def test_split_keeps_the_splits_that_rows_have_if_told_to(folder: Path, capsys) -> None:
+    parts = ("train", "val", "test", "")
+    rows = [
+        {"image": f"own-{n}", "melanoma": str(n % 2), "split": parts[n % 4]} for n in range(200)
+    ]
+    picture(folder / "own" / "elsewhere" / "a.png", 1)
+    write_table(folder / "own" / "mine.csv", rows)
+    out = folder / "manifest.csv"
+    status, _, err = run(capsys, "split", folder / "own", "-o", out, "--keep", "--no-pixels")
+    assert (status, err) == (
+        0,
+        f"Left out: 1 images in {folder}/own/elsewhere, of no dataset.\n",
+    )
+    splits = (Split.TRAIN, Split.VALIDATION, Split.TEST, Split.TRAIN)
+    kept = {record.image: record.split for record in load_manifest(out)}
+    assert kept == {f"own-{n}": splits[n % 4] for n in range(200)}
+    status, _, err = run(capsys, "split", folder / "own" / "mine.csv", "-o", out, "--no-pixels")
+    assert (status, err) == (0, "150 rows had splits of their own, which --keep keeps.\n")
+
+
 def test_split_writes_manifests(folder: Path, capsys) -> None:
     rows = [
         {"image": isic(n), "patient": f"IP_{n // 2}", "melanoma": str(n % 4 // 2)}
@@ -205,7 +225,7 @@ def test_split_writes_manifests(folder: Path, capsys) -> None:
     status, _, err = run(capsys, "split", folder / "many.csv", "--paper")
     assert (status, "needs the balanced set's `val`" in err) == (2, True)
     status, _, err = run(capsys, "split", folder / "many.csv", "--paper", "--clean")
-    assert err == "mmtl-train: Choose one of --paper, --clean and --folds.\n"
+    assert err == "mmtl-train: Choose one of --paper, --clean, --keep and --folds.\n"
 
 
 def test_every_layout_says_what_a_bundle_must_say_of_its_data() -> None:

@@ -296,7 +296,75 @@ def test_rows_of_one_image_that_disagree_are_refused(tmp_path: Path) -> None:
     assert len(gather(read_datasets([tmp_path]))[0]) == 6
 
 
-TAMPERED = sorted(name for name in LAYOUTS if name != "kaggle10k")
+def test_class_folders_are_diagnoses_or_say_whether_it_is_melanoma(tmp_path: Path) -> None:
+    records = read(tmp_path, "class-folders").records
+    assert records[0] == Record(
+        image="Val/BKL/case 5",
+        path=str(tmp_path / "class-folders" / "Val" / "BKL" / "case 5.png"),
+        dataset="class-folders",
+        melanoma=False,
+        diagnosis=Diagnosis.BKL,
+        split=Split.VALIDATION,
+    )
+    melanomas = [record for record in records if record.melanoma]
+    assert {record.diagnosis for record in melanomas} == {Diagnosis.MEL}
+    assert {record.split for record in melanomas} == {Split.TRAIN, Split.VALIDATION}
+    for name in ("Benign", "MALIGNANT"):
+        picture(tmp_path / "other" / name / "a.png", 1)
+    (dataset,) = read_datasets([tmp_path / "other"])
+    assert [(r.melanoma, r.diagnosis, r.split) for r in dataset.records] == [
+        (False, None, None),
+        (True, None, None),
+    ]
+
+
+def test_a_folder_of_no_class_beside_others_is_told(tmp_path: Path) -> None:
+    LAYOUTS["class-folders"][1](tmp_path)
+    picture(tmp_path / "train" / "wart" / "a.png", 1)
+    picture(tmp_path / "train" / "b.png", 1)
+    with pytest.raises(DataError, match=r"train/wart: 'wart' is not a diagnosis that is known"):
+        gather(read_datasets([tmp_path]))
+    (dataset,) = read_datasets([tmp_path])
+    assert [fault.kind for fault in dataset.faults] == ["stray file", "unknown class"]
+
+
+def test_folders_that_are_no_classes_are_no_dataset(tmp_path: Path) -> None:
+    for name in ("0", "1", "images", "other"):
+        picture(tmp_path / name / "a.png", 1)
+    with pytest.raises(DataError, match="no dataset in a layout that is known"):
+        read_datasets([tmp_path])
+
+
+def test_kaggles_folders_with_validation_are_somebody_s_own(tmp_path: Path) -> None:
+    LAYOUTS["kaggle10k"][1](tmp_path)
+    picture(tmp_path / "val" / "benign" / "a.jpg", 9)
+    (dataset,) = read_datasets([tmp_path])
+    assert dataset.layout.TITLE == "class folders"
+    assert {record.split for record in dataset.records} == {*Split} - {Split.EXCLUDED}
+
+
+def test_usual_spellings_of_a_plain_table_are_read(tmp_path: Path) -> None:
+    row = {"image": "a", "label": "nv", "Gender": "F", "Location": "back", "split": "val"}
+    write(tmp_path / "mine.csv", [row, row | {"image": "b", "label": "melanocytic naevi"}])
+    (dataset,) = read_datasets([tmp_path])
+    assert dataset.records[0] == Record(
+        image="a",
+        path="",
+        dataset=tmp_path.name,
+        melanoma=False,
+        diagnosis=Diagnosis.NV,
+        sex=Sex.FEMALE,
+        site=Site.TORSO,
+        split=Split.VALIDATION,
+    )
+    assert dataset.records[1].diagnosis is Diagnosis.NV
+    (tmp_path / "mine.csv").write_text("image;age;melanoma\na;45,5;1\nb;1,000;0\n")
+    (dataset,) = read_datasets([tmp_path])
+    assert [record.age for record in dataset.records] == [45.5, None]
+    assert [fault.kind for fault in dataset.faults] == ["bad value"]
+
+
+TAMPERED = sorted(name for name in LAYOUTS if name not in ("kaggle10k", "class-folders"))
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "latin-1", "cp037")
 cells = st.text(st.characters(codec="latin-1"), max_size=12) | st.sampled_from(
     ["", "UNKNOWN", "nan", "-5", "1e9", "MELANOMA", "Torso ", "ISIC_0000001", "true", "Benign"]
@@ -385,13 +453,14 @@ def test_patients_of_a_table_that_is_like_ham10000s_are_read(tmp_path: Path) -> 
 
 
 def test_columns_are_found_however_their_words_are_joined(tmp_path: Path) -> None:
-    header = "Image,Patient ID,Lesion-ID,melanoma,Age (years),Gender"
-    found = clinic(tmp_path / "own", header, "a,P1,L1,0,40,m")
+    header = "Image,Patient ID,Lesion-ID,melanoma,Age (years),Gender,Ward"
+    found = clinic(tmp_path / "own", header, "a,P1,L1,0,40,m,7")
     (record,) = found.records
     assert (record.patient, record.lesion, record.melanoma) == ("P1", "L1", False)
+    assert (record.age, record.sex) == (40, Sex.MALE)
     (fault,) = found.faults
     assert (fault.kind, fault.fatal) == ("unread column", False)
-    assert "age_(years), gender" in fault.message
+    assert "nothing is read of ward (" in fault.message
 
 
 @pytest.mark.parametrize(

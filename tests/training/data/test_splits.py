@@ -1,6 +1,7 @@
 """No component is on two sides, the fixed test split stays fixed, shares are met."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from training.data.splits import (
     fold,
     hold_out,
     in_test_split,
+    keep,
 )
 from training.data.vocabulary import Split
 
@@ -105,6 +107,51 @@ def test_a_division_is_stratified_grouped_and_reproducible(seed: int) -> None:
         assert np.mean([r.dataset == "A" for r in members]) == pytest.approx(0.5, abs=0.05)
     assert done == divide(records, components(records), 0.1, 0.2, seed)
     assert done != divide(records, components(records), 0.1, 0.2, seed + 1)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 15), st.sampled_from([None, *Split])), min_size=1, max_size=60
+    )
+)
+def test_splits_that_are_kept_do_not_leak(given: list[tuple[int, Split | None]]) -> None:
+    records = [
+        Record(f"ISIC_{n:07d}", "", "A", patient=f"IP_{patient}", split=split)
+        for n, (patient, split) in enumerate(given)
+    ]
+    # So that one validates, and none need be chosen.
+    records.append(Record("ISIC_9999999", "", "A", patient="IP_99", split=Split.VALIDATION))
+    done = keep(records, components(records), validation=0.15)
+    assert not of(done, Split.TRAIN) & of(done, Split.VALIDATION, Split.TEST)
+    assert not of(done, Split.VALIDATION) & of(done, Split.TEST)
+    tested = of(done, Split.TEST)
+    validating = {
+        d.component for r, d in zip(records, done, strict=True) if r.split is Split.VALIDATION
+    }
+    for record, now in zip(records, done, strict=True):
+        if record.split in (Split.TEST, Split.EXCLUDED):
+            assert now.split is record.split
+        elif now.component in tested:
+            assert now.split is Split.EXCLUDED
+        elif record.split is Split.VALIDATION:
+            assert now.split is Split.VALIDATION
+        else:
+            assert now.split is (Split.EXCLUDED if now.component in validating else Split.TRAIN)
+
+
+def test_where_none_validates_a_share_of_what_trains_does() -> None:
+    records = [
+        replace(record, split=Split.TEST if n < 100 else (None, Split.TRAIN)[n // 2 % 2])
+        for n, record in enumerate(patients(250))
+    ]
+    done = keep(records, components(records), validation=0.25, seed=1)
+    assert [r.split is Split.TEST for r in done] == [n < 100 for n in range(500)]
+    counts = Counter(record.split for record in done)
+    assert counts[Split.VALIDATION] / 400 == pytest.approx(0.25, abs=0.02)
+    assert not of(done, Split.VALIDATION) & of(done, Split.TRAIN)
+    nothing = patients(5)
+    with pytest.raises(DataError, match=r"No row has a split of its own to keep.*Leave --keep out"):
+        keep(nothing, components(nothing), 0.15)
 
 
 def test_folds_hold_each_component_out_once() -> None:

@@ -3,7 +3,7 @@
 from training.data.layouts import Place
 from training.data.manifest import Record, isic_id
 from training.data.tables import Faults
-from training.data.vocabulary import Split
+from training.data.vocabulary import SPLITS, Split
 
 TITLE = "Kaggle 10k"
 LICENCE = "not stated; its images are ISIC's (CC BY-NC)"
@@ -13,7 +13,9 @@ _CLASSES = {"benign": False, "malignant": True}
 
 
 def recognise(place: Place) -> bool:
-    """By its folders."""
+    """By its folders, of which none is for validation."""
+    if any((place.folder / part).is_dir() for part in SPLITS if part not in _PARTS):
+        return False
     folders = (place.folder, *(place.folder / part for part in _PARTS))
     return any(all((folder / name).is_dir() for name in _CLASSES) for folder in folders)
 

@@ -3,7 +3,7 @@
 from training.data.layouts import Place, image_of
 from training.data.manifest import COLUMNS, Record, isic_id
 from training.data.tables import Faults, Row, read_rows
-from training.data.vocabulary import SEXES, SITES, TRUTHS, Split
+from training.data.vocabulary import SEXES, SITES, SPLITS, TRUTHS, diagnosis_of
 
 TITLE = "plain CSV"
 LICENCE = "that of its owner"
@@ -12,12 +12,20 @@ ORDER = 1
 _PATH = ("path", "file", "filename", "file_name", "image_path")
 _IMAGE = ("image", "image_id", "image_name", "id", *_PATH)
 _MELANOMA = ("melanoma", "target", "label", "class", "benign_malignant")
-_AGE = ("age", "age_approx")
-_SITE = ("site", "anatom_site_general_challenge", "anatom_site_general", "localization")
+_AGE = ("age", "age_approx", "age_years", "age_(years)")
+_SEX = ("sex", "gender")
+_SITE = (
+    "site",
+    "anatom_site_general_challenge",
+    "anatom_site_general",
+    "anatomical_site",
+    "localization",
+    "location",
+)
 _LESION = ("lesion", "lesion_id")
 _PATIENT = ("patient", "patient_id")
 _DIAGNOSIS = ("diagnosis", "dx")
-_LABELS = (*_MELANOMA, *_DIAGNOSIS, *_AGE, "sex", *_SITE)
+_LABELS = (*_MELANOMA, *_DIAGNOSIS, *_AGE, *_SEX, *_SITE)
 _READ = {*_IMAGE, *_LABELS, *_LESION, *_PATIENT, "dataset", "split"}
 
 
@@ -57,8 +65,13 @@ def _is_table(header: frozenset[str], place: Place) -> bool:
 
 def _record(row: Row, image: str, place: Place) -> Record:
     term = row.diagnosis(*_DIAGNOSIS)
-    melanoma = row.choice(TRUTHS, *_MELANOMA)
     said = (row.text(*_MELANOMA) or "").lower()
+    called = diagnosis_of(said)
+    if said not in TRUTHS and called.known:  # a `label` of `nv`
+        melanoma = called.melanoma
+        term = term if row.text(*_DIAGNOSIS) else called
+    else:
+        melanoma = row.choice(TRUTHS, *_MELANOMA)
     if said == "malignant" and row.text(*_DIAGNOSIS):
         melanoma = None  # a carcinoma is malignant, and no melanoma: the diagnosis tells
     named = next((c for name in _IMAGE if (c := row.text(name)) and _is_path(name, c)), None)
@@ -76,9 +89,9 @@ def _record(row: Row, image: str, place: Place) -> Record:
         melanoma=term.melanoma if melanoma is None else melanoma,
         diagnosis=term.diagnosis,
         age=row.age(*_AGE),
-        sex=row.word(SEXES, "sex"),
+        sex=row.word(SEXES, *_SEX),
         site=row.word(SITES, *_SITE),
-        split=row.word({split.value: split for split in Split}, "split"),
+        split=row.word(SPLITS, "split"),
     )
 
 
