@@ -346,3 +346,17 @@ def test_a_log_that_is_closed_is_one_that_cannot_be_written(path: Path) -> None:
     log.close()
     with pytest.raises(AuditError, match="is closed"):
         log.write("request", "", None, [("", "ok")])
+
+
+def test_a_line_waits_while_another_process_has_the_file(path: Path) -> None:
+    log = AuditLog(path, 10_000)
+    other = os.open(path, os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    writing = threading.Thread(target=log.write, args=["one", None, MODEL, [("a", "ok")]])
+    writing.start()
+    writing.join(0.3)
+    assert path.read_bytes() == b""
+    os.close(other)
+    writing.join(10)
+    log.close()
+    assert len(lines(path)) == 1

@@ -136,9 +136,21 @@ def test_who_waits_for_a_warm_up_that_fails_is_told(
     made.close(5)
 
 
-async def test_a_free_engine_does_not_wait_for_more(batcher: Batcher, engine: Engine) -> None:
-    assert await ask(batcher, 7) == 7
-    assert engine.batches == [[7]]
+async def test_a_free_engine_does_not_wait_for_more(
+    batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait, waited = batcher._changed.wait, []
+
+    def note(timeout: float | None = None) -> bool:
+        waited.append(len(batcher._decoded))
+        return wait(timeout)
+
+    monkeypatch.setattr(batcher._changed, "wait", note)
+    for _ in range(3):  # the first may be noticed by workers that wait already
+        assert await ask(batcher, 7) == 7
+    assert engine.batches == [[7]] * 3
+    assert waited
+    assert not any(waited)
 
 
 @pytest.mark.parametrize(("admitted", "lone"), [(1, [7]), (2, [])])
@@ -991,3 +1003,9 @@ async def test_what_is_left_to_do_and_is_late_is_no_image_dropped(engine: Engine
     batcher.close(5)
     found = metrics.registry.get_sample_value("mmtl_dropped_total", {"reason": "deadline"})
     assert found == 0
+
+
+async def test_the_workers_of_a_network_that_is_given_up_end(batcher: Batcher) -> None:
+    assert await ask(batcher, 1) == 1
+    batcher.abandon()
+    until(lambda: not any(worker.is_alive() for worker in batcher._workers))

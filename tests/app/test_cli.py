@@ -5,8 +5,10 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import tracemalloc
 from collections import Counter
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from app import cli
 from app.load import Measured
 from app.main import create_app
 from app.networks import Networks
+from app.processes import Place
+from app.server import Server
 from app.settings import Settings
 from models.bundle import OperatingPoint, load_bundle
 from models.turns import NotItsTurn, in_turn
@@ -414,7 +418,8 @@ def test_what_looks_like_markup_is_shown_as_it_is(run, bundle_folder: Path, tmp_
     status, output, _ = run("bundle", "inspect", odd)
     assert (status, "ours [/v2] :smile:" in output) == (0, True)
     status, output, _ = run("bundle", "diff", odd, bundle_folder)
-    assert (status, "odd[/v2]" in output) == (1, True)
+    title = "".join(line.strip() for line in output.splitlines())  # folded to the table's width
+    assert (status, "odd[/v2]" in title) == (1, True)
 
 
 def test_a_bundle_is_recalibrated_into_another_one_and_compared(
@@ -549,3 +554,27 @@ def test_probabilities_are_taken_of_the_artifact_that_is_named(
     assert (status, "--artifact model.int8.onnx is none of model.onnx." in error) == (2, True)
     status, output, _ = run(*told, "--artifact", "model.onnx")
     assert (status, "fitted to 80 outcomes" in output) == (0, True)
+
+
+def test_one_of_several_processes_stops_when_the_one_that_watches_says_so(
+    bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[Server] = []
+    monkeypatch.setenv("MMTL_BUNDLE", str(bundle_folder))
+    monkeypatch.setenv("MMTL_PROCESSES", "2")
+    monkeypatch.setattr(tempfile, "tempdir", tempfile.tempdir)
+    for name in ("be_watched", "allow_files", "_tune"):
+        monkeypatch.setattr(f"app.cli.{name}", lambda *_: None)
+    monkeypatch.setattr("app.cli.keep_no_core", lambda: None)
+    monkeypatch.setattr("app.cli._serve", lambda server, listener: served.append(server))
+    link, theirs = Pipe()
+    with link, theirs:
+        place = Place(1, tmp_path, ("127.0.0.1", 0), theirs)
+        monkeypatch.setattr(Place, "listener", lambda _: None)
+        cli._serve_beside(place)
+        served[0].on_start()
+        assert link.recv() == "listens"
+    served[0].handle_exit(signal.SIGTERM, None)  # as systemd sends it to each
+    assert not served[0].should_exit
+    served[0].handle_exit(signal.SIGINT, None)
+    assert served[0].should_exit

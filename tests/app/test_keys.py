@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -282,3 +283,49 @@ def test_who_could_read_the_file_still_can(path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeysError, match="belongs to another user"):
         revoke_key(path, "other")
     assert path.read_bytes() == before
+
+
+def test_a_key_file_is_nobody_else_s_while_it_is_changed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, save, locked = module.read_keys, module._save, []
+
+    def look() -> None:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            locked.append(False)
+        except BlockingIOError:
+            locked.append(True)
+        os.close(folder)
+
+    monkeypatch.setattr(module, "read_keys", lambda path: (look(), read(path))[1])
+    monkeypatch.setattr(module, "_save", lambda path, keys: (look(), save(path, keys))[1])
+    create_key(path, "tool", ("predict",), None)
+    create_key(path, "other", ("predict",), None)
+    revoke_key(path, "tool")
+    assert locked == [True] * 5  # the first has no file to read
+
+
+def test_a_quota_is_nobody_else_s_while_it_is_counted(
+    path: Path, tmp_path: Path, clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = create_key(path, "tool", ("predict",), 3)
+    running = Keys(path, tmp_path)
+    found = running.find(key)
+    assert found is not None
+    take, locked = module._Bucket.take, []
+
+    def look(bucket: module._Bucket, now: float) -> int:
+        (shared,) = tmp_path.glob("*.bucket")
+        with shared.open("rb") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                locked.append(False)
+            except BlockingIOError:
+                locked.append(True)
+        return take(bucket, now)
+
+    monkeypatch.setattr(module._Bucket, "take", look)
+    assert running.wait_seconds(found) == 0
+    assert locked == [True]

@@ -173,6 +173,7 @@ def test_an_image_that_cannot_be_explained_fails_alone(
     damaged = lesion()
 
     def decode_larger(data: bytes, *more: Any, wait: bool) -> DecodedImage:
+        assert not wait  # a worker, for the turn of a large one
         if data == damaged:
             raise CorruptImageError("The image is damaged.")
         return decode(data, *more, wait=wait)

@@ -12,7 +12,16 @@ from tempfile import mkdtemp
 
 import pytest
 
-from app.processes import LISTENS, WARM, Place, PortTaken, be_watched, supervise
+from app.processes import (
+    LISTENS,
+    WARM,
+    Place,
+    PortTaken,
+    _reserve,
+    _Supervisor,
+    be_watched,
+    supervise,
+)
 
 NOTES = "MMTL_TEST_NOTES"
 
@@ -352,3 +361,82 @@ def test_processes_end_with_the_one_that_watches_them_and_leave_nothing(
 
     until(lambda: all(map(gone, pids)))
     shared.rmdir()  # which is empty
+
+
+def test_a_second_signal_does_not_put_off_the_end(tmp_path: Path) -> None:
+    supervisor = _Supervisor(fail, 1, tmp_path, ("127.0.0.1", 0), 9.0)
+    supervisor._stop()
+    kill_at = supervisor._kill_at
+    assert 0 < kill_at - time.monotonic() <= 9.0
+    supervisor._stop()
+    assert supervisor._kill_at == kill_at
+
+
+def die_beside_another(place: Place) -> None:
+    """The second dies whenever it is started, five times."""
+    be_watched(place)
+    if place.number == 1 and len(noted(Path(os.environ[NOTES]), "died")) < 5:
+        if os.environ.get("MMTL_TEST_LISTENS"):
+            until(lambda: bool(noted(Path(os.environ[NOTES]), "listening")))
+        note(place, "died")
+        os.kill(os.getpid(), signal.SIGKILL)
+    listen(place)
+
+
+@pytest.mark.parametrize(("wait", "status", "deaths"), [(0.1, 0, 5), (120.0, 1, 4)])
+def test_one_that_dies_again_and_again_is_given_up_only_where_no_other_listens(
+    notes: Path, monkeypatch: pytest.MonkeyPatch, wait: float, status: int, deaths: int
+) -> None:
+    monkeypatch.setattr("app.processes._LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr("app.processes._LONGEST_WAIT", wait)
+    if not status:
+        monkeypatch.setenv("MMTL_TEST_LISTENS", "1")
+    ended: list[int] = []
+    waiter = meanwhile(lambda: until(lambda: bool(ended) or len(noted(notes, "listening")) == 2))
+    ended.append(supervise(die_beside_another, 2, "127.0.0.1", 0, 9.0))
+    waiter.join()
+    assert ended == [status]
+    assert len(noted(notes, "died")) == deaths
+
+
+def note_what_is_blocked(place: Place) -> None:
+    """Before it is watched."""
+    if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []):
+        note(place, "blocked")
+    raise SystemExit(2)
+
+
+def test_ctrl_c_at_a_terminal_ends_none_that_is_just_being_started(notes: Path) -> None:
+    assert supervise(note_what_is_blocked, 1, "127.0.0.1", 0, 9.0) == 2
+    assert len(noted(notes, "blocked")) == 1
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_port_is_one_service_s_before_it_listens() -> None:
+    with _reserve("127.0.0.1", 0) as reserved, pytest.raises(PortTaken):
+        _reserve(*reserved.getsockname()).close()
+
+
+def test_one_that_is_started_just_when_all_are_to_stop_is_told_so(notes: Path) -> None:
+    supervisor = _Supervisor(listen, 1, notes, ("127.0.0.1", 0), 9.0)
+    supervisor._stopping = True
+    supervisor._start(0)
+    (child,) = supervisor._children.values()
+    try:
+        child.process.join(20)
+        assert child.process.exitcode == -signal.SIGINT
+    finally:
+        child.process.kill()
+        child.process.join()
+        child.link.close()
+
+
+def test_deaths_of_long_ago_count_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = _Supervisor(fail, 1, tmp_path, ("127.0.0.1", 0), 9.0)
+    now = 1000.0
+    monkeypatch.setattr("app.processes.time.monotonic", lambda: now)
+    for _ in range(9):
+        supervisor._start_later(0)
+        assert supervisor._due == {0: now}  # at once
+        now += 601
+    assert supervisor._status == 0

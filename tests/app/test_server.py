@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import http.client
 import json
+import logging
 import os
 import re
 import resource
@@ -753,8 +754,16 @@ def test_an_upload_that_outlasts_the_service_is_told_so(server: Server, port: in
         assert b"retry-after: 5" in answer
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\nno length\r\n",
+        b"no request\r\n\r\n",
+    ],
+)
 def test_a_refusal_is_not_taken_for_the_answer_to_an_earlier_request(
-    server: Server, port: int, monkeypatch: pytest.MonkeyPatch
+    server: Server, port: int, rest: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
     decode = predictor.decode
@@ -767,16 +776,61 @@ def test_a_refusal_is_not_taken_for_the_answer_to_an_earlier_request(
     picture = flat(1)
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
     with connect(port) as ahead:
-        ahead.sendall(
-            head
-            + b"Content-Length: %d\r\n\r\n" % len(picture)
-            + picture
-            + head
-            + b"Transfer-Encoding: chunked\r\n\r\nno length\r\n"
-        )
+        ahead.sendall(head + b"Content-Length: %d\r\n\r\n" % len(picture) + picture + rest)
         try:
             answer = ahead.recv(4096)
         finally:
             go_on.set()
     assert answer == b""
     assert refusals(server, "malformed-request") == 1
+
+
+def test_a_signal_that_is_another_s_to_pass_on_stops_nothing(settings: Settings) -> None:
+    server = Server(create_app(settings), settings)
+    server.stops_on = {signal.SIGINT}
+    server.handle_exit(signal.SIGTERM, None)
+    assert (server._networks.draining, server.should_exit) == (False, False)
+    server.handle_exit(signal.SIGINT, None)
+    assert (server._networks.draining, server.should_exit) == (True, True)
+
+
+def test_a_second_signal_waits_for_nobody(server: Server, port: int) -> None:
+    state = server.config.app.state
+    state.settings = state.settings.model_copy(update={"upload_seconds": 30.0})
+    errors = logging.getLogger("uvicorn.error")
+    try:
+        with connect(port) as slow:
+            slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n")
+            slow.sendall(b"Content-Length: 1000\r\n\r\nabc")
+            until(lambda: len(server.server_state.tasks) == 1)
+            server.handle_exit(signal.SIGTERM, None)
+            assert not server.force_exit
+            time.sleep(0.3)
+            assert not errors.disabled  # it still waits
+            server.handle_exit(signal.SIGTERM, None)
+            until(lambda: errors.disabled)  # by `shutdown`, which has ended
+    finally:
+        errors.disabled = False
+
+
+def test_a_refusal_is_not_written_into_an_answer_that_has_begun(
+    server: Server, port: int, little_room: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Protocol, "_expect_reading", lambda _: None)  # which ends it, too
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(10)
+        client.connect(("127.0.0.1", port))
+        client.sendall(
+            b"GET /static-offline-docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        until(lambda: any(c.flow.write_paused for c in server.server_state.connections))
+        client.sendall(b"zz\r\n")  # no chunk
+        until(lambda: refusals(server, "malformed-request") == 1)
+        answer = b""
+        with suppress(ConnectionError):
+            while part := client.recv(1_000_000):
+                answer += part
+    assert status(answer) == 200
+    assert b"urn:mmtl:problem" not in answer

@@ -206,3 +206,23 @@ def test_a_forked_process_has_turns_of_its_own() -> None:
     finally:
         over.set()
         holder.join()
+
+
+def test_a_turn_that_who_is_sparing_may_not_take_goes_to_who_may() -> None:
+    allow_at_once(2)
+    over, later, begun = threading.Event(), threading.Event(), threading.Event()
+    holders = [hold(over), hold(later)]
+    spares = threading.Thread(target=in_turn, args=[int], kwargs={"sparing": True})
+    asks = threading.Thread(target=in_turn, args=[begun.set])
+    for number, waiter in enumerate((spares, asks), 1):  # the sparing one is woken first
+        waiter.start()
+        deadline = time.monotonic() + 5
+        while len(turns._turns[0]._changed._waiters) < number:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    over.set()
+    taken = begun.wait(3)
+    later.set()
+    for thread in (*holders, spares, asks):
+        thread.join(5)
+    assert taken

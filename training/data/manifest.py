@@ -113,7 +113,8 @@ def load_manifest(path: Path) -> list[Record]:
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise DataError(
                     f"{path}: expected the columns {', '.join(COLUMNS)}. Write it anew with "
-                    "`mmtl-train prepare`, or `mmtl-train data split` (--keep: with its own splits)."
+                    "`mmtl-train prepare`, or `mmtl-train data split` (with --keep, its own splits "
+                    "stay)."
                 )
             records = [_parse(path, number, row) for number, row in enumerate(reader, start=2)]
     except (UnicodeDecodeError, csv.Error) as error:

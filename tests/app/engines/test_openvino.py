@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_amx_has_larger_batches_and_no_worker_more(
 
 
 @needs_openvino
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")  # OpenVINO takes no more
 @pytest.mark.parametrize(
     ("threads", "max_batch", "expected"),
     [
