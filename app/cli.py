@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from math import isfinite
@@ -42,16 +42,19 @@ from app.processes import (
     check_address,
     supervise,
 )
-from app.schemas import Failure, PredictResponse, Result, Success
+from app.schemas import Failure, ModelFacts, PredictResponse, Result, Success
 from app.server import Server, allow_files, keep_no_core
 from app.settings import PREFIX, Settings, SettingsError, load_settings
 from app.siblings import Siblings
 from app.spans import SpansError
+from app.tables import open_table
 from app.telemetry import configure_logs
 from app.trace import Trace
 from app.uploads import Upload
 from models.bundle import BundleError
 from models.calibration import CalibrationError
+from models.files import files_below
+from models.images import SUFFIXES
 from models.turns import allow_at_once, most_at_once
 
 _WITHOUT_CALLERS = {
@@ -358,35 +361,82 @@ def _print_loads(title: str, measured: Mapping[int, Mapping[str, Any]]) -> None:
 
 @cli.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
+    images: Annotated[
+        list[Path], typer.Argument(help="Image files, or folders of them.", show_default=False)
+    ],
     explain: Annotated[
         bool, typer.Option("--explain", help="With heat maps; takes --json.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The service's answer.")] = False,
+    table: Annotated[
+        Path | None,
+        typer.Option("--csv", help="Write a table, for spreadsheets and `mmtl-train evaluate`."),
+    ] = None,
 ) -> None:
     """Answer for image files, as the service would; exits with 1 if one could not be used."""
     if explain and not as_json:
         fail("--explain gives heat maps, which a table does not show: add --json.")
+    if table is not None and as_json:
+        fail("Choose one of --json and --csv.")
+    files = [file for path in images for file in _files_of(path)]
     settings = load_settings().share()  # fewer threads may have another engine
     configure_logs("ERROR")
     _tune(settings, processes=1)
     # Nobody waits at the other end of a connection, nor has to be let in.
     settings = settings.model_copy(update=_WITHOUT_CALLERS)
-    answer = asyncio.run(_predict(settings, images, explain))
+    if table is not None:
+        (folder,) = images if len(images) == 1 and images[0].is_dir() else (None,)
+        _write_table(settings, files, folder, table)
+        return
+    results: list[Result] = []
+    trace = Trace("command-line")
+    model = asyncio.run(_predict(settings, files, explain, trace, results.extend))
+    answer = PredictResponse(request_id=trace.request_id, model=model, results=results)
     if as_json:
         print(answer.model_dump_json(exclude_unset=True, indent=2))
     else:
         _print_table(answer)
-    if any(isinstance(result, Failure) for result in answer.results):
+    if any(isinstance(result, Failure) for result in results):
         raise SystemExit(1)
 
 
-async def _predict(settings: Settings, images: list[Path], explain: bool) -> PredictResponse:
+def _files_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(files_below(path, SUFFIXES))
+    if not found:
+        fail(f"{path} holds no image files ({', '.join(sorted(SUFFIXES))}).")
+    return found
+
+
+def _write_table(settings: Settings, images: list[Path], folder: Path | None, path: Path) -> None:
+    failures: list[Failure] = []
+    with open_table(path, folder) as add:
+
+        def take(results: list[Result]) -> None:
+            add(results)
+            failures.extend(result for result in results if isinstance(result, Failure))
+
+        asyncio.run(_predict(settings, images, False, Trace("command-line"), take))
+    for failure in failures:
+        print(printable(f"{failure.filename}: {failure.error.detail}"), file=sys.stderr)
+    used = len(images) - len(failures)
+    print(f"Wrote {path}: {used:,} of {len(images):,} images. {NOTICE}")
+    if failures:
+        raise SystemExit(1)
+
+
+async def _predict(
+    settings: Settings,
+    images: list[Path],
+    explain: bool,
+    trace: Trace,
+    take: Callable[[list[Result]], None],
+) -> ModelFacts:
+    """Give the results, some at a time; by which network they are."""
     app = create_app(settings)
     predictor = app.state.predictor
-    trace = Trace("command-line")
-    results: list[Result] = []
-    model = app.state.networks.current.facts
+    model: ModelFacts = app.state.networks.current.facts
     async with app.router.lifespan_context(app):
         if not await asyncio.to_thread(app.state.networks.current.batcher.wait_ready):
             raise warm_up_failed()
@@ -403,8 +453,8 @@ async def _predict(settings: Settings, images: list[Path], explain: bool) -> Pre
             if whole:
                 model, answered = await predictor.predict(whole, explain, trace)
                 found = iter(answered)
-            results += [next(found) if isinstance(one, Upload) else one for one in part]
-    return PredictResponse(request_id=trace.request_id, model=model, results=results)
+            take([next(found) if isinstance(one, Upload) else one for one in part])
+    return model
 
 
 def _read(path: Path, most: int) -> Upload | Failure:

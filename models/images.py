@@ -26,6 +26,8 @@ MEDIA_TYPES = {
     "image/tiff": "TIFF",
     "image/bmp": "BMP",
 }
+# Of their files.
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
 MEGA = 1_000_000
 MAX_ASPECT = 4 / 3
 

@@ -16,7 +16,7 @@ from models.files import write_atomically
 from models.images import ImageError, decode
 from models.recalibration import LOGIT, PROBABILITY
 from training.data.layouts import name_of
-from training.data.manifest import DataError, Record, open_table
+from training.data.manifest import DataError, Record, isic_id, open_table
 from training.data.tables import Faults, Row, read_rows
 from training.data.vocabulary import Diagnosis, Sex, Site
 from training.runners import Runner, onnx_runner
@@ -240,5 +240,6 @@ def _written(values: Floats) -> list[str]:
 
 
 def _key(image: str) -> str:
-    """What an image is called with or without its suffix; a path is a name as it is."""
-    return image if "/" in image or "\\" in image else name_of(image)
+    """What an image is called with or without its suffix; a path without ISIC id is as it is."""
+    name = name_of(image)
+    return image if ("/" in image or "\\" in image) and not isic_id(name) else name

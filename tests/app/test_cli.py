@@ -1,3 +1,4 @@
+import csv
 import errno
 import json
 import os
@@ -119,7 +120,9 @@ def test_an_image_that_fails_is_shown_and_the_exit_status_tells(run, tmp_path: P
 def test_a_file_that_cannot_be_read_costs_the_others_nothing(
     run, picture: Path, tmp_path: Path
 ) -> None:
-    status, output, _ = run("predict", "--json", tmp_path / "nowhere.jpg", picture, tmp_path)
+    locked = tmp_path / "locked.png"
+    locked.symlink_to(locked)
+    status, output, _ = run("predict", "--json", tmp_path / "nowhere.jpg", picture, locked)
     assert status == 1
     first, second, third = json.loads(output)["results"]
     assert first["error"] == {
@@ -131,8 +134,8 @@ def test_a_file_that_cannot_be_read_costs_the_others_nothing(
     assert first["filename"] == str(tmp_path / "nowhere.jpg")
     assert first["status"] == third["status"] == "error"
     assert second["status"] == "ok"
-    assert third["error"]["detail"] == "The file cannot be read: Is a directory."
-    assert run("predict", tmp_path)[0] == 1
+    assert "The file cannot be read: Too many levels of symbolic" in third["error"]["detail"]
+    assert run("predict", locked)[0] == 1
 
 
 def test_heat_maps_are_not_made_for_a_table(run, picture: Path) -> None:
@@ -197,6 +200,47 @@ def test_a_name_that_is_no_text_is_shown_all_the_same(run, picture: Path) -> Non
     assert json.loads(output)["results"][0]["filename"].endswith(
         "picture\N{REPLACEMENT CHARACTER}.png"
     )
+
+
+def test_a_folder_s_images_are_predicted_into_a_table(run, picture: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    for name in ("b.PNG", "deep/a.png", ".hidden.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    table = tmp_path / "out" / "table.csv"
+    status, output, told = run("predict", folder, "--csv", table)
+    assert (status, told) == (0, "")
+    assert f"Wrote {table}: 2 of 2 images. Research software" in output
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == ["b.PNG", "deep/a.png"]
+    status, output, _ = run("predict", "--json", picture)
+    (result,) = json.loads(output)["results"]
+    prediction = result["prediction"]
+    for row in rows:
+        assert float(row["melanoma_probability"]) == prediction["melanoma"]["probability"]
+        assert float(row["site:torso"]) == prediction["site"]["probabilities"]["torso"]
+        assert float(row["age_years"]) == prediction["age"]["years"]
+        assert row["warnings"].split() == result["quality"]["warnings"]
+        assert row["sha256"] == result["image"]["sha256"]
+
+
+def test_an_image_that_cannot_be_used_is_told_and_has_no_row(
+    run, picture: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(picture.read_bytes()[:60])
+    table = tmp_path / "table.csv"
+    status, output, told = run("predict", damaged, picture, "--csv", table)
+    assert (status, "1 of 2 images" in output) == (1, True)
+    assert told.startswith(f"{damaged}: The image")
+    assert len(table.read_text().splitlines()) == 2
+    status, _, told = run("predict", picture, "--csv", table, "--json")
+    assert (status, told) == (2, "mmtl: Choose one of --json and --csv.\n")
+    (tmp_path / "empty").mkdir()
+    status, _, told = run("predict", tmp_path / "empty")
+    assert (status, "empty holds no image files (.bmp, .jpeg, " in told) == (2, True)
 
 
 @pytest.mark.parametrize("header", ["bogus", ": value"])

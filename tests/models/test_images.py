@@ -309,7 +309,8 @@ def test_what_is_too_large_is_told_how_large_it_may_be() -> None:
     with pytest.raises(ImageTooLargeError) as caught:
         decode(huge_png(), 32, 32)
     assert str(caught.value) == (
-        "The image has 30000 x 30000 = 900.0 megapixels; at most 30 are accepted for PNG."
+        "The image has 30000 x 30000 = 900.0 megapixels; at most 30 are accepted for PNG. "
+        "Send a smaller copy."
     )
 
 

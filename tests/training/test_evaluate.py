@@ -313,6 +313,12 @@ def test_predictions_are_read_back_and_so_are_other_peoples(tmp_path: Path) -> N
     found = load_predictions(tmp_path / "theirs.csv", tested, 0.2)
     assert len(found.records) == 30
     assert found.labels == {}
+    # As `mmtl predict --csv` calls those of a folder.
+    named = [replace(tested[0], image="ISIC_0000001"), replace(tested[1], image="train/a.png")]
+    rows = "image,melanoma_probability\ntest/ISIC_0000001.jpg,0.1\ntrain/a.png,0.2\n"
+    (tmp_path / "folder.csv").write_text(rows)
+    found = load_predictions(tmp_path / "folder.csv", named, 0.2)
+    assert found.probability.tolist() == [0.1, 0.2]
 
 
 @pytest.mark.parametrize(

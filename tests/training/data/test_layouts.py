@@ -299,7 +299,7 @@ def test_rows_of_one_image_that_disagree_are_refused(tmp_path: Path) -> None:
 def test_class_folders_are_diagnoses_or_say_whether_it_is_melanoma(tmp_path: Path) -> None:
     records = read(tmp_path, "class-folders").records
     assert records[0] == Record(
-        image="Val/BKL/case 5",
+        image="Val/BKL/case 5.png",
         path=str(tmp_path / "class-folders" / "Val" / "BKL" / "case 5.png"),
         dataset="class-folders",
         melanoma=False,

@@ -3,17 +3,18 @@
 import importlib
 import os
 import pkgutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Protocol, cast
 
+from models import images
+from models.files import files_below
 from training.data.manifest import DataError, Record, isic_id
 from training.data.tables import SUFFIXES, Faults, Row, read_header, read_rows
 from training.data.vocabulary import Diagnosis
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
 # How far below a given folder datasets are looked for.
 _DEPTH = 4
 PAIR_COLUMNS = ("image_name_1", "image_name_2")
@@ -248,7 +249,7 @@ def name_of(cell: str) -> str:
     """An image's name in a cell that may hold a path: its ISIC id, or its name without suffix."""
     name = PureWindowsPath(cell).name
     stem, suffix = os.path.splitext(name)
-    return isic_id(name) or (stem if suffix.lower() in IMAGE_SUFFIXES else name)
+    return isic_id(name) or (stem if suffix.lower() in images.SUFFIXES else name)
 
 
 def merge(record: Record, other: Record) -> tuple[Record, list[str]]:
@@ -272,22 +273,9 @@ def _may_be_table(file: Path) -> bool:
 
 def image_files(folder: Path) -> Iterator[Path]:
     """Image files below a folder, hidden ones aside."""
-    return _files(folder, IMAGE_SUFFIXES)
+    return files_below(folder, images.SUFFIXES)
 
 
 def table_files(folder: Path) -> Iterator[Path]:
     """Tables below a folder, hidden ones aside."""
-    return _files(folder, SUFFIXES)
-
-
-def _files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
-    seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in seen:
-            folders.clear()  # a link back
-            continue
-        seen.add(os.path.realpath(parent))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("."):
-                yield Path(parent, name)
+    return files_below(folder, SUFFIXES)

@@ -36,10 +36,9 @@ def read(place: Place, faults: Faults) -> list[Record]:
         elif not term.known:
             unknown.add(place.folder.joinpath(*folders[: parted + 1]))
         else:
-            name = path.relative_to(place.folder).with_suffix("").as_posix()
             records.append(
                 Record(
-                    image=isic_id(path.name) or name,
+                    image=isic_id(path.name) or path.relative_to(place.folder).as_posix(),
                     path=str(path),
                     dataset=place.name,
                     melanoma=term.melanoma,

@@ -1,0 +1,61 @@
+"""Answers as a CSV table, a row an image: as `mmtl-train evaluate --predictions` reads them."""
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from app.schemas import Age, Category, Result, Success
+from models.files import write_atomically
+
+
+@contextmanager
+def open_table(
+    path: Path, folder: Path | None = None
+) -> Iterator[Callable[[Iterable[Result]], None]]:
+    """Give what adds images' rows; the table is at `path` when the block succeeds.
+
+    Images that could not be used have none.
+
+    Args:
+        path: Of the table.
+        folder: That the images are named relative to; None where they are called as they are.
+    """
+    with (
+        write_atomically(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer: csv.DictWriter[str] | None = None
+
+        def add(results: Iterable[Result]) -> None:
+            nonlocal writer
+            for result in results:
+                if not isinstance(result, Success):
+                    continue
+                name = result.filename or ""
+                row = _row(result, os.path.relpath(name, folder) if folder else name)
+                if writer is None:
+                    writer = csv.DictWriter(file, list(row))
+                    writer.writeheader()
+                writer.writerow(row)
+
+        yield add
+
+
+def _row(result: Success, name: str) -> dict[str, object]:
+    prediction = result.prediction
+    row: dict[str, object] = {
+        "image": name,
+        "melanoma_probability": prediction.melanoma.probability,
+        "melanoma_decision": prediction.melanoma.decision,
+    }
+    for task, answer in prediction:
+        if isinstance(answer, Age | Category):
+            row |= {f"{task}:{label}": share for label, share in answer.probabilities.items()}
+    return row | {
+        "age_years": prediction.age.years,
+        "ood_score": result.quality.ood_score,
+        "warnings": " ".join(result.quality.warnings),
+        "sha256": result.image.sha256,
+    }
