@@ -5,8 +5,9 @@ than one, where the engine can. Where the network runs on the CPU, on the very c
 worker decodes what waits before it runs a small batch, or one beside enough others; a GPU is never
 left idle for that. While other images wait, fewer large ones are decoded at once. Requests reserve
 their place before anything is decoded, so that what is in memory is bounded; a job whose caller has
-gone, or whose deadline has passed, is dropped when it is taken up. A batch that fails is tried
-again in halves, so that one bad image, or a GPU short of memory, costs the others nothing.
+gone, or whose deadline has passed, is dropped when it is taken up, and, while others wait, one that
+would hardly be answered in time: else an overload would have every image late. A batch that fails
+is tried again in halves, so that one bad image, or a GPU short of memory, costs the others nothing.
 """
 
 import re
@@ -92,15 +93,27 @@ class _Job:
     future: "Future[Any]"
     # Whether the work gives pixels that the network is run on; else, the answer itself.
     decodes: bool = True
-    since: float = field(default_factory=time.monotonic)
+    put: float = field(default_factory=time.monotonic)
+    since: float = 0.0
+    taken: float = 0.0
     waited: float = 0.0
     pixels: Pixels | None = None
 
-    def why_not(self, now: float) -> str | None:
-        """Count its wait so far, and say why it is not worth working on, if it is not."""
+    def __post_init__(self) -> None:
+        self.since = self.put
+
+    def why_not(self, now: float, needed: float = 0.0) -> str | None:
+        """Count its wait so far, and say why it is not worth working on, if it is not.
+
+        Args:
+            now: On `time.monotonic`'s clock.
+            needed: Seconds from here to its answer, if that is known; of its time no more than half
+                is kept for it, or a guess that is too long would have nothing answered any more.
+        """
         self.waited += now - self.since
         self.since = now
-        if now > self.deadline:  # at which the request gives its images up, too
+        # At the deadline the request gives its images up, too.
+        if self.deadline - now < min(needed, (self.deadline - self.put) / 2):
             self.fail(DeadlineExceeded())
             return "deadline"
         return "gone" if self.future.cancelled() else None
@@ -172,6 +185,8 @@ class Batcher:
             threading.Thread(target=self._work, args=[i == 0], name=f"mmtl-work-{i}", daemon=True)
             for i in range(cores + engine.helpers)
         ]
+        # Seconds from where an image is taken up to its answer, and how far they are from that.
+        self._needed, self._deviation = 0.0, 0.0
         # What each worker, by name, has worked on since when.
         self._busy: dict[str, tuple[float, list[_Job]]] = {}
 
@@ -374,7 +389,10 @@ class Batcher:
                     jobs = self._batch()
                 elif to_decode:
                     job = to_decode.popleft()
-                    jobs = [job] if self._still_wanted(job, time.monotonic()) else []
+                    now = job.taken = time.monotonic()
+                    guessed = bool(to_decode) and job.decodes
+                    needed = self._needed + 4 * self._deviation if guessed else 0.0
+                    jobs = [job] if self._still_wanted(job, now, needed) else []
                 elif self._closed and not self._decoded and not self._large:
                     break
                 else:
@@ -404,9 +422,9 @@ class Batcher:
         self._running += bool(jobs)
         return jobs
 
-    def _still_wanted(self, job: _Job, now: float) -> bool:
-        """Whether somebody still waits for it."""
-        if (why := job.why_not(now)) is not None and job.decodes:
+    def _still_wanted(self, job: _Job, now: float, needed: float = 0.0) -> bool:
+        """Whether somebody still waits for it, and it can be answered in time."""
+        if (why := job.why_not(now, needed)) is not None and job.decodes:
             self._metrics.dropped.labels(why).inc()
         return why is None
 
@@ -476,6 +494,7 @@ class Batcher:
             if whole:
                 one = {name: values[row] for name, values in outputs.items()}
                 job.succeed(Answer(one, job.waited, took, ended))
+                self._note_needed(ended - job.taken)
             else:
                 log.error("inference failed", error="NotFinite", reason="an output is not finite")
                 job.fail(InferenceFailed())
@@ -483,6 +502,11 @@ class Batcher:
             self._failures = 0
         else:
             self._suspect()
+
+    def _note_needed(self, seconds: float) -> None:
+        """As TCP estimates how long an answer may take (RFC 6298, section 2)."""
+        self._deviation += (abs(seconds - self._needed) - self._deviation) / 4
+        self._needed += (seconds - self._needed) / 8
 
     def _try_again(self, jobs: list[_Job], error: Exception, again: bool) -> None:
         """A batch that failed in halves; one image once more."""

@@ -1005,6 +1005,49 @@ async def test_what_is_left_to_do_and_is_late_is_no_image_dropped(engine: Engine
     assert found == 0
 
 
+async def test_an_overload_has_not_every_image_late(engine: Engine, tmp_path: Path) -> None:
+    """Of twice as many as can be done, those that are begun are answered, and in time."""
+    decoded, answered = [], []
+
+    def decode() -> NDArray[np.uint8]:
+        decoded.append(time.monotonic())
+        time.sleep(0.01)
+        return image(1)
+
+    engine.helpers = 0
+    made = Batcher(engine, (SIDE, SIDE), 1, 1000, Metrics(4, ()), lambda _: {})
+    made.start()
+    assert made.wait_ready()
+    futures = []
+    for _ in range(300):  # in one and a half seconds
+        future: Future[Answer] = Future()
+        future.add_done_callback(
+            lambda done: answered.append(done) if done.exception() is None else None
+        )
+        made.put(decode, time.monotonic() + 0.2, future)
+        futures.append(future)
+        await asyncio.sleep(0.005)
+    until(lambda: all(future.done() for future in futures))
+    made.close(5)
+    assert len(answered) > 0.8 * len(decoded) > 30
+
+
+async def test_one_that_waits_for_nobody_is_begun_however_little_time_it_has(
+    engine: Engine, batcher: Batcher
+) -> None:
+    batcher._note_needed(60.0)
+    assert await ask(batcher, 3, seconds=1.0) == 3
+
+
+async def test_a_guess_that_is_far_too_long_does_not_refuse_what_has_just_come(
+    engine: Engine, batcher: Batcher
+) -> None:
+    batcher._note_needed(60.0)
+    assert await asyncio.gather(*(ask(batcher, n, seconds=2.0) for n in range(1, 9))) == [
+        *range(1, 9)
+    ]
+
+
 async def test_the_workers_of_a_network_that_is_given_up_end(batcher: Batcher) -> None:
     assert await ask(batcher, 1) == 1
     batcher.abandon()
