@@ -418,8 +418,10 @@ def _write_table(settings: Settings, images: list[Path], folder: Path | None, pa
             failures.extend(result for result in results if isinstance(result, Failure))
 
         asyncio.run(_predict(settings, images, False, Trace("command-line"), take))
-    for failure in failures:
-        print(printable(f"{failure.filename}: {failure.error.detail}"), file=sys.stderr)
+        for failure in failures:
+            print(printable(f"{failure.filename}: {failure.error.detail}"), file=sys.stderr)
+        if len(failures) == len(images):
+            fail("None of the images could be used: no table is written.", status=1)
     used = len(images) - len(failures)
     print(f"Wrote {path}: {used:,} of {len(images):,} images. {NOTICE}")
     if failures:

@@ -29,7 +29,7 @@ DESCRIPTION = (
     "images. "
     "**Research software, not a medical device.**"
 )
-API_VERSION = "1.2.0"
+API_VERSION = "1.3.0"
 _WAIT_SECONDS = 0.02
 
 

@@ -120,9 +120,9 @@ def test_an_image_that_fails_is_shown_and_the_exit_status_tells(run, tmp_path: P
 def test_a_file_that_cannot_be_read_costs_the_others_nothing(
     run, picture: Path, tmp_path: Path
 ) -> None:
-    locked = tmp_path / "locked.png"
-    locked.symlink_to(locked)
-    status, output, _ = run("predict", "--json", tmp_path / "nowhere.jpg", picture, locked)
+    circle = tmp_path / "circle.png"
+    circle.symlink_to(circle)
+    status, output, _ = run("predict", "--json", tmp_path / "nowhere.jpg", picture, circle)
     assert status == 1
     first, second, third = json.loads(output)["results"]
     assert first["error"] == {
@@ -135,7 +135,7 @@ def test_a_file_that_cannot_be_read_costs_the_others_nothing(
     assert first["status"] == third["status"] == "error"
     assert second["status"] == "ok"
     assert "The file cannot be read: Too many levels of symbolic" in third["error"]["detail"]
-    assert run("predict", locked)[0] == 1
+    assert run("predict", circle)[0] == 1
 
 
 def test_heat_maps_are_not_made_for_a_table(run, picture: Path) -> None:
@@ -236,6 +236,10 @@ def test_an_image_that_cannot_be_used_is_told_and_has_no_row(
     assert (status, "1 of 2 images" in output) == (1, True)
     assert told.startswith(f"{damaged}: The image")
     assert len(table.read_text().splitlines()) == 2
+    before = table.read_bytes()
+    status, _, told = run("predict", damaged, "--csv", table)
+    assert (status, told.endswith("no table is written.\n")) == (1, True)
+    assert table.read_bytes() == before
     status, _, told = run("predict", picture, "--csv", table, "--json")
     assert (status, told) == (2, "mmtl: Choose one of --json and --csv.\n")
     (tmp_path / "empty").mkdir()
