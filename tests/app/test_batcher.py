@@ -244,8 +244,9 @@ async def test_why_an_image_is_dropped_is_counted(engine: Engine) -> None:
     batcher.start()
     until(lambda: batcher.ready)
     first = await hold(engine, batcher)
-    late, gone = (asyncio.create_task(ask(batcher, 30, seconds=s)) for s in (0.01, 30))
-    await asyncio.sleep(0.05)
+    late, gone = (asyncio.create_task(ask(batcher, 30, seconds=s)) for s in (0.3, 30))
+    await asyncio.to_thread(until, lambda: len(batcher._decoded) == 2)
+    await asyncio.sleep(0.3)
     late.cancel()  # as the request does, whose deadline is the same
     gone.cancel()
     await asyncio.sleep(0.01)
@@ -356,10 +357,10 @@ async def test_what_is_left_to_do_for_an_image_comes_before_other_images(
     batcher: Batcher, engine: Engine
 ) -> None:
     done: list[str] = []
-    go_on = threading.Event()
+    go_on = threading.Semaphore(0)
 
     def wait() -> NDArray[np.uint8]:
-        go_on.wait(5)
+        go_on.acquire(timeout=5)
         return image(1)
 
     def decode() -> NDArray[np.uint8]:
@@ -379,12 +380,13 @@ async def test_what_is_left_to_do_for_an_image_comes_before_other_images(
     batcher.finish(lambda: done.append("rest") or "drawn", until_end, drawn)
     failed: Future[str] = Future()
     batcher.finish(fail, until_end, failed)
-    go_on.set()
+    go_on.release()  # one worker alone, or what is taken first might be done last
     assert await asyncio.wrap_future(drawn) == "drawn"
     with pytest.raises(ValueError, match="no picture"):
         await asyncio.wrap_future(failed)
     await asyncio.wrap_future(other)
     assert done == ["rest", "image"]
+    go_on.release(len(batcher._workers))
 
 
 @pytest.mark.parametrize("end", ["abandon", "retire"])
@@ -841,7 +843,7 @@ async def test_what_is_being_worked_on_is_finished_though_nothing_is_waited_for(
 ) -> None:
     first = await hold(engine, batcher)
     waiting = asyncio.create_task(ask(batcher, 60))
-    await asyncio.sleep(0.01)
+    await asyncio.to_thread(until, lambda: batcher._decoded)
     closing = asyncio.create_task(asyncio.to_thread(batcher.close, 0))
     with pytest.raises(Draining):
         await waiting
@@ -1031,7 +1033,7 @@ async def test_an_overload_has_not_every_image_late(engine: Engine, tmp_path: Pa
         await asyncio.sleep(0.005)
     until(lambda: all(future.done() for future in futures))
     made.close(5)
-    assert len(answered) > 0.8 * len(decoded) > 30
+    assert len(answered) > len(decoded) / 3 > 5
 
 
 async def test_one_that_waits_for_nobody_is_begun_however_little_time_it_has(
