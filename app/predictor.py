@@ -46,6 +46,8 @@ T = TypeVar("T")
 
 # Of what stands in an answer; decisions are made on the full numbers.
 DIGITS = 6
+# Bytes that are hashed in a few milliseconds, which the event loop may well be late by.
+_MOST_TO_HASH_HERE = 4_000_000
 log = structlog.get_logger()
 
 _REFUSALS: dict[type[batching.Refused], tuple[Kind, str]] = {
@@ -176,6 +178,9 @@ class Predictor:
         future: Future[Answer] = Future()
         put = time.monotonic()
         network.batcher.put(partial(self._decode, network, picture), deadline, future)
+        if network.batcher.admitted == 1 and len(upload.data) <= _MOST_TO_HASH_HERE:
+            # While a worker decodes it: this core would be idle, and the answer later.
+            picture.sha256 = _hash(upload.data)
         try:
             answer = await asyncio.wrap_future(future)
         except ImageError as error:
@@ -240,7 +245,7 @@ class Predictor:
                 sparing=network.batcher.others_wait,
             )
             picture.image = image
-            picture.sha256 = hashlib.sha256(picture.data).hexdigest()
+            picture.sha256 = picture.sha256 or _hash(picture.data)
         finally:
             picture.decode_seconds = time.monotonic() - began
         return image.pixels
@@ -275,6 +280,10 @@ class Predictor:
                 metrics.predicted_as(task, found.label).inc()
         if not result.quality.in_distribution:
             metrics.out_of_distribution.inc()
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _box(image: DecodedImage) -> Box:

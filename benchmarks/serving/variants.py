@@ -447,6 +447,11 @@ def drawn_ids() -> None:
     app.telemetry.uuid4 = Drawn
 
 
+def hashed_by_its_worker() -> None:
+    """An image that is alone hashed by the worker that decodes it, not meanwhile."""
+    app.predictor._MOST_TO_HASH_HERE = 0
+
+
 def without_hash() -> None:
     """No SHA-256 of an image."""
 
@@ -511,6 +516,7 @@ UNDONE: tuple[Variant, ...] = (
     bodies_copied,
     stacked_by_numpy,
     answers_by_numpy,
+    hashed_by_its_worker,
     frequent_collections,
     large_images_anywhere,
     large_images_on_all_cores,

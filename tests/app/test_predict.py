@@ -5,8 +5,10 @@ import base64
 import gc
 import hashlib
 import threading
+import time
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -208,6 +210,33 @@ def test_a_large_image_is_decoded_sparingly_while_others_wait(
     monkeypatch.setattr("app.batcher.Batcher.others_wait", others_wait)
     assert client.post("/predict", files=form(flat(160, 80, 60))).status_code == 200
     assert told == [{"wait": False, "sparing": others_wait}]
+
+
+@pytest.mark.parametrize(
+    ("images", "most", "workers"), [(1, 1_000_000, 0), (1, 10, 1), (2, 1_000_000, 2)]
+)
+def test_an_image_that_is_alone_is_hashed_while_a_worker_decodes_it(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, images: int, most: int, workers: int
+) -> None:
+    threads = []
+
+    def sha256(data: bytes) -> Any:
+        threads.append(threading.current_thread().name)
+        return hashlib.sha256(data)
+
+    def decode_late(*arguments: Any, **named: Any) -> DecodedImage:
+        time.sleep(0.1)  # or a worker might be through before the image could be hashed elsewhere
+        return decode(*arguments, **named)
+
+    monkeypatch.setattr("app.predictor.hashlib", SimpleNamespace(sha256=sha256))
+    monkeypatch.setattr("app.predictor.decode", decode_late)
+    monkeypatch.setattr("app.predictor._MOST_TO_HASH_HERE", most)
+    files = [flat(60 + number) for number in range(images)]
+    results = client.post("/predict", files=form(*files)).json()["results"]
+    found = [result["image"]["sha256"] for result in results]
+    assert found == [hashlib.sha256(data).hexdigest() for data in files]
+    assert len(threads) == images
+    assert sum(name.startswith("mmtl-work-") for name in threads) == workers
 
 
 @pytest.mark.anyio
