@@ -20,6 +20,9 @@ from training.run import Run
 
 DEFAULT_RUN = Path("runs/default")
 Folder = Annotated[Path, typer.Option("--run", help="The run's folder.")]
+BundleFolder = Annotated[
+    Path | None, typer.Option(help="The bundle's folder.", show_default="RUN/bundle")
+]
 
 cli = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Train, evaluate and export M-MTL."
@@ -165,7 +168,7 @@ def _preparation(
 @cli.command()
 def export(
     run: Folder = DEFAULT_RUN,
-    bundle: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("runs/bundle"),
+    bundle: BundleFolder = None,
     views: Annotated[
         int, typer.Option(help="Of an image, answered together: 1, 4 or 8 (dihedral).")
     ] = 1,
@@ -179,6 +182,7 @@ def export(
 
     if views not in (1, 4, 8):
         raise DataError(f"--views is 1, 4 (mirrorings) or 8 (and their transposes), not {views}.")
+    bundle = bundle or Run(run).bundle
     made, differences = export(Run(run), bundle, views, name, version)
     for file, difference in differences.items():
         print(f"{file:24} differs from eager torch by at most {difference:.1e}")
@@ -188,13 +192,13 @@ def export(
 @cli.command()
 def quantize(
     run: Folder = DEFAULT_RUN,
-    bundle: Annotated[Path, typer.Option(help="The bundle's folder.")] = Path("runs/bundle"),
+    bundle: BundleFolder = None,
 ) -> None:
     """Add an int8 artifact to a bundle: on a CPU it is served in place of the fp32 one."""
     from training.quantize import FILE
     from training.quantize import quantize as add_int8
 
-    made, tried = add_int8(Run(run), bundle)
+    made, tried = add_int8(Run(run), bundle or Run(run).bundle)
     for cost in tried:
         print(
             f"{cost.float_convolutions:2} convolutions in floats: validation AUROC "
@@ -217,9 +221,7 @@ def evaluate(
         Path | None, typer.Option(help="Another manifest than the run's.", show_default=False)
     ] = None,
     split: Annotated[Split, typer.Option(help="What of it is evaluated.")] = Split.TEST,
-    bundle: Annotated[
-        Path | None, typer.Option(help="The bundle's folder.", show_default="runs/bundle")
-    ] = None,
+    bundle: BundleFolder = None,
     predictions: Annotated[
         Path | None, typer.Option(help="A table of predictions, instead of a bundle.")
     ] = None,
@@ -240,9 +242,10 @@ def evaluate(
             help="Decision threshold that belongs to a table in --against (0.5 by default).",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The report's folder.")] = Path(
-        "runs/report"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The report's folder.", show_default="RUN/report"),
+    ] = None,
     publish: Annotated[
         bool, typer.Option("--publish", help="Write metrics.json and model card into the bundle.")
     ] = False,
@@ -256,6 +259,7 @@ def evaluate(
     from training.release import evaluate_model, held_out
     from training.report import save_report
 
+    out = out or Run(run).report
     if out.exists() and not out.is_dir():
         raise DataError(f"--out is a folder for the report; {out} is a file.")
     if predictions is not None and predictions.is_dir():
@@ -276,7 +280,7 @@ def evaluate(
     check_size(tested)
     if data is not None:
         read_datasets([data])
-    model = predictions or bundle or Path("runs/bundle")
+    model = predictions or bundle or Run(run).bundle
     used = load_bundle(model) if predictions is None else None
     if publish:
         if used is None:

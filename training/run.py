@@ -87,6 +87,16 @@ class Run:
         """One row an epoch."""
         return self.folder / "log.csv"
 
+    @property
+    def bundle(self) -> Path:
+        """The bundle that is exported, where no other folder is named."""
+        return self.folder / "bundle"
+
+    @property
+    def report(self) -> Path:
+        """The report of an evaluation, likewise."""
+        return self.folder / "report"
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Have the folder while the block runs; where it is no folder, that is found out later.

@@ -82,11 +82,9 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Run:
 
 
 @pytest.fixture(scope="session")
-def fitted_bundle(tmp_path_factory: pytest.TempPathFactory, data: Path, fitted: Run) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "bundle"
-    arguments = ["--run", str(fitted.folder), "--bundle", str(folder)]
-    report = ["--publish", "--out", str(fitted.folder / "report")]
+def fitted_bundle(data: Path, fitted: Run) -> Path:
     with small():
-        cli(["export", *arguments], standalone_mode=False)
-        cli(["evaluate", str(data), *arguments, *report], standalone_mode=False)
-    return folder
+        cli(["export", "--run", str(fitted.folder)], standalone_mode=False)
+        arguments = [str(data), "--run", str(fitted.folder), "--publish"]
+        cli(["evaluate", *arguments], standalone_mode=False)
+    return fitted.folder / "bundle"

@@ -100,13 +100,15 @@ def benchmark(
     run: Annotated[Path, typer.Option("--run", help="Folder of the cached features.")] = Path(
         "runs/benchmark"
     ),
-    out: Annotated[Path, typer.Option("--out", "-o", help="The report's folder.")] = Path(
-        "runs/benchmark/report"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The report's folder.", show_default="RUN/report"),
+    ] = None,
 ) -> None:
     """Rank pretrained backbones on labelled images, without training any (but see --finetune)."""
     from training.data.manifest import load_manifest
 
+    out = out or run / "report"
     chosen = choose(only)
     if shard_text is not None:
         if finetune or budget is not None:

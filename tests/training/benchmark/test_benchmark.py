@@ -57,7 +57,7 @@ def draw(folder: Path, images: int = 20) -> Path:
 
 def run(manifest: Path, folder: Path, *arguments: str, names: list[str] | None = None):
     only = [part for name in names or TINY for part in ("--only", name)]
-    told = ["benchmark", str(manifest), "--run", str(folder), "-o", str(folder / "report")]
+    told = ["benchmark", str(manifest), "--run", str(folder)]
     return CliRunner().invoke(cli, [*told, *only, *arguments], catch_exceptions=False)
 
 
