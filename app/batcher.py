@@ -4,12 +4,14 @@ A free worker waits for nothing that has not come, and an image that is alone is
 than one, where the engine can. Where the network runs on the CPU, on the very cores that decode, a
 worker decodes what waits before it runs a small batch, or one beside enough others; a GPU is never
 left idle for that. While other images wait, fewer large ones are decoded at once. Requests reserve
-their place before anything is decoded, so that what is in memory is bounded; a job whose caller has
-gone, or whose deadline has passed, is dropped when it is taken up, and, while others wait, one that
-would hardly be answered in time: else an overload would have every image late. A batch that fails
-is tried again in halves, so that one bad image, or a GPU short of memory, costs the others nothing.
+their place before anything is decoded, so that what is in memory is bounded; who would most likely
+be answered too late is refused at once. A job whose caller has gone, or whose deadline has passed,
+is dropped when it is taken up, and, while others wait, one that would hardly be answered in time:
+else a wrong guess at the door would have every image late. A batch that fails is tried again in
+halves, so that one bad image, or a GPU short of memory, costs the others nothing.
 """
 
+import math
 import re
 import threading
 import time
@@ -25,6 +27,7 @@ import structlog
 from numpy.typing import NDArray
 
 from app.engines import Engine, one_line
+from app.pace import Pace
 from app.telemetry import Metrics
 from models.bundle import Outputs
 from models.turns import NotItsTurn, is_anyones_turn, skip_turn
@@ -50,6 +53,10 @@ class Refused(Exception):
 
 class Saturated(Refused):
     """As many images are admitted as the queue may hold."""
+
+
+class Late(Refused):
+    """So many wait already that the image would most likely not be run in time."""
 
 
 class Draining(Refused):
@@ -185,8 +192,7 @@ class Batcher:
             threading.Thread(target=self._work, args=[i == 0], name=f"mmtl-work-{i}", daemon=True)
             for i in range(cores + engine.helpers)
         ]
-        # Seconds from where an image is taken up to its answer, and how far they are from that.
-        self._needed, self._deviation = 0.0, 0.0
+        self._pace = Pace()
         # What each worker, by name, has worked on since when.
         self._busy: dict[str, tuple[float, list[_Job]]] = {}
 
@@ -278,15 +284,19 @@ class Batcher:
         skip_turn()
 
     @contextmanager
-    def reserve(self, count: int, begun: bool = False) -> Iterator[None]:
+    def reserve(
+        self, count: int, begun: bool = False, deadline: float = math.inf
+    ) -> Iterator[None]:
         """Hold places for a request's images while the block runs.
 
         Args:
             count: Of the images.
             begun: The request had begun before the batcher drained, if it does: it is answered.
+            deadline: Of its answer, on `time.monotonic`'s clock.
 
         Raises:
             Draining: The batcher is closing.
+            Late: There are places, but what waits already would most likely have them late.
             NotReady: The engine is not warm, or a worker has died.
             Saturated: There is no place for all of them.
         """
@@ -297,6 +307,10 @@ class Batcher:
                 raise NotReady
             if self._admitted + count > self._queue_size:
                 raise Saturated
+            left = deadline - time.monotonic()
+            # Where none wait they are taken: what they need may have been guessed too long.
+            if self._admitted and self._pace.would_be_late(self._admitted + count, left):
+                raise Late
             self._admitted += count
         try:
             yield
@@ -391,7 +405,7 @@ class Batcher:
                     job = to_decode.popleft()
                     now = job.taken = time.monotonic()
                     guessed = bool(to_decode) and job.decodes
-                    needed = self._needed + 4 * self._deviation if guessed else 0.0
+                    needed = self._pace.needed if guessed else 0.0
                     jobs = [job] if self._still_wanted(job, now, needed) else []
                 elif self._closed and not self._decoded and not self._large:
                     break
@@ -448,6 +462,8 @@ class Batcher:
             return
         except Exception as error:
             job.fail(error)
+            with self._changed:
+                self._pace.note_done(1, job.taken, time.monotonic())
             # The error's traceback holds this frame, and the job's future holds the error: the
             # upload would stay until the next collection of garbage.
             del job
@@ -470,6 +486,7 @@ class Batcher:
         finally:
             with self._changed:
                 self._running -= 1
+                self._pace.note_done(len(jobs), jobs[0].taken, time.monotonic())
                 self._changed.notify()
 
     def _infer(self, jobs: list[_Job], again: bool = False) -> None:
@@ -494,7 +511,7 @@ class Batcher:
             if whole:
                 one = {name: values[row] for name, values in outputs.items()}
                 job.succeed(Answer(one, job.waited, took, ended))
-                self._note_needed(ended - job.taken)
+                self._pace.note_needed(ended - job.taken)
             else:
                 log.error("inference failed", error="NotFinite", reason="an output is not finite")
                 job.fail(InferenceFailed())
@@ -502,11 +519,6 @@ class Batcher:
             self._failures = 0
         else:
             self._suspect()
-
-    def _note_needed(self, seconds: float) -> None:
-        """As TCP estimates how long an answer may take (RFC 6298, section 2)."""
-        self._deviation += (abs(seconds - self._needed) - self._deviation) / 4
-        self._needed += (seconds - self._needed) / 8
 
     def _try_again(self, jobs: list[_Job], error: Exception, again: bool) -> None:
         """A batch that failed in halves; one image once more."""

@@ -1,5 +1,6 @@
 """The served network: loaded, succeeded by a reload, replaced when it dies, hangs or only fails."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -123,12 +124,15 @@ class Networks:
             wait([loading], _LAST_SECONDS)
 
     @contextmanager
-    def reserve(self, count: int, begun: bool = False) -> Iterator[Network]:
+    def reserve(
+        self, count: int, begun: bool = False, deadline: float = math.inf
+    ) -> Iterator[Network]:
         """The served network, with places held for a request's images while the block runs.
 
         Args:
             count: Of the images.
             begun: As `Batcher.reserve` has it.
+            deadline: Likewise.
 
         Raises:
             app.batcher.Refused: As `Batcher.reserve` does.
@@ -137,7 +141,7 @@ class Networks:
             while True:
                 network = self.current
                 try:
-                    held.enter_context(network.batcher.reserve(count, begun))
+                    held.enter_context(network.batcher.reserve(count, begun, deadline))
                     break
                 except Draining:
                     if network is self.current:

@@ -55,6 +55,11 @@ _REFUSALS: dict[type[batching.Refused], tuple[Kind, str]] = {
         problems.SATURATED,
         "The queue is full. Try again after Retry-After seconds.",
     ),
+    batching.Late: (
+        problems.SATURATED,
+        "With what waits already it would take longer than MMTL_DEADLINE_SECONDS. Try again after "
+        "Retry-After seconds.",
+    ),
     batching.Draining: (problems.DRAINING, "Send the request to another instance, or try again."),
     batching.NotReady: (
         problems.NOT_READY,
@@ -117,7 +122,7 @@ class Predictor:
             Problem: The network is not ready, or the service is shutting down.
         """
         try:
-            with self.networks.reserve(1):
+            with self.networks.reserve(1, deadline=time.monotonic() + self._deadline_seconds):
                 pass
         except batching.Refused as refusal:
             raise problem_of(type(refusal)) from None
@@ -142,7 +147,8 @@ class Predictor:
         refusal: type[batching.Refused]
         try:
             # Its upload may have begun before a drain.
-            with self.networks.reserve(len(uploads), begun=True) as network:
+            reserved = self.networks.reserve(len(uploads), begun=True, deadline=deadline)
+            with reserved as network:
                 trace.model = network.facts
                 work = [
                     self._result(network, upload, explain, deadline, trace) for upload in uploads

@@ -104,7 +104,8 @@ class Settings(BaseSettings):
     what the old network still has to answer does not count."""
 
     deadline_seconds: float = Field(30.0, gt=0)
-    """Longest a request may take from its last byte to its answer; later ones answer 503."""
+    """Longest a request may take from its last byte to its answer; later ones answer 503, and at
+    once where what waits already would most likely have them late."""
 
     hang_seconds: float = Field(30.0, gt=0)
     """Longest a decoding or a run of the network, the first ones included, may take; then the

@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from app import load
 from benchmarks.serving.compare import CORES, CROWD, make_images
-from benchmarks.serving.page import row, span
+from benchmarks.serving.page import DEADLINE, REFUSING, row, span
 from benchmarks.serving.process import HERE, PORT, ROOT, Process, System
 from benchmarks.serving.variants import (
     ALL,
     LEFT_OUT,
+    OVERLOADED,
     RUNS_OPENVINO,
     TRIED,
     UNDONE,
@@ -45,6 +46,8 @@ LOADS = {
     "full size": ("full size", CROWD),
     "progressive": ("progressive", CROWD),
 }
+# Of the rate with as many clients as that, in an open loop, and for how long.
+OVERLOAD, OVERLOAD_SECONDS = 1.2, 4.0
 RUN = ROOT / "runs/bench-serve"
 _HEAD = [f"{name}, {of}" for name in LOADS for of in ("images/s", "of as it is", "CPU of as it is")]
 
@@ -64,15 +67,21 @@ class Turns:
     megabytes: float = 0.0
 
 
-def start(variant: Variant, port: int, image: bytes) -> Process:
+def start(variant: Variant, port: int, image: bytes, **settings: str) -> Process:
     """A variant, when it answers.
+
+    Args:
+        variant: Of variants.py.
+        port: To serve on.
+        image: To ask it about.
+        settings: Of the service, beside its port.
 
     Raises:
         SystemExit: It does not start.
     """
     command = ("python", f"{HERE}/variants.py", variant.__name__)
     log = RUN / f"steps-{port}.log"
-    process = Process(System("mmtl", command, {"MMTL_PORT": str(port)}, port), log)
+    process = Process(System("mmtl", command, {"MMTL_PORT": str(port), **settings}, port), log)
     try:
         process.wait(image)
     except BaseException:
@@ -128,6 +137,40 @@ def compare(
         other.stop()
 
 
+def overload(variants: list[Variant], images: list[bytes], rounds: int) -> list[list[str]]:
+    """A row each, of services that have little time to answer: they are asked too much in turn.
+
+    Raises:
+        SystemExit: One does not start, or answers anything but 200 and 503.
+    """
+    processes: list[Process] = []
+    found: list[list[load.Measured]] = [[] for _ in variants]
+    try:
+        for number, variant in enumerate(variants):
+            processes.append(start(variant, PORT + number, images[0], **REFUSING[DEADLINE]))
+        targets = [load.Target(f"http://127.0.0.1:{one.port}", images) for one in processes]
+        for number in range(rounds * len(variants)):
+            which = (number + number // len(variants)) % len(variants)
+            peak = load.run(targets[which], CROWD, SECONDS, WARM_UP_SECONDS).images / SECONDS
+            rate = max(OVERLOAD * peak, 1.0)
+            measured = load.run(targets[which], load.OPEN_CLIENTS, OVERLOAD_SECONDS, 1.0, rate)
+            if not set(measured.statuses) <= {"200", "503"}:
+                raise SystemExit(f"Not every answer is a 200 or 503: {measured.statuses}.")
+            found[which].append(measured)
+    finally:
+        for process in processes:
+            process.stop()
+    rows = []
+    for variant, turns in zip(variants, found, strict=True):
+        each = [turn.summary() for turn in turns]
+        spans = [
+            span([one[name] or 0.0 for one in each], "{:.0f}")
+            for name in ("images_per_second", "p50_ms", "p99_ms", "refused", "refused_p99_ms")
+        ]
+        rows.append([str(variant.__doc__).rstrip("."), *spans])
+    return rows
+
+
 def main() -> None:
     """Measure, and print the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -162,7 +205,8 @@ def main() -> None:
             ("What the contract costs: the service without one of its parts", LEFT_OUT),
         )
     }
-    bar = tqdm(total=sum(map(len, parts.values())))
+    overloaded = [variant for variant in OVERLOADED if variant.__name__ in asked]
+    bar = tqdm(total=sum(map(len, parts.values())) + len(overloaded))
     whole = start(as_it_is, PORT, mixes["small"][0])
     try:
         for title, those in parts.items():
@@ -176,7 +220,20 @@ def main() -> None:
                 bar.update()
     finally:
         whole.stop()
-        bar.close()
+    if overloaded:
+        settings = " ".join(f"`{name}={value}`" for name, value in REFUSING[DEADLINE].items())
+        print("\n## Who would be answered too late: the service with less done about it\n")
+        print(
+            f"{settings}, mixed images, arrivals by chance at {OVERLOAD:.0%} of the rate with "
+            f"{CROWD} clients just before, over {load.OPEN_CLIENTS} connections, for "
+            f"{OVERLOAD_SECONDS:g} seconds a turn.\n"
+        )
+        print(row(["", "images/s", "p50 ms", "p99 ms", "refused (503)", "p99 of refusals, ms"]))
+        print(row(["---"] * 6))
+        for cells in overload([as_it_is, *overloaded], mixes["mixed"], arguments.rounds):
+            print(row(cells), flush=True)
+        bar.update(len(overloaded))
+    bar.close()
 
 
 if __name__ == "__main__":

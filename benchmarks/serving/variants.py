@@ -28,6 +28,7 @@ import app.batcher
 import app.cli
 import app.engines
 import app.networks
+import app.pace
 import app.predictor
 import app.routes.predict
 import app.server
@@ -488,6 +489,17 @@ def without_watch() -> None:
     app.routes.predict._while_connected = alone
 
 
+def all_admitted() -> None:
+    """Nobody refused at once who would be answered too late, but when the image is taken up."""
+    app.pace.Pace.would_be_late = lambda *_: False
+
+
+def all_begun() -> None:
+    """Nor then: every image begun whose deadline has not passed."""
+    all_admitted()
+    app.pace.Pace.needed = property(lambda _: 0.0)
+
+
 Variant = Callable[[], None]
 _OF_OPENVINO: tuple[Variant, ...] = (
     without_openvino,
@@ -547,8 +559,9 @@ TRIED: tuple[Variant, ...] = (
     lines_later,
     drawn_ids,
 )
+OVERLOADED: tuple[Variant, ...] = (all_admitted, all_begun)
 LEFT_OUT: tuple[Variant, ...] = (without_hash, without_warnings, without_log, without_watch)
-ALL = {variant.__name__: variant for variant in (as_it_is, *UNDONE, *TRIED, *LEFT_OUT)}
+ALL = {variant.__name__: variant for variant in (as_it_is, *UNDONE, *TRIED, *LEFT_OUT, *OVERLOADED)}
 
 
 if __name__ == "__main__":

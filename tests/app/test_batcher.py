@@ -18,6 +18,7 @@ from app.batcher import (
     DeadlineExceeded,
     Draining,
     InferenceFailed,
+    Late,
     NotReady,
     Saturated,
 )
@@ -823,6 +824,38 @@ def test_places_are_limited_and_given_back(batcher: Batcher) -> None:
         pass
 
 
+def test_who_would_be_answered_too_late_is_refused_at_once(batcher: Batcher) -> None:
+    batcher._pace.note_done(64, 0.0, 64.0)  # one a second
+    now = time.monotonic()
+    with batcher.reserve(5, deadline=now + 10):  # where none wait, whatever they may need
+        with pytest.raises(Late), batcher.reserve(1, deadline=now + 5):
+            pass
+        assert batcher.admitted == 5
+        with batcher.reserve(1, deadline=now + 60):
+            pass
+        with pytest.raises(Late), batcher.reserve(4, deadline=now + 12):
+            pass
+        with batcher.reserve(1):
+            pass
+
+
+async def test_what_is_answered_and_what_cannot_be_decoded_show_how_fast_work_goes(
+    batcher: Batcher,
+) -> None:
+    def wrong() -> NDArray[np.uint8]:
+        raise ValueError("wrong")
+
+    seen = [batcher._pace._ended]
+    failed: Future[Answer] = Future()
+    batcher.put(wrong, time.monotonic() + 5, failed)
+    with pytest.raises(ValueError, match="wrong"):
+        await asyncio.wrap_future(failed)
+    await asyncio.to_thread(until, lambda: batcher._pace._ended > seen[0])
+    seen.append(batcher._pace._ended)
+    assert await ask(batcher, 3) == 3
+    await asyncio.to_thread(until, lambda: batcher._pace._ended > seen[1])
+
+
 async def test_closing_answers_what_waits_and_refuses_the_rest(
     batcher: Batcher, engine: Engine
 ) -> None:
@@ -1039,14 +1072,14 @@ async def test_an_overload_has_not_every_image_late(engine: Engine, tmp_path: Pa
 async def test_one_that_waits_for_nobody_is_begun_however_little_time_it_has(
     engine: Engine, batcher: Batcher
 ) -> None:
-    batcher._note_needed(60.0)
+    batcher._pace.note_needed(60.0)
     assert await ask(batcher, 3, seconds=1.0) == 3
 
 
 async def test_a_guess_that_is_far_too_long_does_not_refuse_what_has_just_come(
     engine: Engine, batcher: Batcher
 ) -> None:
-    batcher._note_needed(60.0)
+    batcher._pace.note_needed(60.0)
     assert await asyncio.gather(*(ask(batcher, n, seconds=2.0) for n in range(1, 9))) == [
         *range(1, 9)
     ]

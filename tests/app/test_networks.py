@@ -143,12 +143,12 @@ def test_a_request_that_meets_a_network_just_retired_is_given_to_its_successor(
     old = networks.current
     reserve = Batcher.reserve
 
-    def reload_first(batcher: Batcher, count: int, begun: bool):
+    def reload_first(batcher: Batcher, count: int, *rest: float):
         if batcher is old.batcher and networks.current is old:
             networks.reload()
             while batcher.alive:
                 time.sleep(0.01)
-        return reserve(batcher, count, begun)
+        return reserve(batcher, count, *rest)
 
     monkeypatch.setattr(Batcher, "reserve", reload_first)
     assert predict(client).status_code == 200

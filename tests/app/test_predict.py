@@ -509,6 +509,21 @@ def test_every_image_of_a_request_takes_a_place(settings: Settings) -> None:
         assert client.post("/predict", files=form(*[flat(1)] * 2)).status_code == 200
 
 
+def test_a_request_that_would_wait_for_too_long_is_refused_before_it_is_read(
+    settings: Settings,
+) -> None:
+    with started(settings) as client:
+        batcher = client.app.state.networks.current.batcher
+        batcher._pace.note_done(64, 0.0, 64 * settings.deadline_seconds)
+        with batcher.reserve(1):
+            refused = client.post("/predict", content=b"", headers={"Content-Type": "image/png"})
+        check_problem(refused, 503, "saturated")
+        assert "MMTL_DEADLINE_SECONDS" in refused.json()["detail"]
+        assert refused.headers["Retry-After"] == "1"
+        # The slowest service takes what it can: none waits here.
+        assert client.post("/predict", files=form(flat(1))).status_code == 200
+
+
 def test_a_request_that_waits_for_too_long_is_told_so(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

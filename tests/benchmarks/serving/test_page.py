@@ -79,6 +79,7 @@ def test_a_service_that_meets_every_target() -> None:
         (SHORT, OVER, "p99_ms", 1001.0, ["at most the deadline"]),
         (DEADLINE, OVER, "p99_ms", 301.0, ["at most the deadline"]),
         (SHORT, OVER, "refused_p99_ms", 14.0, ["p99 of what is refused"]),
+        (DEADLINE, OVER, "refused_p99_ms", 14.0, ["p99 of what is refused"]),
         (SHORT, OVER, "without_retry_after", 1, ["without Retry-After"]),
         (SHIPPED, OVER, "unsent", 1, ["unsent"]),
         (SHIPPED, OVER, "images_per_second", 120.0, ["throughput of its peak"]),
