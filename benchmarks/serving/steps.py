@@ -6,7 +6,8 @@
 
 Every variant is the service in a process of its own, next to the service as it is in another. They
 are loaded in turn for a second or two, over and over, and compared turn by turn: a machine whose
-speed changes from one second to the next, as that of a shared host does, changes for both.
+speed changes from one second to the next, as that of a shared host does, changes for both. What is
+done about requests that would be answered too late shows in an overload, which comes last.
 """
 
 import argparse
