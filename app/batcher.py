@@ -164,14 +164,7 @@ class Batcher:
         self._queue_size = queue_size
         self._metrics = metrics
         self._measure = measure
-        on_cpu = engine.device == "cpu"
         self._max_batch = engine.batch
-        # What is worth a run while images wait to be decoded. Decoding asks for the interpreter
-        # again and again, a run does without it: where no helper uses what waiting leaves idle,
-        # some of each at a time wait less than all cores with one and then the other.
-        self._worth_running = self._max_batch if on_cpu else 1
-        most = engine.runs_at_once
-        self._runs_beside_decoding = most if engine.helpers else max(cores // 2, 1)
         self._admitted = 0
         self._encoded: deque[_Job] = deque()
         # Large images whose turn has not come wait here, so that no worker waits.
@@ -388,18 +381,18 @@ class Batcher:
         self._warm.set()
         log.info("ready", warm_up_seconds=round(time.monotonic() - started, 3))
 
+    def _worth_a_run(self) -> bool:
+        """Whether what is decoded is, while other images wait to be."""
+        return len(self._decoded) >= (self._max_batch if self._engine.device == "cpu" else 1)
+
     def _take(self, name: str) -> list[_Job] | None:
         """One job to decode, or a batch to run; None when closed and empty, or one has died."""
         with self._changed:
             while not self._failed:
                 free = self._running < self._engine.runs_at_once
-                enough = (
-                    len(self._decoded) >= self._worth_running
-                    and self._running < self._runs_beside_decoding
-                )
                 large = bool(self._large) and is_anyones_turn(self.others_wait)
                 to_decode = self._large if large else self._encoded
-                if self._decoded and free and (enough or not to_decode):
+                if self._decoded and free and (self._worth_a_run() or not to_decode):
                     jobs = self._batch()
                 elif to_decode:
                     job = to_decode.popleft()

@@ -96,8 +96,8 @@ class Settings(BaseSettings):
     are two."""
 
     max_batch: int = Field(8, ge=1, le=256)
-    """Most images in one run of the network; on a CPU it takes four at most, or (OpenVINO, with
-    AMX) eight, for their memory. Larger ones pay on a GPU."""
+    """Most images in one run of the network; on a CPU it takes four at most, for their memory.
+    Larger ones pay on a GPU."""
 
     queue_size: int = Field(256, ge=1)
     """Most images admitted at once, over all requests; more answer 503. While a bundle is replaced,

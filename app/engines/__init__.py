@@ -21,7 +21,7 @@ from models.bundle import (
 )
 from models.cores import multiplies_bfloat16
 
-# Images in one run on a CPU; more of them take more memory than they gain, but with AMX.
+# Images in one run on a CPU; more of them take more memory than they gain.
 BATCH_ON_CPU = 4
 # Each takes memory of its own in OpenVINO; on more cores there should be several processes.
 _MOST_THREADS = 8

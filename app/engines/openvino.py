@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from app.engines import BATCH_ON_CPU, EngineError, one_line
 from app.engines.compiler import CompilerError, compile_apart, core
 from models.bundle import BundleError, Outputs
-from models.cores import has_amx
 from models.memory import limit_arenas
 from models.threads import begin
 
@@ -27,9 +26,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 # Eight bits of a bfloat16, through some fifty layers; and integers, which it adds up otherwise.
 _ROUNDED_BFLOAT16, _ROUNDED = 2**-4, 2**-6
-# Images of a whole run with AMX, and the share of a whole run from which on one that is filled up
-# takes less time than single images.
-_WHOLE_WITH_AMX = 8
+# The share of a whole run from which on one that is filled up takes less time than single images.
 _WORTH_FILLING = 3 / 4
 # Cores of a run of one image, where there are as many.
 _CORES_OF_ONE = 2
@@ -57,6 +54,7 @@ class OpenVinoEngine:
     """
 
     device = "cpu"
+    helpers = 1
 
     def __init__(
         self,
@@ -70,11 +68,7 @@ class OpenVinoEngine:
         self.name = "openvino-bfloat16" if bfloat16 else "openvino"
         self.rounding = _ROUNDED_BFLOAT16 if bfloat16 else _ROUNDED
         self.runs_at_once = threads
-        # With AMX a run takes so little that larger ones are worth their memory, and that one more
-        # worker would only make the others wait longer.
-        amx = has_amx()
-        self.helpers = 0 if amx else 1
-        self.batch = min(_WHOLE_WITH_AMX if amx else BATCH_ON_CPU, max_batch)
+        self.batch = min(BATCH_ON_CPU, max_batch)
         options = {
             "NUM_STREAMS": 1,
             # Instances on one host would all be pinned to the same cores.

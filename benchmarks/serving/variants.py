@@ -38,7 +38,7 @@ import models.images
 import models.memory
 import models.turns
 from app.settings import Settings
-from models.cores import available_cores, has_amx
+from models.cores import available_cores
 
 # What it runs by default here.
 RUNS_OPENVINO = app.engines._prefers_openvino(Settings())
@@ -201,46 +201,26 @@ def without_batches() -> None:
     os.environ["MMTL_MAX_BATCH"] = "1"
 
 
-def batches_of_four() -> None:
-    """Batches of 4, not 8."""
-    os.environ["MMTL_MAX_BATCH"] = "4"
-
-
 def batches_of_eight() -> None:
     """Batches of 8, not 4 (a little faster, and in more memory than the service is to take)."""
     engine: Any = import_module("app.engines.openvino" if RUNS_OPENVINO else "app.engines.onnx")
     engine.BATCH_ON_CPU = 8
 
 
-def runs_as_they_come() -> None:
-    """As many runs at once as there are cores, whatever waits to be decoded."""
-    _runs_beside_decoding(lambda engine: engine.runs_at_once)
-
-
 def half_of_the_runs() -> None:
     """Runs on at most half of the cores while images wait to be decoded."""
-    _runs_beside_decoding(lambda _: max(available_cores() // 2, 1))
+    half = max(available_cores() // 2, 1)
+    worth_a_run = app.batcher.Batcher._worth_a_run
 
+    def worth_another(batcher: Any) -> bool:
+        return batcher._running < half and worth_a_run(batcher)
 
-def _runs_beside_decoding(count: Callable[[Any], int]) -> None:
-    start = app.batcher.Batcher.__init__
-
-    def started(self: Any, *arguments: Any) -> None:
-        start(self, *arguments)
-        self._runs_beside_decoding = count(self._engine)
-
-    app.batcher.Batcher.__init__ = started
-
-
-def spare_worker() -> None:
-    """A worker more than cores."""
-    _workers_beyond_cores(1)
+    app.batcher.Batcher._worth_a_run = worth_another
 
 
 def without_spare_worker() -> None:
-    """No more workers than cores, and all of them run as images come."""
+    """No more workers than cores."""
     _workers_beyond_cores(0)
-    runs_as_they_come()
 
 
 def two_spare_workers() -> None:
@@ -508,7 +488,7 @@ _OF_OPENVINO: tuple[Variant, ...] = (
     compiled_in_the_service,
     networks_of_any_size,
     single_images_on_one_core,
-    *((batches_of_four, runs_as_they_come) if has_amx() else (without_spare_worker,)),
+    without_spare_worker,
     arenas_not_shared,
 )
 _OF_ONNX_RUNTIME: tuple[Variant, ...] = (
@@ -536,9 +516,7 @@ UNDONE: tuple[Variant, ...] = (
     loading_kept,
     frequent_trims,
 )
-_TRIED_IN_OPENVINO: tuple[Variant, ...] = (
-    (spare_worker,) if has_amx() else (batches_of_eight, half_of_the_runs, two_spare_workers)
-)
+_TRIED_IN_OPENVINO: tuple[Variant, ...] = (batches_of_eight, half_of_the_runs, two_spare_workers)
 _TRIED_IN_ONNX_RUNTIME: tuple[Variant, ...] = (
     in_openvino,
     batches_of_eight,

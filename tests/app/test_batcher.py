@@ -567,40 +567,6 @@ async def test_no_request_gets_in_while_an_old_batcher_closes(
     assert refused == [True]
 
 
-async def test_beside_a_run_what_waits_is_decoded_before_another_run() -> None:
-    engine = Engine()
-    engine.runs_at_once, engine.helpers, engine.batch = 2, 0, 2
-    batcher = Batcher(engine, (SIDE, SIDE), 2, 10, Metrics(4, ()), lambda _: {})
-    batcher.start()
-    until(lambda: batcher.ready)
-    engine.gate.clear()
-    decoded: list[int] = []
-    all_wait = threading.Event()
-
-    def put(value: int) -> "Future[Answer]":
-        def decode() -> NDArray[np.uint8]:
-            if value > 1:
-                all_wait.wait(5)
-            decoded.append(value)
-            return image(value)
-
-        asked: Future[Answer] = Future()
-        batcher.put(decode, time.monotonic() + 9, asked)
-        return asked
-
-    asked = [put(1)]
-    until(lambda: engine.batches)
-    asked += [put(value) for value in (2, 3, 4, 5)]
-    all_wait.set()
-    until(lambda: len(engine.batches) == 2)
-    assert decoded == [1, 2, 3, 4, 5]
-    engine.gate.set()
-    for value, one in enumerate(asked, start=1):
-        answer = await asyncio.wait_for(asyncio.wrap_future(one), 5)
-        assert answer.outputs["first"] == value
-    batcher.close(5)
-
-
 async def test_a_batcher_that_ends_with_its_last_request_loses_none_of_its_work(
     batcher: Batcher,
 ) -> None:
