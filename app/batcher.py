@@ -382,7 +382,7 @@ class Batcher:
         log.info("ready", warm_up_seconds=round(time.monotonic() - started, 3))
 
     def _worth_a_run(self) -> bool:
-        """Whether what is decoded is, while other images wait to be."""
+        """Whether what is decoded is worth one, while other images wait to be decoded."""
         return len(self._decoded) >= (self._max_batch if self._engine.device == "cpu" else 1)
 
     def _take(self, name: str) -> list[_Job] | None:

@@ -202,7 +202,7 @@ def without_batches() -> None:
 
 
 def batches_of_eight() -> None:
-    """Batches of 8, not 4 (a little faster, and in more memory than the service is to take)."""
+    """Batches of 8, not 4 (a little faster, in more memory)."""
     engine: Any = import_module("app.engines.openvino" if RUNS_OPENVINO else "app.engines.onnx")
     engine.BATCH_ON_CPU = 8
 

@@ -58,6 +58,7 @@ def test_openvino_reports_home_nothing() -> None:
     [
         (1, 4, {1: [1], 4: [1]}),
         (2, 4, {1: [2], 4: [1, 1]}),
+        (2, 8, {1: [2], 4: [1, 1]}),
         (2, 1, {1: [2]}),
         (3, 2, {1: [2, 2], 2: [1, 1, 1]}),
     ],
@@ -68,6 +69,7 @@ def test_an_image_has_two_cores_and_a_whole_batch_one(
     bundle = make_bundle(tmp_path / "bundle")
     engine = load(bundle, runtime="openvino", threads=threads, max_batch=max_batch)
     assert isinstance(engine, OpenVinoEngine)
+    assert (engine.helpers, engine.batch) == (1, max(expected))
     found: dict[int, list[int]] = {}
     for size, free in engine._free.items():
         for network in (request.get_compiled_model() for request in free.queue):
