@@ -67,7 +67,7 @@ _REFUSALS: dict[type[batching.Refused], tuple[Kind, str]] = {
     ),
     batching.DeadlineExceeded: (
         problems.DEADLINE_EXCEEDED,
-        "The image waited longer than MMTL_DEADLINE_SECONDS. Try again after Retry-After seconds.",
+        "It would take longer than MMTL_DEADLINE_SECONDS. Try again after Retry-After seconds.",
     ),
     batching.InferenceFailed: (
         problems.INFERENCE_FAILED,

@@ -31,9 +31,10 @@ def problems() -> None:
         "within a major version of the API; a later minor one may have more. `detail` says what\n"
         "to do, in words that may change. The metric `mmtl_rejected_total` counts by the type's\n"
         "end. `Retry-After` of a quota is what the key has to wait.\n\n"
-        "Two refusals are none of these. A browser's preflight for an origin or a method that is\n"
-        "not allowed (`MMTL_CORS_ORIGINS`) is a 400 in plain text, which no page reads and no log\n"
-        "has; and `mmtl predict --json` says `urn:mmtl:problem:unreadable-file` of a file that it\n"
+        "Three refusals are none of these. A browser's preflight for an origin or a method that\n"
+        "is not allowed (`MMTL_CORS_ORIGINS`) is a 400 in plain text, which no page reads and no\n"
+        "log has; a `Range` that a file of the API's page does not have is one, too (or a 416);\n"
+        "and `mmtl predict --json` says `urn:mmtl:problem:unreadable-file` of a file that it\n"
         "cannot read.\n"
     )
     print("| type | status | title | Retry-After, seconds |\n|---|---|---|---|")

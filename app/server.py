@@ -249,6 +249,9 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """An answer has been written: one too short for `pause_writing` has its time, too."""
+        for cycle in self._open:
+            if cycle.response_complete:
+                cycle.body = bytearray()  # which nobody may have asked for: the connection stays
         self._expect_reading()
         super().on_response_complete()
 

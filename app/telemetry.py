@@ -122,7 +122,7 @@ class Metrics:
         )
         self.dropped = Counter(
             "mmtl_dropped",
-            "Images given up before they were run: the caller had gone, or the deadline passed.",
+            "Images given up before they were run: the caller had gone, or they would be late.",
             ("reason",),
             registry=registry,
         )
@@ -280,7 +280,9 @@ class Telemetry:
         except asyncio.CancelledError:  # the server ends, and the upload has not
             if status != _GONE:
                 raise
-            await refuse(problems.DRAINING, "The upload did not end in time. Send it again.")
+            await refuse(
+                problems.DRAINING, "It stopped before the request was answered. Send it again."
+            )
         except Exception:
             log.exception("request failed", request_id=trace.request_id)
             if status != _GONE:  # the answer has begun; the server can only cut it off

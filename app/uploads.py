@@ -164,9 +164,13 @@ async def open_uploads(
         ClientDisconnect: The caller went before the body's end.
     """
     body = Body(request, settings.max_bytes, held)
+    uploads: list[Upload] = []
     try:
-        yield await _read(request, body, settings, check_open)
+        uploads = await _read(request, body, settings, check_open)
+        yield uploads
     finally:
+        # Whoever has the list may wait for long: for the audit log's disk.
+        uploads.clear()
         body.release()
 
 

@@ -48,11 +48,11 @@ def server(settings: Settings) -> Iterator[Server]:
             "cors_origins": (VIEWER,),
         }
     )
-    server = Server(create_app(limited), limited)
+    app = create_app(limited)
+    server = Server(app, limited)
     thread = threading.Thread(target=server.run)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    until(lambda: server.started and app.state.networks.current.batcher.ready)
     yield server
     server.should_exit = True
     thread.join(10)
@@ -450,6 +450,15 @@ def test_a_body_that_is_asked_for_is_sent_on_a_connection_that_stays(port: int) 
             answer = read_answer(asking)
             assert status(answer) == 200
             assert b"connection: close" not in answer.lower()
+
+
+def test_a_body_that_nobody_asked_for_is_not_kept(server: Server, port: int) -> None:
+    with connect(port) as client:
+        client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc")
+        assert status(client.recv(4096)) == 200
+        (connection,) = server.server_state.connections
+        assert isinstance(connection, Protocol)
+        assert not connection.cycle.body
 
 
 def test_what_fails_while_a_request_is_read_is_a_failure_of_the_service(

@@ -2,6 +2,7 @@ import asyncio
 import gc
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import pytest
 from starlette.requests import ClientDisconnect, Request
@@ -39,7 +40,19 @@ async def is_open() -> None:
 async def read(request: Request, held: Held | None = None, **settings: object) -> list[Upload]:
     opened = open_uploads(request, Settings(**settings), held or Held(10**9, 10**9), is_open)
     async with opened as uploads:
-        return uploads
+        return list(uploads)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_whoever_waits_afterwards_holds_no_image(refused: bool) -> None:
+    sent = request([part(b"x", more=False)], content_type="image/jpeg")
+    kept: list[Upload] | None = None
+    with suppress(ValueError):
+        async with open_uploads(sent, Settings(), Held(10, 10), is_open) as kept:
+            assert len(kept) == 1
+            if refused:
+                raise ValueError
+    assert kept == []
 
 
 async def test_a_busy_service_refuses_in_a_way_that_a_sender_can_read() -> None:
