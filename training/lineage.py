@@ -115,6 +115,26 @@ def keep_inheritance(run: Run, known: Inheritance) -> None:
             temporary.write_bytes(_SOURCES.dump_json(known.sources, indent=2))
 
 
+def check_inherited(run: Run, config: Config, records: Sequence[Record]) -> None:
+    """Whether the run that another goes on from has learned from what was noted of it.
+
+    Args:
+        run: That is about to go on from it.
+        config: Its.
+        records: Of its manifest.
+
+    Raises:
+        DataError: It was fitted anew, to other images; or as `inheritance`.
+    """
+    known = inheritance(config, records).records
+    noted = load_manifest(run.inherited) if run.inherited.is_file() else []
+    if fingerprint(known) != fingerprint(noted):
+        raise DataError(
+            f"start_from: {config.start_from} has learned from other images than {run.folder} was "
+            "prepared for. Run `mmtl-train prepare` again."
+        )
+
+
 def _taught(run: Run) -> list[DataSource]:
     """What a run's teachers had learned from, and those of the run that it went on from."""
     teachers = [load_bundle(Path(folder)).manifest for folder in run.load_config().teachers]

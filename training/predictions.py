@@ -1,6 +1,7 @@
 """What a model says of a manifest's images: from a bundle, or from a table of anybody's."""
 
 import csv
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from models.bundle import Bundle, Precision, melanoma_probability
 from models.files import write_atomically
-from models.images import ImageError, decode
+from models.images import SUFFIXES, ImageError, decode
 from models.recalibration import LOGIT, PROBABILITY
 from training.data.layouts import name_of
 from training.data.manifest import DataError, Record, isic_id, open_table
@@ -163,20 +164,37 @@ def load_predictions(path: Path, records: Sequence[Record], threshold: float) ->
     """
     faults = Faults()
     rows: dict[tuple[str | None, str], Row] = {}
+    # Datasets whose pictures have a suffix may name them without.
+    bare: dict[tuple[str | None, str], list[Row]] = {}
     for line in read_rows(path, {"image", PROBABILITY}, faults):
         image = line.required("image") or ""
-        key = (line.text("dataset"), _key(image))
-        if rows.setdefault(key, line) is not line:
+        dataset, key = line.text("dataset"), _key(image)
+        if rows.setdefault((dataset, key), line) is not line:
             faults.add("repeated row", f"{line.where(('image',))}: {image} stands in two rows.")
+        bare.setdefault((dataset, _without_suffix(key)), []).append(line)
     if faults:
         raise DataError(faults[0].message)
-    found = [
-        (record, row)
-        for record in records
-        if (row := rows.get((record.dataset, image := _key(record.image)), rows.get((None, image))))
-    ]
+
+    def row_of(record: Record) -> Row | None:
+        image = _key(record.image)
+        for key in ((record.dataset, image), (None, image)):
+            if key in rows:
+                return rows[key]
+            if len(called_so := bare.get(key, [])) == 1:
+                return called_so[0]
+        return None
+
+    found = [(record, row) for record in records if (row := row_of(record))]
     if not found:
         raise DataError(f"{path} has a row for none of the {len(records):,} images asked about.")
+    answered: dict[int, Record] = {}
+    for record, row in found:
+        other = answered.setdefault(row.number, record)
+        if other.dataset != record.dataset and not isic_id(record.image):
+            raise DataError(
+                f"{row.where(('image',))}: {other.dataset} and {record.dataset} both have an image "
+                f"{row.text('image')}. Say which is meant in a column `dataset`."
+            )
     columns = list(found[0][1].cells)
 
     def numbers(column: str, most: float | None = None) -> Floats:
@@ -243,3 +261,8 @@ def _key(image: str) -> str:
     """What an image is called with or without its suffix; a path without ISIC id is as it is."""
     name = name_of(image)
     return image if ("/" in image or "\\" in image) and not isic_id(name) else name
+
+
+def _without_suffix(key: str) -> str:
+    stem, suffix = os.path.splitext(key)
+    return stem if suffix.lower() in SUFFIXES else key

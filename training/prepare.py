@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tqdm import tqdm
+
 from training.backbones import source_of
 from training.config import Config
 from training.data.cache import Pixels, build_cache, files_key
@@ -13,7 +15,7 @@ from training.data.duplicates import find_duplicates, thumbnails
 from training.data.layouts import balanced, gather, ham10000, read_datasets
 from training.data.manifest import DataError, Record, fingerprint, load_manifest, save_manifest
 from training.data.splits import assign_fixed, hold_out, is_published_test
-from training.data.vocabulary import Split
+from training.data.vocabulary import LEARNED, Split
 from training.distillation import open_teachers
 from training.feature_maps import build_feature_map
 from training.folds import fitted, parts
@@ -67,6 +69,17 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     pairs = [(used[one], used[other]) for one, other in found]
     divided = assign_fixed(records, components(records, pairs, listed), config.test_on)
     manifest = [divided[i] for i in used]
+    overruled = Counter(
+        record.dataset
+        for i, record in zip(used, manifest, strict=True)
+        if records[i].split in (Split.TEST, Split.EXCLUDED) and record.split in LEARNED
+    )
+    for name, images in sorted(overruled.items()):
+        tqdm.write(
+            f"Caution: {images:,} images of {name} that are learned from were to be tested on, or "
+            "left out, by its own splits: `mmtl-train data split --keep` keeps them, for "
+            "`prepare --manifest`."
+        )
     check_splits(manifest, config)
     check_unfitted(run, config, manifest)
     _keep_inheritance(run, config, inheritance(config, manifest))

@@ -319,6 +319,24 @@ def test_predictions_are_read_back_and_so_are_other_peoples(tmp_path: Path) -> N
     (tmp_path / "folder.csv").write_text(rows)
     found = load_predictions(tmp_path / "folder.csv", named, 0.2)
     assert found.probability.tolist() == [0.1, 0.2]
+    # As Kaggle's set and `annotate` call them, where no other is called so.
+    found = load_predictions(tmp_path / "folder.csv", [replace(tested[1], image="train/a")], 0.2)
+    assert found.probability.tolist() == [0.2]
+    (tmp_path / "folder.csv").write_text(rows + "train/a.jpg,0.3\n")
+    with pytest.raises(DataError, match="a row for none"):
+        load_predictions(tmp_path / "folder.csv", [replace(tested[1], image="train/a")], 0.2)
+
+
+def test_a_row_answers_for_one_dataset_s_image(tmp_path: Path) -> None:
+    path, both = tmp_path / "theirs.csv", [Record("001", "", name) for name in ("A", "B")]
+    path.write_text("image,melanoma_probability\n001,0.1\n")
+    with pytest.raises(DataError, match=r"A and B both have an image 001\. .* column `dataset`"):
+        load_predictions(path, both, 0.5)
+    path.write_text("image,melanoma_probability,dataset\n001,0.1,B\n")
+    assert load_predictions(path, both, 0.5).records == both[1:]
+    path.write_text("image,melanoma_probability\nISIC_0000001,0.1\n")  # the same everywhere
+    same = [Record("ISIC_0000001", "", name) for name in ("A", "B")]
+    assert load_predictions(path, same, 0.5).records == same
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,13 @@ from tests.bundles import make_bundle
 from training.config import Config, parse_config
 from training.data.manifest import DataError, Record, load_manifest, save_manifest
 from training.data.vocabulary import Split
-from training.lineage import inheritance, keep_inheritance, learned, training_data
+from training.lineage import (
+    check_inherited,
+    inheritance,
+    keep_inheritance,
+    learned,
+    training_data,
+)
 from training.run import Run
 from training.state import identity_of, save_tensors
 
@@ -162,6 +168,19 @@ def test_a_run_whose_inheritance_is_not_known_says_so(tmp_path: Path) -> None:
     run = fitted(tmp_path / "run", records("tv"), start_from="elsewhere")
     with pytest.raises(DataError, match=r"prepared by an earlier version.*prepare` again"):
         training_data(run)
+
+
+def test_a_run_goes_on_from_what_it_was_prepared_for(tmp_path: Path) -> None:
+    first = fitted(tmp_path / "first", records("tvT"))
+    run, own = Run(tmp_path / "now"), records("tvT")
+    config = Config(start_from=str(first.folder))
+    run.folder.mkdir()
+    inherit(run, config, own)
+    check_inherited(run, config, own)
+    shutil.rmtree(first.folder)
+    fitted(tmp_path / "first", [*records("tvT"), *records("t", first=10)])
+    with pytest.raises(DataError, match=r"has learned from other images than .*prepare` again"):
+        check_inherited(run, config, own)
 
 
 def test_validation_may_be_the_same(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lesions import lesion
 from tests.training.conftest import SMALL, small
 from tests.training.folders import draw_ham10000
 from training.cli import cli
@@ -86,19 +87,41 @@ def test_what_a_fitted_run_went_on_from_stays_what_it_was(tmp_path: Path) -> Non
     first = fitted(tmp_path / "first", tmp_path / "data")
     records = load_manifest(first.manifest)
     config = ONE_EPOCH.model_copy(update={"start_from": str(first.folder)})
-    second = Run(tmp_path / "second")
+    second, third = Run(tmp_path / "second"), Run(tmp_path / "third")
     fewer = [r for row, r in enumerate(records) if r.split is not Split.TRAIN or row % 2]
     with small():
         prepare_manifest(records, second, config)
         fit(second, workers=0)
+        prepare_manifest(records, third, config)
         inherited = load_manifest(second.inherited)
         first.checkpoint.unlink()
         first.best.unlink()
         prepare_manifest(fewer, first, ONE_EPOCH)
         fit(first, workers=0)
         prepare_manifest(records, second, config)
+        with pytest.raises(DataError, match="has learned from other images"):
+            fit(third, workers=0)
     assert load_manifest(second.inherited) == inherited
     assert len(inherited) > sum(record.split is not Split.TEST for record in fewer)
+
+
+def test_a_split_that_is_overruled_is_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_ham10000(tmp_path / "ham10000", 120)
+    for number in range(4):
+        part = (
+            tmp_path / "clinic" / ("train", "test")[number % 2] / ("melanoma", "nevus")[number // 2]
+        )
+        part.mkdir(parents=True)
+        (part / f"{number}.jpg").write_bytes(lesion(9000 + number, 40, 30, number < 2))
+    with small():
+        config = ONE_EPOCH.model_copy(update={"train_on": ("HAM10000", "clinic")})
+        counts = prepare(tmp_path, Run(tmp_path / "run"), config)
+    assert counts["clinic", "train"] == 4
+    assert "Caution: 2 images of clinic that are learned from were to be tested" in (
+        capsys.readouterr().out
+    )
 
 
 def test_heads_that_nothing_teaches_are_told_of_and_say_nothing(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from models.files import write_atomically
 from training.data.components import Bond, components, key_of, linked
-from training.data.layouts import Dataset
+from training.data.layouts import Dataset, name_of
 from training.data.manifest import Record, open_table
 
 
@@ -257,7 +257,7 @@ def _listed_across(
     rows: dict[str, list[int]] = {}
     if listed:
         for position, record in enumerate(records):
-            rows.setdefault(record.image, []).append(position)
+            rows.setdefault(name_of(record.image), []).append(position)
     pairs = [
         (one, other)
         for first, second in sorted(set(listed))

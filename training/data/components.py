@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from training.data.layouts import name_of
 from training.data.manifest import Record, isic_id
 from training.data.vocabulary import Split
 
@@ -51,7 +52,14 @@ def components(
     edges = list(pairs)
     for position, record in enumerate(records):
         edges += [(position, node(key)) for bond in by if (key := key_of(record, bond, same_ids))]
-    edges += [(node(("image", one)), node(("image", other))) for one, other in listed]
+    in_list: dict[str, int] = {}
+    for pair in listed:
+        one, other = (in_list.setdefault(name, node(("listed", name))) for name in pair)
+        edges.append((one, other))
+    # A list names no dataset: all that is called so is joined, of which nothing can leak.
+    for position, record in enumerate(records):
+        if in_list and (listed_node := in_list.get(name_of(record.image))) is not None:
+            edges.append((position, listed_node))
     size = len(records) + len(nodes)
     rows, columns = np.array(edges).T if edges else np.zeros((2, 0), int)
     graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(size, size))

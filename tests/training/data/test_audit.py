@@ -119,6 +119,17 @@ def test_listed_duplicates_count_across_the_two_sides(tmp_path: Path) -> None:
     assert b[0].pairs == []
 
 
+def test_listed_duplicates_count_whatever_they_are_called(tmp_path: Path) -> None:
+    a = table(tmp_path / "a", [("case_17", "", "")])
+    table(tmp_path / "b", [("case_90", "", "")])
+    write_table(
+        tmp_path / "b" / "pairs.csv", [{"image_name_1": "case_17", "image_name_2": "case_90.jpg"}]
+    )
+    found = audit(a, read_datasets([tmp_path / "b"]))
+    assert (found.listed_pairs, found.rows_by_duplicate, found.rows_by_any) == (1, 1, 1)
+    assert [leak.reasons for leak in found.leaks] == [("listed duplicate",)]
+
+
 PIXELS = "balanced/train_balanced_224x224"
 
 

@@ -79,6 +79,13 @@ def test_pairs_and_listed_duplicates_join() -> None:
     assert len(set(found)) == 3
 
 
+def test_listed_duplicates_join_whatever_they_are_called() -> None:
+    names = ["case_17", "images/case_90.jpg", "case_91"]
+    records = [Record(name, "", "A") for name in names] + [Record("case_90", "", "B")]
+    found = components(records, (), [("case_17", "case_90")]).tolist()
+    assert found[0] == found[1] == found[3] != found[2]
+
+
 @given(
     st.lists(
         st.tuples(st.integers(0, 20), st.none() | st.integers(0, 8), st.none() | st.integers(0, 8)),

@@ -343,6 +343,25 @@ def test_kaggles_folders_with_validation_are_somebody_s_own(tmp_path: Path) -> N
     assert {record.split for record in dataset.records} == {*Split} - {Split.EXCLUDED}
 
 
+@pytest.mark.parametrize("name", ["image", "isic_id"])
+def test_a_split_that_is_not_known_is_no_guess(tmp_path: Path, name: str) -> None:
+    row = {name: "ISIC_0000001", "diagnosis": "nevus", "split": "test"}
+    write(tmp_path / "mine.csv", [row, row | {name: "ISIC_0000002", "split": "holdout"}])
+    (dataset,) = read_datasets([tmp_path])
+    assert dataset.records[0].split is Split.TEST
+    with pytest.raises(DataError, match=r"row 3, column split: 'holdout' is not one of train, val"):
+        gather([dataset])
+
+
+def test_labels_that_were_added_to_the_archive_s_table_are_read(tmp_path: Path) -> None:
+    row = {"isic_id": "ISIC_0000001", "diagnosis_1": "Malignant", "melanoma": "1", "split": "val"}
+    write(tmp_path / "metadata.csv", [row, row | {"isic_id": "ISIC_0000002", "melanoma": "0"}])
+    (dataset,) = read_datasets([tmp_path])
+    assert dataset.layout.TITLE == "ISIC archive (isic-cli)"
+    assert [r.melanoma for r in dataset.records] == [True, False]
+    assert {r.split for r in dataset.records} == {Split.VALIDATION}
+
+
 def test_usual_spellings_of_a_plain_table_are_read(tmp_path: Path) -> None:
     row = {"image": "a", "label": "nv", "Gender": "F", "Location": "back", "split": "val"}
     write(tmp_path / "mine.csv", [row, row | {"image": "b", "label": "melanocytic naevi"}])

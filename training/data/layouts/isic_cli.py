@@ -1,9 +1,12 @@
-"""A folder as `isic-cli` writes it: images beside a `metadata.csv`, with old or new columns."""
+"""A folder as `isic-cli` writes it: images beside a `metadata.csv`, with old or new columns.
+
+Whoever adds `melanoma` or `split` to that table is listened to, too.
+"""
 
 from training.data.layouts import Place, image_of
 from training.data.manifest import Record
 from training.data.tables import Faults, Row, read_rows
-from training.data.vocabulary import SEXES, SITES, Diagnosis
+from training.data.vocabulary import SEXES, SITES, SPLITS, TRUTHS, Diagnosis
 
 TITLE = "ISIC archive (isic-cli)"
 LICENCE = "CC licences, CC BY-NC among them: see the column copyright_license"
@@ -11,6 +14,7 @@ URL = "https://www.isic-archive.com"
 # From the finest to the coarsest; `diagnosis` is the old tables' only one.
 _DIAGNOSIS = ("diagnosis", "diagnosis_5", "diagnosis_4", "diagnosis_3", "diagnosis_2")
 _MALIGNANCY = ("benign_malignant", "diagnosis_1")
+_MELANOMA = ("melanoma", "target")
 
 
 def recognise(place: Place) -> bool:
@@ -35,6 +39,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
                 )
                 continue
             diagnosis, melanoma = _labels(row)
+            told = row.choice(TRUTHS, *_MELANOMA)
             records.append(
                 Record(
                     image=image,
@@ -42,11 +47,12 @@ def read(place: Place, faults: Faults) -> list[Record]:
                     dataset=place.name,
                     lesion=row.text("lesion_id"),
                     patient=row.text("patient_id"),
-                    melanoma=melanoma,
+                    melanoma=melanoma if told is None else told,
                     diagnosis=diagnosis,
                     age=row.age("age_approx", "age"),
                     sex=row.word(SEXES, "sex"),
                     site=row.word(SITES, "anatom_site_general", "anatom_site_1"),
+                    split=row.choice(SPLITS, "split"),
                 )
             )
     return records
