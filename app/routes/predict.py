@@ -143,10 +143,14 @@ def _respond(
         return _HeldResponse(body.model_dump_json(exclude_unset=True), held)
     if len(errors) == 1:
         return respond(Problem(problems.kind_of(errors[0]), errors[0].detail))
+    # What failed here is no fault of theirs who sent them, and may go well another time.
+    ours = [kind for error in errors if (kind := problems.kind_of(error)).status >= 500]
     problem = Problem(
-        problems.ALL_FILES_FAILED, f"None of the {len(errors)} images could be used; see results."
+        ours[0] if ours else problems.ALL_FILES_FAILED,
+        f"None of the {len(errors)} images could be used; see results.",
     )
-    trace.problems.append(problem.kind.name)
+    if not ours:
+        trace.problems.append(problem.kind.name)
     fields = problem.body().model_dump(exclude_unset=True)
     return respond(problem, ProblemBody(**fields, results=results), _NOT_KEPT)
 

@@ -572,3 +572,8 @@ def test_what_nobody_expects_of_one_image_costs_the_others_nothing(
     assert (found.status_code, good["status"]) == (200, "ok")
     assert bad["error"]["type"] == "urn:mmtl:problem:internal"
     check_problem(client.post("/predict", files=form(flat(1))), 500, "internal")
+    # Where all fail, one that failed here makes it no fault of who sent them.
+    answer = client.post("/predict", files=form(b"text", flat(1)))
+    check_problem(answer, 500, "internal")
+    types = [result["error"]["type"] for result in answer.json()["results"]]
+    assert types == ["urn:mmtl:problem:unsupported-image", "urn:mmtl:problem:internal"]
