@@ -44,11 +44,11 @@ check: lint
 
 ## Retrain, evaluate and export the shipped bundle from the data folder (more than an hour on two cores).
 default-bundle: $(VENV)/.dev
-	$(VENV)/bin/mmtl-train prepare $(DATA) --config configs/default.toml --run $(RUN)
-	$(VENV)/bin/mmtl-train fit --run $(RUN)
-	$(VENV)/bin/mmtl-train export --run $(RUN) --bundle models/default --name mmtl-lite2 --version 0.4.0
-	$(VENV)/bin/mmtl-train quantize --run $(RUN) --bundle models/default
-	$(VENV)/bin/mmtl-train evaluate $(DATA) --run $(RUN) --bundle models/default --publish \
+	$(VENV)/bin/mmtl-train prepare "$(DATA)" --config configs/default.toml --run "$(RUN)"
+	$(VENV)/bin/mmtl-train fit --run "$(RUN)"
+	$(VENV)/bin/mmtl-train export --run "$(RUN)" --bundle models/default --name mmtl-lite2 --version 0.4.0
+	$(VENV)/bin/mmtl-train quantize --run "$(RUN)" --bundle models/default
+	$(VENV)/bin/mmtl-train evaluate "$(DATA)" --run "$(RUN)" --bundle models/default --publish \
 		--out docs/evaluation
 	$(VENV)/bin/python benchmarks/targets.py > docs/targets.md.part
 	mv docs/targets.md.part docs/targets.md
@@ -63,18 +63,18 @@ runs/teachers/%:
 
 ## Rank the backbones whose weights are in WEIGHTS or in packages, on the balanced set's val pixels.
 benchmark: $(VENV)/.dev
-	$(VENV)/bin/mmtl-train data split $(DATA) --paper -o runs/paper.csv
+	$(VENV)/bin/mmtl-train data split "$(DATA)" --paper -o runs/paper.csv
 	$(VENV)/bin/mmtl-train benchmark runs/paper.csv --split test --offline \
-		--weights-dir $(WEIGHTS) --weights-notes docs/benchmark/weights.toml \
+		--weights-dir "$(WEIGHTS)" --weights-notes docs/benchmark/weights.toml \
 		--finetune 3 --run runs/benchmark --out docs/benchmark
 
 ## mmtl beside LitServe, BentoML, Ray Serve and FastAPI (an hour, Linux, 12 GB of memory; installs each on its own).
 bench-serve: $(VENV)/.dev
-	$(VENV)/bin/python -m benchmarks.serving.compare $(DATA)
+	$(VENV)/bin/python -m benchmarks.serving.compare "$(DATA)"
 
 ## The same on an NVIDIA GPU, on such a host (half an hour).
 bench-serve-gpu: $(VENV)/.dev
-	$(VENV)/bin/python -m benchmarks.serving.gpu $(DATA)
+	$(VENV)/bin/python -m benchmarks.serving.gpu "$(DATA)"
 
 ## Keys and passwords for docker-compose.yml, made once, under docker/secrets (not in git).
 secrets: docker/secrets/service/keys.json docker/secrets/grafana_password
@@ -113,7 +113,7 @@ $(VENV)/.audit: requirements/audit.txt $(VENV)/.dev
 
 ## Load with faults, attacks and fuzzers, and docs/reliability.md from them (half an hour).
 reliability: $(VENV)/.dev fuzz
-	$(VENV)/bin/python -m benchmarks.reliability.drill $(DATA)
+	$(VENV)/bin/python -m benchmarks.reliability.drill "$(DATA)"
 	$(VENV)/bin/python -m benchmarks.reliability.attacks
 	$(VENV)/bin/python -m benchmarks.reliability.page > docs/reliability.md.part
 	mv docs/reliability.md.part docs/reliability.md

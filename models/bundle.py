@@ -453,6 +453,7 @@ def save_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes | Pa
         (new / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
         read = load_bundle(new)
         for file in new.iterdir():
+            file.chmod(0o644)  # as its folder: who makes a bundle is seldom who serves it
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         try:

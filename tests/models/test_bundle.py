@@ -147,8 +147,13 @@ def test_saving_replaces_a_bundle_and_nothing_else(tmp_path: Path) -> None:
 def test_a_new_bundle_s_folders_are_made_and_others_may_read_it(tmp_path: Path) -> None:
     made = make_bundle(tmp_path / "bundle")
     files = {"model.onnx": made.folder / "model.onnx"}
-    new = save_bundle(tmp_path / "a" / "b" / "bundle", made.manifest, files)
+    before = os.umask(0o077)
+    try:
+        new = save_bundle(tmp_path / "a" / "b" / "bundle", made.manifest, files)
+    finally:
+        os.umask(before)
     assert new.folder.stat().st_mode & 0o777 == 0o755
+    assert {file.stat().st_mode & 0o777 for file in new.folder.iterdir()} == {0o644}
 
 
 def test_a_save_that_fails_leaves_the_old_bundle(
