@@ -282,6 +282,7 @@ def bench(
             "list of processes shows."
         ),
     ] = None,
+    seed: Annotated[int, typer.Option(help="Of when images arrive (--rate).")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure how much a running service answers, and how fast, to size a host.
@@ -302,7 +303,7 @@ def bench(
     measured: dict[int, dict[str, Any]] = {}
     for count in clients or ([load.OPEN_CLIENTS] if rate else [1, 8, 32]):
         found = measured[count] = load.run(
-            target, count, seconds, rate=rate, reconnect_every=reconnect_every
+            target, count, seconds, rate=rate, reconnect_every=reconnect_every, seed=seed
         ).summary()
         if found["statuses"] and "200" not in found["statuses"]:
             break  # nor would it answer more clients
@@ -321,7 +322,11 @@ def bench(
     if not any(found["images_per_second"] for found in measured.values()):
         fail("No answer came in the measured time: give more --seconds.")
     if failed := {status: n for status, n in statuses.items() if status not in ("200", "503")}:
-        fail(f"Some requests failed: {_in_words(failed)}.", status=1)
+        quota = " 429 is the key's quota, and no limit of the host: give a key without one."
+        fail(
+            f"Some requests failed: {_in_words(failed)}.{quota if '429' in failed else ''}",
+            status=1,
+        )
 
 
 def _header_lines(given: str) -> list[str]:

@@ -2,9 +2,10 @@
 
 In a closed loop each client sends its next image when it has an answer. The first answers of a slow
 service come late and in one burst: what is measured begins after them. In an open loop images
-arrive by chance (Poisson), whether or not earlier ones are answered; a time then counts from the
-arrival, so that waiting for a free connection is not left out ("coordinated omission"). What
-arrives in the measured time is waited for, so that slow answers are not left out either.
+arrive by chance (Poisson), as many as their rate says, whether or not earlier ones are answered; a
+time then counts from the arrival, so that waiting for a free connection is not left out
+("coordinated omission"). What arrives in the measured time is waited for, so that slow answers are
+not left out either.
 """
 
 import asyncio
@@ -13,11 +14,11 @@ import resource
 import ssl
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
-from itertools import cycle, takewhile
+from itertools import cycle
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -252,6 +253,7 @@ class _Load:
         warm_up_seconds: Likewise.
         rate: Likewise.
         reconnect_every: Likewise.
+        seed: Likewise.
     """
 
     def __init__(
@@ -262,6 +264,7 @@ class _Load:
         warm_up_seconds: float,
         rate: float | None,
         reconnect_every: int | None,
+        seed: int,
     ):
         self._target = target
         self._clients = clients
@@ -269,6 +272,7 @@ class _Load:
         self._warm_up_seconds = warm_up_seconds
         self._rate = rate
         self._reconnect_every = reconnect_every
+        self._seed = seed
         self._requests = cycle(target.requests)
         self._measured = Measured(seconds=seconds)
         self._opened = time.monotonic()
@@ -285,7 +289,7 @@ class _Load:
                 if self._rate or not self._warm_up_seconds:
                     self._begin(self._opened + self._warm_up_seconds)
                 if self._rate:
-                    group.create_task(self._arrive(_poisson(self._opened, self._rate)))
+                    group.create_task(self._arrive(self._arrivals(self._rate)))
                 else:
                     for number in range(self._clients):
                         group.create_task(self._client(number))
@@ -297,6 +301,16 @@ class _Load:
         if failed is not None:
             raise failed
         return self._measured
+
+    def _arrivals(self, rate: float) -> list[float]:
+        """Times of arrivals: of a Poisson process, given how many there are, they are uniform."""
+        generator = random.Random(self._seed)
+        spans = ((self._opened, self._warm_up_seconds), (self._start, self._seconds))
+        return sorted(
+            start + generator.random() * seconds
+            for start, seconds in spans
+            for _ in range(max(round(rate * seconds), seconds > 0))
+        )
 
     def _begin(self, at: float) -> None:
         self._start, self._end = at, at + self._seconds
@@ -356,12 +370,12 @@ class _Load:
                     # Somewhere between two bursts: just after one, a short time holds too few.
                     burst = now + random.random() * (now - asked)
                     self._begin(max(self._opened + self._warm_up_seconds, burst))
-                if status in (0, 503):
+                if status in (0, 429, 503):
                     await asyncio.sleep(0.01)  # a client that is refused does not spin
         finally:
             connection.close()
 
-    async def _arrive(self, arrivals: Iterator[float]) -> None:
+    async def _arrive(self, arrivals: list[float]) -> None:
         """An open loop."""
         # The last one that became free takes the next arrival: one that rests is closed in the end.
         free: asyncio.LifoQueue[_Connection] = asyncio.LifoQueue()
@@ -376,7 +390,7 @@ class _Load:
             free.put_nowait(connection)
         try:
             async with asyncio.TaskGroup() as group:
-                for asked in takewhile(lambda at: at < self._end, arrivals):
+                for asked in arrivals:
                     await asyncio.sleep(max(asked - time.monotonic(), 0))
                     # What waits at the end is sent for as long again, and no longer.
                     left = self._end + self._seconds - time.monotonic()
@@ -407,6 +421,7 @@ async def run_load(
     warm_up_seconds: float = 1.0,
     rate: float | None = None,
     reconnect_every: int | None = None,
+    seed: int = 0,
 ) -> Measured:
     """Send images for a while.
 
@@ -420,6 +435,7 @@ async def run_load(
         reconnect_every: Answers of a connection, after which another takes its place: of several
             processes behind one port, the one that wakes first takes most of those that are opened
             at once, and would keep them. None keeps connections.
+        seed: Of when images arrive in an open loop.
 
     Raises:
         LoadError: Nobody answers there.
@@ -427,16 +443,7 @@ async def run_load(
     """
     if clients < 1:
         raise ValueError("A load takes one client at least.")
-    return await _Load(target, clients, seconds, warm_up_seconds, rate, reconnect_every).run()
-
-
-def _poisson(start: float, rate: float) -> Iterator[float]:
-    """Times of arrivals, without end; the same for every load."""
-    generator = random.Random(0)
-    now = start
-    while True:
-        now += generator.expovariate(rate)
-        yield now
+    return await _Load(target, clients, seconds, warm_up_seconds, rate, reconnect_every, seed).run()
 
 
 def _cpu_seconds() -> float:
@@ -451,6 +458,7 @@ def run(
     warm_up_seconds: float = 1.0,
     rate: float | None = None,
     reconnect_every: int | None = None,
+    seed: int = 0,
 ) -> Measured:
     """`run_load` on a loop of its own, uvloop's where it is installed."""
     new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
@@ -459,5 +467,5 @@ def run(
 
         new_event_loop = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        load = run_load(target, clients, seconds, warm_up_seconds, rate, reconnect_every)
+        load = run_load(target, clients, seconds, warm_up_seconds, rate, reconnect_every, seed)
         return runner.run(load)

@@ -288,10 +288,17 @@ def test_headers_can_be_those_of_a_file(
         ),
         ({"503": 2, "401": 1}, 0, 2, "No request was answered with 200: 1 x 401, 2 x 503."),
         (
-            {"200": 9, "503": 2, "429": 3000, "broken": 1},
+            {"200": 9, "503": 2, "500": 3000, "broken": 1},
             9,
             1,
-            "Some requests failed: 3,000 x 429, 1 x no answer, the connection ended.",
+            "Some requests failed: 3,000 x 500, 1 x no answer, the connection ended.",
+        ),
+        (
+            {"200": 9, "429": 1},
+            9,
+            1,
+            "Some requests failed: 1 x 429. 429 is the key's quota, and no limit of the host: give "
+            "a key without one.",
         ),
     ],
 )

@@ -80,6 +80,25 @@ async def test_an_open_loop_counts_from_the_arrival() -> None:
     assert found.summary()["images_per_second"] <= 20
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+async def test_as_many_arrive_as_the_rate_says(seed: int) -> None:
+    async with server(OK) as (url, bodies):
+        found = await run_load(Target(url, [b"x"]), 8, 0.4, 0.2, rate=50, seed=seed)
+    assert (sum(found.statuses.values()), len(bodies)) == (20, 30)
+
+
+def test_when_they_arrive_is_of_the_seed() -> None:
+    def arrivals(seed: int) -> list[float]:
+        made = load._Load(Target("http://a", [b"x"]), 1, 10.0, 0.0, 5.0, None, seed)
+        made._begin(made._opened)
+        return [at - made._opened for at in made._arrivals(5.0)]
+
+    assert arrivals(0) == pytest.approx(arrivals(0))
+    assert arrivals(0) != pytest.approx(arrivals(1))
+    assert arrivals(1) == sorted(arrivals(1))
+    assert 0 <= arrivals(1)[0] < arrivals(1)[-1] < 10
+
+
 async def test_an_open_loop_keeps_to_few_connections_while_they_suffice() -> None:
     connections = set()
 
