@@ -30,7 +30,9 @@ def start_service(log_level: str = "ERROR") -> tuple[subprocess.Popen[bytes], in
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [Path(sys.executable).with_name("mmtl"), "serve"]
-    environment = {**os.environ, "MMTL_PORT": str(port), "MMTL_LOG_LEVEL": log_level}
+    # Those of whoever measures may be for another service.
+    others = {name: value for name, value in os.environ.items() if not name.startswith("MMTL_")}
+    environment = {**others, "MMTL_PORT": str(port), "MMTL_LOG_LEVEL": log_level}
     started = time.perf_counter()
     log = None if log_level == "ERROR" else subprocess.DEVNULL
     process = subprocess.Popen(command, env=environment, stderr=log)

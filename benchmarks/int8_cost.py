@@ -106,7 +106,7 @@ def main() -> int:
     print("\n## int8 in OpenVINO, what stays in floats in bfloat16\n")
     if multiplies_bfloat16():
         print("What a CPU that multiplies them (AMX, AVX-512 BF16) takes by default.")
-        engine = load_engine(bundle, artifacts[1], Settings(runtime="openvino"))
+        engine = load_engine(bundle, artifacts[1], Settings(runtime="openvino", precision="auto"))
         mixed = predict(bundle, tested, "int8", engine.run)
         kept = compare("int8, bfloat16", fp32, mixed, artifacts, clusters) and kept
     else:

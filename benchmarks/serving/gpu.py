@@ -158,7 +158,7 @@ def _lines(results: Results, names: Sequence[str], bundle: Bundle) -> Iterator[s
         "FastAPI in several processes and BentoML get a new connection for every image, mmtl's "
         "processes do not. "
         "*The limit* is a bare loop without HTTP, in one process: mmtl's decoder and engine, a "
-        f"thread a core or one more, in batches of {BATCH}. "
+        f"thread a core or one more (the faster in the median repeat), in batches of {BATCH}. "
         + (f"Not measured here: {', '.join(missing)}. " if missing else "")
         + "What each part of the engine gives: "
         "[performance-gpu-steps.md](performance-gpu-steps.md).\n"

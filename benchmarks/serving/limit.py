@@ -27,7 +27,7 @@ from app.telemetry import configure_logs
 from models.bundle import load_bundle
 from models.images import decode
 
-_WARM_UP_SECONDS = 0.5
+_WARM_UP_SECONDS = 1.0
 
 
 def main(seconds: float, threads: int, batch: int, paths: list[str]):

@@ -50,6 +50,8 @@ LOADS = {
 # Of the rate with as many clients as that, in an open loop, and for how long.
 OVERLOAD, OVERLOAD_SECONDS = 1.2, 4.0
 RUN = ROOT / "runs/bench-serve"
+# Not the copy in mmtl's environment, which may be of an earlier one.
+BUNDLE = ROOT / "models/default"
 _HEAD = [f"{name}, {of}" for name in LOADS for of in ("images/s", "of as it is", "CPU of as it is")]
 
 
@@ -82,7 +84,8 @@ def start(variant: Variant, port: int, image: bytes, **settings: str) -> Process
     """
     command = ("python", f"{HERE}/variants.py", variant.__name__)
     log = RUN / f"steps-{port}.log"
-    process = Process(System("mmtl", command, {"MMTL_PORT": str(port), **settings}, port), log)
+    ours = {"MMTL_PORT": str(port), "MMTL_BUNDLE": str(BUNDLE), **settings}
+    process = Process(System("mmtl", command, ours, port), log)
     try:
         process.wait(image)
     except BaseException:
