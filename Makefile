@@ -4,6 +4,10 @@ VENV ?= .venv
 DATA ?= ../shared/data
 WEIGHTS ?= ../shared/weights
 RUN ?= runs/default
+# Quoted below, as their names may hold spaces: a shell leaves `~` alone there.
+override DATA := $(patsubst ~/%,$(HOME)/%,$(DATA))
+override WEIGHTS := $(patsubst ~/%,$(HOME)/%,$(WEIGHTS))
+override RUN := $(patsubst ~/%,$(HOME)/%,$(RUN))
 
 # As pip does: behind a hospital's proxy the machine's own certificates are the ones that count.
 export UV_SYSTEM_CERTS := true

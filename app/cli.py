@@ -282,7 +282,9 @@ def bench(
             "list of processes shows."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of when images arrive (--rate).")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="With --rate: another one, other times of arrival.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure how much a running service answers, and how fast, to size a host.
@@ -314,19 +316,20 @@ def bench(
     statuses = sum((Counter(found["statuses"]) for found in measured.values()), Counter[str]())
     if not statuses:
         fail(
-            "No request was sent in the measured time: none arrived, or all clients waited for "
-            "earlier answers. Give more --seconds."
+            "No request was sent in the measured time: all clients waited for earlier answers. "
+            "Give more --seconds."
         )
+    quota = (
+        " 429 is the key's quota, and no limit of the host: give a key without one."
+        if "429" in statuses
+        else ""
+    )
     if "200" not in statuses:
-        fail(f"No request was answered with 200: {_in_words(statuses)}.")
+        fail(f"No request was answered with 200: {_in_words(statuses)}.{quota}")
     if not any(found["images_per_second"] for found in measured.values()):
         fail("No answer came in the measured time: give more --seconds.")
     if failed := {status: n for status, n in statuses.items() if status not in ("200", "503")}:
-        quota = " 429 is the key's quota, and no limit of the host: give a key without one."
-        fail(
-            f"Some requests failed: {_in_words(failed)}.{quota if '429' in failed else ''}",
-            status=1,
-        )
+        fail(f"Some requests failed: {_in_words(failed)}.{quota}", status=1)
 
 
 def _header_lines(given: str) -> list[str]:

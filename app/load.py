@@ -14,7 +14,7 @@ import resource
 import ssl
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -302,15 +302,20 @@ class _Load:
             raise failed
         return self._measured
 
-    def _arrivals(self, rate: float) -> list[float]:
-        """Times of arrivals: of a Poisson process, given how many there are, they are uniform."""
+    def _arrivals(self, rate: float) -> Iterator[float]:
+        """Times of arrivals: uniform, as those of a Poisson process are once their number is given.
+
+        In order, as the least of those that are left each time.
+        """
         generator = random.Random(self._seed)
-        spans = ((self._opened, self._warm_up_seconds), (self._start, self._seconds))
-        return sorted(
-            start + generator.random() * seconds
-            for start, seconds in spans
-            for _ in range(max(round(rate * seconds), seconds > 0))
-        )
+        for start, seconds in (
+            (self._opened, self._warm_up_seconds),
+            (self._start, self._seconds),
+        ):
+            left = 1.0
+            for count in range(max(round(rate * seconds), seconds > 0), 0, -1):
+                left *= (1 - generator.random()) ** (1 / count)
+                yield start + (1 - left) * seconds
 
     def _begin(self, at: float) -> None:
         self._start, self._end = at, at + self._seconds
@@ -375,7 +380,7 @@ class _Load:
         finally:
             connection.close()
 
-    async def _arrive(self, arrivals: list[float]) -> None:
+    async def _arrive(self, arrivals: Iterator[float]) -> None:
         """An open loop."""
         # The last one that became free takes the next arrival: one that rests is closed in the end.
         free: asyncio.LifoQueue[_Connection] = asyncio.LifoQueue()
@@ -431,7 +436,7 @@ async def run_load(
         seconds: For how long, after the warm-up.
         warm_up_seconds: Sent, but not measured. A closed loop's lasts until every client has been
             answered, refused or cut off, at least; 0 measures all.
-        rate: Images a second of an open loop; None closes it.
+        rate: Images a second of an open loop, one at least; None closes it.
         reconnect_every: Answers of a connection, after which another takes its place: of several
             processes behind one port, the one that wakes first takes most of those that are opened
             at once, and would keep them. None keeps connections.

@@ -67,7 +67,7 @@ _REFUSALS: dict[type[batching.Refused], tuple[Kind, str]] = {
     ),
     batching.DeadlineExceeded: (
         problems.DEADLINE_EXCEEDED,
-        "It would take longer than MMTL_DEADLINE_SECONDS. Try again after Retry-After seconds.",
+        "The answer comes later than MMTL_DEADLINE_SECONDS. Try again after Retry-After seconds.",
     ),
     batching.InferenceFailed: (
         problems.INFERENCE_FAILED,

@@ -33,9 +33,9 @@ def problems() -> None:
         "end. `Retry-After` of a quota is what the key has to wait.\n\n"
         "Three refusals are none of these. A browser's preflight for an origin or a method that\n"
         "is not allowed (`MMTL_CORS_ORIGINS`) is a 400 in plain text, which no page reads and no\n"
-        "log has; a `Range` that a file of the API's page does not have is one, too (or a 416);\n"
-        "and `mmtl predict --json` says `urn:mmtl:problem:unreadable-file` of a file that it\n"
-        "cannot read.\n"
+        "log has. A `Range` of a file of the API's page that cannot be read (400), or is beyond\n"
+        "its end (416), is in plain text, too. And `mmtl predict --json` says\n"
+        "`urn:mmtl:problem:unreadable-file` of a file that it cannot read.\n"
     )
     print("| type | status | title | Retry-After, seconds |\n|---|---|---|---|")
     for kind in KINDS.values():

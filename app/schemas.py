@@ -93,8 +93,8 @@ class Explanation(Part):
 class ImageFacts(Part):
     """What was received."""
 
-    width: int
-    height: int
+    width: int = Field(description="Of the upright picture: EXIF's orientation is applied.")
+    height: int = Field(description="Likewise.")
     format: str
     sha256: str = Field(description="Of the bytes received.")
 

@@ -108,9 +108,9 @@ class Settings(BaseSettings):
     once where what waits already would most likely have them late."""
 
     hang_seconds: float = Field(30.0, gt=0)
-    """Longest a decoding or a run of the network may take, those that warm its threads up included;
-    then the network is loaded anew. What hangs while it is loaded, before that, is not noticed at a
-    start (`/health/ready` does not answer), and ends a reload after two minutes."""
+    """Longest a decoding or a run of the network may take; then it is loaded anew. What hangs while
+    it is loaded is given up after two minutes; at a start it is not, and `/health/ready` does not
+    answer."""
 
     max_files: int = Field(32, ge=1)
     """Most images in one request."""

@@ -277,7 +277,7 @@ class Telemetry:
             await self.app(scope, receive_as_asked if unknown else receive, send_with_headers)
         except ClientDisconnect:
             pass  # in mid-upload: nobody is there to answer
-        except asyncio.CancelledError:  # the server ends, and the upload has not
+        except asyncio.CancelledError:  # the server ends before it is answered
             if status != _GONE:
                 raise
             await refuse(

@@ -51,6 +51,7 @@ def sign(content: bytes, private_key: Path, signature: Path) -> None:
         raise SignatureError(f"{private_key} is no Ed25519 key")
     with write_atomically(signature) as temporary:
         temporary.write_bytes(key.sign(content))
+        temporary.chmod(0o644)  # as the bundle's own files
 
 
 def verify(content: bytes, signature: Path, public_key: Path) -> None:

@@ -29,7 +29,7 @@ from training.draws import AugmentedImages, context_of, draw, targets_of
 from training.feature_maps import build_feature_map
 from training.folds import members, prepare_members
 from training.gradients import FasterGradients
-from training.lineage import check_fitted, check_inherited
+from training.lineage import check_inherited
 from training.losses import MultiTaskLoss, Part
 from training.memory import keep_freed_memory
 from training.network import MultiTaskNetwork, melanoma_log_odds
@@ -155,8 +155,9 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
     resumes = run.checkpoint.is_file()  # which holds all weights: where they came from may be gone
     network = build_network(config, pretrained and not resumes)
     if config.start_from and not resumes:
-        check_inherited(run, config, records)
-        start(network, Run(Path(config.start_from)))
+        before = Run(Path(config.start_from))
+        check_inherited(run, before)
+        start(network, before)
     elif not resumes:
         network.leave_out(set(untaught([records[row] for row in train])) - set(targets.soft))
     check_shareable(network, config, len(train), team)
@@ -246,9 +247,8 @@ def start(network: MultiTaskNetwork, run: Run) -> None:
     """Load another run's best weights.
 
     Raises:
-        DataError: It has none, or they are of another network.
+        DataError: They are of another network.
     """
-    check_fitted(run)
     try:
         network.load_state_dict(load_tensors(run.best))
     except RuntimeError:

@@ -115,22 +115,21 @@ def keep_inheritance(run: Run, known: Inheritance) -> None:
             temporary.write_bytes(_SOURCES.dump_json(known.sources, indent=2))
 
 
-def check_inherited(run: Run, config: Config, records: Sequence[Record]) -> None:
-    """Whether the run that another goes on from has learned from what was noted of it.
+def check_inherited(run: Run, before: Run) -> None:
+    """Whether the run that another goes on from has still learned from what `prepare` noted.
 
     Args:
-        run: That is about to go on from it.
-        config: Its.
-        records: Of its manifest.
+        run: That goes on.
+        before: The other one.
 
     Raises:
-        DataError: It was fitted anew, to other images; or as `inheritance`.
+        DataError: It has not, or has no fitted network.
     """
-    known = inheritance(config, records).records
+    check_fitted(before)
     noted = load_manifest(run.inherited) if run.inherited.is_file() else []
-    if fingerprint(known) != fingerprint(noted):
+    if fingerprint(learned(before)) != fingerprint(noted):
         raise DataError(
-            f"start_from: {config.start_from} has learned from other images than {run.folder} was "
+            f"start_from: {before.folder} has learned from other images than {run.folder} was "
             "prepared for. Run `mmtl-train prepare` again."
         )
 

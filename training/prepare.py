@@ -76,9 +76,8 @@ def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
     )
     for name, images in sorted(overruled.items()):
         tqdm.write(
-            f"Caution: {images:,} images of {name} that are learned from were to be tested on, or "
-            "left out, by its own splits: `mmtl-train data split --keep` keeps them, for "
-            "`prepare --manifest`."
+            f"Caution: {images:,} images of {name} are learned from, which its own splits test on "
+            "or leave out. To keep those: `mmtl-train data split --keep`, and `prepare --manifest`."
         )
     check_splits(manifest, config)
     check_unfitted(run, config, manifest)

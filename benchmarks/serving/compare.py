@@ -360,7 +360,7 @@ def conditions(bundle: Bundle, mixes: Mapping[str, Sequence[Path]]) -> dict[str,
         "network": {one.file: one.sha256[:16] for one in bundle.manifest.artifacts},
         "machine": f"{CORES} cores ({processor()}), Python {platform.python_version()}",
         "seconds": SECONDS,
-        "settings": page.REFUSING,
+        "refusing": page.REFUSING,
         "method": METHOD,
     }
 
@@ -441,7 +441,7 @@ def main() -> None:
     if arguments.page:
         rows = json.loads((arguments.out / f"{arguments.name}.json").read_text())
         now = conditions(bundle, mixes)
-        facts = {name: now[name] for name in ("method", "images", "network", "settings")}
+        facts = {name: now[name] for name in ("method", "images", "network", "refusing")}
         if differ := [fact for fact in facts if rows[0].get(fact) != facts[fact]]:
             raise SystemExit(
                 f"{arguments.name}.json is of another {' and '.join(differ)}: measure it anew."

@@ -26,7 +26,10 @@ from models.cores import processor
 CROWD = 128
 BATCH = 32
 # Of measuring, as compare.METHOD.
-METHOD = "one system after the other, open loops after a new start; connections spread"
+METHOD = (
+    "one system after the other, open loops after a new start; connections spread; as many "
+    "arrivals as their rate says, limits by the median"
+)
 OURS, ALONE, LIMIT, NOTHING = "mmtl", "mmtl, one process", "limit", "nothing"
 
 

@@ -104,7 +104,7 @@ class Results:
 
 
 def _with_limits(rows: Rows) -> Rows:
-    """The rows, with that of either number of threads which is faster in the median repeat."""
+    """Each limit with the number of threads that is faster in the median repeat."""
     rates: dict[tuple[str, str], list[list[float]]] = {}
     for row in rows:
         for load, found in row["loads"].items():

@@ -283,10 +283,17 @@ def test_headers_can_be_those_of_a_file(
             {},
             0,
             2,
-            "No request was sent in the measured time: none arrived, or all clients waited for "
-            "earlier answers. Give more --seconds.",
+            "No request was sent in the measured time: all clients waited for earlier answers. "
+            "Give more --seconds.",
         ),
         ({"503": 2, "401": 1}, 0, 2, "No request was answered with 200: 1 x 401, 2 x 503."),
+        (
+            {"429": 2},
+            0,
+            2,
+            "No request was answered with 200: 2 x 429. 429 is the key's quota, and no limit of "
+            "the host: give a key without one.",
+        ),
         (
             {"200": 9, "503": 2, "500": 3000, "broken": 1},
             9,

@@ -172,15 +172,17 @@ def test_a_run_whose_inheritance_is_not_known_says_so(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_from_what_it_was_prepared_for(tmp_path: Path) -> None:
     first = fitted(tmp_path / "first", records("tvT"))
-    run, own = Run(tmp_path / "now"), records("tvT")
-    config = Config(start_from=str(first.folder))
+    run = Run(tmp_path / "now")
     run.folder.mkdir()
-    inherit(run, config, own)
-    check_inherited(run, config, own)
+    inherit(run, Config(start_from=str(first.folder)), records("tvT"))
+    check_inherited(run, first)
     shutil.rmtree(first.folder)
     fitted(tmp_path / "first", [*records("tvT"), *records("t", first=10)])
     with pytest.raises(DataError, match=r"has learned from other images than .*prepare` again"):
-        check_inherited(run, config, own)
+        check_inherited(run, first)
+    first.best.unlink()
+    with pytest.raises(DataError, match="has no fitted network"):
+        check_inherited(run, first)
 
 
 def test_validation_may_be_the_same(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_a_split_that_is_overruled_is_told_of(
         config = ONE_EPOCH.model_copy(update={"train_on": ("HAM10000", "clinic")})
         counts = prepare(tmp_path, Run(tmp_path / "run"), config)
     assert counts["clinic", "train"] == 4
-    assert "Caution: 2 images of clinic that are learned from were to be tested" in (
+    assert "Caution: 2 images of clinic are learned from, which its own splits test on" in (
         capsys.readouterr().out
     )
 

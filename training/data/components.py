@@ -56,7 +56,7 @@ def components(
     for pair in listed:
         one, other = (in_list.setdefault(name, node(("listed", name))) for name in pair)
         edges.append((one, other))
-    # A list names no dataset: all that is called so is joined, of which nothing can leak.
+    # A list names no dataset, and no folder: all that is called so is joined, at worst too much.
     for position, record in enumerate(records):
         if in_list and (listed_node := in_list.get(name_of(record.image))) is not None:
             edges.append((position, listed_node))

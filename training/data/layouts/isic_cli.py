@@ -1,6 +1,6 @@
 """A folder as `isic-cli` writes it: images beside a `metadata.csv`, with old or new columns.
 
-Whoever adds `melanoma` or `split` to that table is listened to, too.
+Columns `melanoma` and `split`, which somebody added, are read, too.
 """
 
 from training.data.layouts import Place, image_of
@@ -14,7 +14,6 @@ URL = "https://www.isic-archive.com"
 # From the finest to the coarsest; `diagnosis` is the old tables' only one.
 _DIAGNOSIS = ("diagnosis", "diagnosis_5", "diagnosis_4", "diagnosis_3", "diagnosis_2")
 _MALIGNANCY = ("benign_malignant", "diagnosis_1")
-_MELANOMA = ("melanoma", "target")
 
 
 def recognise(place: Place) -> bool:
@@ -39,7 +38,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
                 )
                 continue
             diagnosis, melanoma = _labels(row)
-            told = row.choice(TRUTHS, *_MELANOMA)
+            told = row.choice(TRUTHS, "melanoma")
             records.append(
                 Record(
                     image=image,
