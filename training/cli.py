@@ -143,7 +143,13 @@ def sweep(
     from training.sweep import load_recipes
     from training.sweep import sweep as try_all
 
-    try_all(load_recipes(recipes), run, _preparation(data, manifest), workers)
+    tried = load_recipes(recipes)
+    if manifest is not None and len({recipe.train_on for recipe in tried.values()}) > 1:
+        raise DataError(
+            f"{recipes}: recipes that differ in train_on are for a folder of datasets; a manifest "
+            "says itself what is learned from."
+        )
+    try_all(tried, run, _preparation(data, manifest), workers)
     print((run / "sweep.md").read_text(encoding="utf-8"), end="")
 
 
@@ -253,7 +259,7 @@ def evaluate(
     """Measure a bundle or a table of predictions on held-out images; write a report."""
     from training.card import check_publishable, save_figures
     from training.data.layouts import read_datasets
-    from training.data.manifest import fingerprint, load_manifest
+    from training.data.manifest import fingerprint, load_manifest, usable
     from training.evaluate import check_size
     from training.predictions import Predictions, load_predictions, predict, save_predictions
     from training.release import evaluate_model, held_out
@@ -285,7 +291,7 @@ def evaluate(
     if publish:
         if used is None:
             raise DataError("--publish writes into a bundle; a table of predictions is none.")
-        check_publishable(used, str(split), fingerprint(records))
+        check_publishable(used, str(split), fingerprint(usable(records)))
 
     def read(path: Path, at: float | None) -> Predictions:
         if path.is_dir():

@@ -174,7 +174,7 @@ def _channels(features: nn.Module, backbone: Backbone, size: int) -> int:
         reason = first_line(error)
         raise DataError(
             f"{backbone.name} takes no images of {size} px ({reason}). Set size = "
-            f"{backbone.input_size}."
+            f"{backbone.input_size}, and leave sizes out."
         ) from None
     features.train(before)
     return int(channels)

@@ -90,6 +90,8 @@ def check_fitted(run: Run) -> None:
     Raises:
         DataError: It has no fitted network, or one of other data than its manifest has.
     """
+    if not run.best.is_file() and (one := run.folder / "fold-1").is_dir():
+        raise DataError(f"start_from: {run.folder} is an ensemble. Name a network of it: {one}.")
     if not run.best.is_file():
         raise DataError(
             f"start_from: {run.folder} has no fitted network: `mmtl-train fit --run {run.folder}`."

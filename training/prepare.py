@@ -13,7 +13,14 @@ from training.data.cache import Pixels, build_cache, files_key
 from training.data.components import components, with_components
 from training.data.duplicates import find_duplicates, thumbnails
 from training.data.layouts import balanced, gather, ham10000, read_datasets
-from training.data.manifest import DataError, Record, fingerprint, load_manifest, save_manifest
+from training.data.manifest import (
+    DataError,
+    Record,
+    fingerprint,
+    load_manifest,
+    save_manifest,
+    usable,
+)
 from training.data.splits import assign_fixed, hold_out, is_published_test
 from training.data.vocabulary import LEARNED, Split
 from training.distillation import open_teachers
@@ -109,7 +116,12 @@ def prepare_manifest(
             f"None of the manifest's {len(records):,} rows has an image file. `mmtl-train data "
             "check` tells what the table calls its images, and what files there are."
         )
-    used = [record for record in records if record.path and record.split is not None]
+    if config.test_on:
+        raise DataError(
+            "test_on is for a folder of datasets. In a manifest, give what is to be held out the "
+            "split test, and what is of the same lesions the split excluded."
+        )
+    used = usable(records)
     check_splits(used, config)
     check_network(config)
     known = inheritance(config, used)
@@ -176,7 +188,7 @@ def check_unfitted(run: Run, config: Config, records: Sequence[Record]) -> None:
 def _fitted_to_other_data(run: Run) -> DataError:
     return DataError(
         f"{run.folder} was fitted to other data. Choose another folder with --run, or delete "
-        "its checkpoint.pt and best.pt."
+        "its checkpoint.pt and best.pt (of an ensemble, its folders fold-N)."
     )
 
 
@@ -225,7 +237,8 @@ def _absent(data: Path, name: str, records: Sequence[Record]) -> str:
     found = ", ".join(sorted({record.dataset for record in records if record.path})) or "none"
     why = (
         " A HAM10000_metadata.csv is known by its columns image_id and dx, and needs lesion_id, "
-        "age, sex and localization, too."
+        "age, sex and localization, too. For data without it: `mmtl-train data split`, and "
+        "`prepare --manifest`."
         if name == ham10000.TITLE
         else ""
     )

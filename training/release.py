@@ -8,7 +8,7 @@ from models.bundle import Bundle, Metric
 from training import paper
 from training.data.components import shared
 from training.data.layouts import Dataset, balanced, ham10000, image_files, read_datasets
-from training.data.manifest import DataError, Record, fingerprint
+from training.data.manifest import DataError, Record, fingerprint, usable
 from training.data.vocabulary import LEARNED, Split
 from training.evaluate import Report, evaluate
 from training.predictions import Predictions
@@ -54,7 +54,7 @@ def evaluate_model(
     published = next((d for d in datasets if paper.is_complete(d)), None)
     tested = predictions.records
     rows = [i for i, r in enumerate(tested) if balanced.is_part(r)]
-    data_fingerprint = fingerprint(records)
+    data_fingerprint = fingerprint(usable(records))  # as the run's own, made of this manifest
     own = bundle is not None and bundle.manifest.training_data.fingerprint == data_fingerprint
     subsets, clean, known = {}, set[str](), None
     if published is not None and rows:

@@ -197,6 +197,9 @@ def test_validation_may_be_the_same(tmp_path: Path) -> None:
 def test_there_must_be_something_to_go_on_from(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"start_from: .*nowhere has no fitted network"):
         inherit(Run(tmp_path), Config(start_from=str(tmp_path / "nowhere")), records("tv"))
+    (tmp_path / "ensemble" / "fold-1").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"ensemble is an ensemble\. .*: .*ensemble/fold-1\."):
+        inherit(Run(tmp_path), Config(start_from=str(tmp_path / "ensemble")), records("tv"))
     with pytest.raises(DataError, match=r"start_from: with folds"):
         parse_config({"start_from": "runs/a", "folds": 3}, "a recipe")
 

@@ -89,7 +89,10 @@ def test_a_manifest_brings_its_own_splits(
     with pytest.raises(DataError, match=r"no images of elsewhere \(validate_on\)"):
         cli(told, standalone_mode=False)
     recipe.write_text('backbone = "vit_b_32"\nvalidate_on = ""\n')
-    with pytest.raises(DataError, match=r"takes no images of 160 px .* Set size = 224"):
+    with pytest.raises(DataError, match=r"takes no images of 160 px .* Set size = 224, and leave"):
+        cli(told, standalone_mode=False)
+    recipe.write_text('test_on = ["isic2017"]\n')
+    with pytest.raises(DataError, match=r"test_on is for a folder .* the split test"):
         cli(told, standalone_mode=False)
     with pytest.raises(DataError, match="--train-on is for a folder"):
         cli([*told, "--train-on", "HAM10000"], standalone_mode=False)
@@ -189,11 +192,15 @@ def test_a_bundle_is_evaluated_with_its_own_run_only(
     other = Run(tmp_path / "other")
     shutil.copytree(fitted.folder, other.folder)
     records, _ = other.load_data()
+    bundle = load_bundle(fitted_bundle)
+    found = predict(bundle, held_out(records, Split.TEST))
+    # Rows that `prepare` leaves out make no other manifest of it.
+    more = [*records, replace(records[0], image="a", path=""), replace(records[0], split=None)]
+    report = evaluate_model(found, more, Split.TEST, bundle=bundle)
+    assert not any("not the one" in caution for caution in report["cautions"])
     learned = rows(records, Split.TRAIN)[0]
     records[learned] = replace(records[learned], split=Split.EXCLUDED)
     save_manifest(other.manifest, records)
-    bundle = load_bundle(fitted_bundle)
-    found = predict(bundle, held_out(records, Split.TEST))
     report = evaluate_model(found, records, Split.TEST, bundle=bundle)
     assert "not the one that the bundle was fitted with" in report["cautions"][0]
     with pytest.raises(DataError, match="fitted on other data"):

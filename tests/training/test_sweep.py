@@ -70,6 +70,13 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, said: str) -> None
     assert "\n" not in str(refused.value)
 
 
+def test_other_images_to_learn_from_are_no_recipe_of_a_manifest(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_text('[recipes.a]\n[recipes.b]\ntrain_on = ["HAM10000", "isic2017"]')
+    with pytest.raises(DataError, match=r"differ in train_on are for a folder of datasets"):
+        cli(["sweep", str(path), "--manifest", "manifest.csv"], standalone_mode=False)
+
+
 def test_what_all_recipes_share_is_changed_by_one(tmp_path: Path) -> None:
     path = tmp_path / "sweep.toml"
     path.write_text(SWEEP)

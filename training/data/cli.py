@@ -192,6 +192,7 @@ def split(
     from training.data.check import find_strays
     from training.data.components import components, linked
     from training.data.duplicates import pair_up
+    from training.data.layouts.isic_cli import NOT_DERMOSCOPIC
 
     if sum((paper, clean, keep, bool(folds))) > 1:
         raise DataError("Choose one of --paper, --clean, --keep and --folds.")
@@ -200,6 +201,13 @@ def split(
     for path in paths:
         for folder, count in find_strays(path, datasets).items():
             print(f"Left out: {count:,} images in {folder}, of no dataset.", file=sys.stderr)
+    for dataset in datasets:
+        if others := sum(fault.kind == NOT_DERMOSCOPIC for fault in dataset.faults):
+            print(
+                f"Left out: {others:,} images of {dataset.place.name} that its table calls not "
+                "dermoscopic (image_type).",
+                file=sys.stderr,
+            )
     own = sum(record.split is not None for record in records)
     if own and not (paper or clean or keep):
         print(f"{own:,} rows had splits of their own, which --keep keeps.", file=sys.stderr)

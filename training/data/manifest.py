@@ -177,6 +177,11 @@ def open_table(path: Path) -> TextIO:
     return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
 
 
+def usable(records: Iterable[Record]) -> list[Record]:
+    """Those of a manifest that a run keeps: with an image file, and in a split."""
+    return [record for record in records if record.path and record.split is not None]
+
+
 def fingerprint(records: Iterable[Record]) -> str:
     """SHA-256 over what the network could learn from: ids, labels and splits, not paths."""
     digest = hashlib.sha256()

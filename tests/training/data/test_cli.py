@@ -207,6 +207,19 @@ def test_split_keeps_the_splits_that_rows_have_if_told_to(folder: Path, capsys) 
     assert (status, err) == (0, "150 rows had splits of their own, which --keep keeps.\n")
 
 
+def test_split_tells_what_is_not_dermoscopic(folder: Path, capsys) -> None:
+    rows = [
+        {"isic_id": isic(n), "diagnosis": "nevus", "image_type": ("dermoscopic", "clinical")[n < 3]}
+        for n in range(60)
+    ]
+    (folder / "archive").mkdir()
+    write_table(folder / "archive" / "metadata.csv", rows)
+    out = folder / "manifest.csv"
+    status, _, err = run(capsys, "split", folder / "archive", "-o", out, "--no-pixels")
+    assert (status, len(load_manifest(out))) == (0, 57)
+    assert err.startswith("Left out: 3 images of archive that its table calls not dermoscopic")
+
+
 def test_split_writes_manifests(folder: Path, capsys) -> None:
     rows = [
         {"image": isic(n), "patient": f"IP_{n // 2}", "melanoma": str(n % 4 // 2)}

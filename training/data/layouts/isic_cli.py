@@ -11,6 +11,8 @@ from training.data.vocabulary import SEXES, SITES, SPLITS, TRUTHS, Diagnosis
 TITLE = "ISIC archive (isic-cli)"
 LICENCE = "CC licences, CC BY-NC among them: see the column copyright_license"
 URL = "https://www.isic-archive.com"
+# A kind of fault.
+NOT_DERMOSCOPIC = "not dermoscopic"
 # From the finest to the coarsest; `diagnosis` is the old tables' only one.
 _DIAGNOSIS = ("diagnosis", "diagnosis_5", "diagnosis_4", "diagnosis_3", "diagnosis_2")
 _MALIGNANCY = ("benign_malignant", "diagnosis_1")
@@ -32,7 +34,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
             kind = row.text("image_type")
             if kind is not None and kind.lower() != "dermoscopic":
                 faults.add(
-                    "not dermoscopic",
+                    NOT_DERMOSCOPIC,
                     f"{row.where(('image_type',))}: {image} is left out ({kind}).",
                     fatal=False,
                 )
