@@ -54,7 +54,8 @@ def evaluate_model(
     published = next((d for d in datasets if paper.is_complete(d)), None)
     tested = predictions.records
     rows = [i for i, r in enumerate(tested) if balanced.is_part(r)]
-    data_fingerprint = fingerprint(usable(records))  # as the run's own, made of this manifest
+    # A bundle's run keeps what is usable of a manifest; a table of predictions needs no files.
+    data_fingerprint = fingerprint(records if bundle is None else usable(records))
     own = bundle is not None and bundle.manifest.training_data.fingerprint == data_fingerprint
     subsets, clean, known = {}, set[str](), None
     if published is not None and rows:
