@@ -56,6 +56,9 @@ done
 [ -z "$(ls -A "$root/var/lib/apt/lists" 2> /dev/null)" ]
 writable=$(chroot --userspec=10001:10001 "$root" find / -xdev -type f -writable -not -path '/proc/*' 2> /dev/null || true)
 [ -z "$writable" ] || { echo "its user may write $writable"; exit 1; }
+# Else no identity provider could be asked by HTTPS.
+chroot --userspec=10001:10001 "$root" python3 -c \
+    "import ssl, sys; sys.exit(not ssl.create_default_context().get_ca_certs())"
 du -sh "$root" | cut -f1
 
 say "without keys it refuses to let others in"
