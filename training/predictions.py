@@ -1,7 +1,6 @@
 """What a model says of a manifest's images: from a bundle, or from a table of anybody's."""
 
 import csv
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +13,9 @@ from tqdm import tqdm
 
 from models.bundle import Bundle, Precision, melanoma_probability
 from models.files import write_atomically
-from models.images import SUFFIXES, ImageError, decode
+from models.images import ImageError, decode
 from models.recalibration import LOGIT, PROBABILITY
-from training.data.layouts import name_of
+from training.data.layouts import name_of, without_suffix
 from training.data.manifest import DataError, Record, isic_id, open_table
 from training.data.tables import Faults, Row, read_rows
 from training.data.vocabulary import Diagnosis, Sex, Site
@@ -171,7 +170,7 @@ def load_predictions(path: Path, records: Sequence[Record], threshold: float) ->
         dataset, key = line.text("dataset"), _key(image)
         if rows.setdefault((dataset, key), line) is not line:
             faults.add("repeated row", f"{line.where(('image',))}: {image} stands in two rows.")
-        bare.setdefault((dataset, _without_suffix(key)), []).append(line)
+        bare.setdefault((dataset, without_suffix(key)), []).append(line)
     if faults:
         raise DataError(faults[0].message)
 
@@ -261,8 +260,3 @@ def _key(image: str) -> str:
     """What an image is called with or without its suffix; a path without ISIC id is as it is."""
     name = name_of(image)
     return image if ("/" in image or "\\" in image) and not isic_id(name) else name
-
-
-def _without_suffix(key: str) -> str:
-    stem, suffix = os.path.splitext(key)
-    return stem if suffix.lower() in SUFFIXES else key

@@ -248,8 +248,13 @@ def image_of(row: Row, *columns: str) -> str | None:
 def name_of(cell: str) -> str:
     """An image's name in a cell that may hold a path: its ISIC id, or its name without suffix."""
     name = PureWindowsPath(cell).name
+    return isic_id(name) or without_suffix(name)
+
+
+def without_suffix(name: str) -> str:
+    """A name, or a path, without the suffix of an image file where it has one."""
     stem, suffix = os.path.splitext(name)
-    return isic_id(name) or (stem if suffix.lower() in images.SUFFIXES else name)
+    return stem if suffix.lower() in images.SUFFIXES else name
 
 
 def merge(record: Record, other: Record) -> tuple[Record, list[str]]:
