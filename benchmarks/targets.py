@@ -1,6 +1,6 @@
 """What the shipped network was to reach, and what it reached: from its published figures.
 
-.venv/bin/python benchmarks/targets.py > docs/targets.md
+`make targets` writes docs/targets.md with it.
 
 Reads models/default/metrics.json, docs/held-out/report.json and docs/ensemble/report.json, all of
 `mmtl-train evaluate`; the last is of configs/folds.toml, on validation, against the shipped bundle.

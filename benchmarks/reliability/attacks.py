@@ -4,7 +4,9 @@
 
 Eight clients send good images all the time, one in four of them of 24 megapixels. Each attack runs
 beside them for some seconds, after as many without it: resident memory and the clients' p99 are
-compared. The result is runs/reliability/attacks.json, which `page.py` shows.
+compared. The result is runs/reliability/attacks.json, which `page.py` shows. Exits with 1 where a
+good request failed, an attack was answered with a 5xx other than 503, or the service did not end
+well.
 """
 
 import argparse
@@ -225,6 +227,8 @@ class Watched:
             image.resize((6000, 4000)).save(buffer, "JPEG", quality=90)
         self.good = [form(small)] * 3 + [form(buffer.getvalue())]
         while True:
+            if self.process.poll() is not None:
+                raise SystemExit("The service did not start; what it said stands above.")
             with suppress(OSError):
                 if exchange(self.port, [self.good[0]]) == "200":
                     break
@@ -256,7 +260,10 @@ class Watched:
 
     def _watch(self) -> None:
         while not self.over.wait(0.05):
-            lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+            try:
+                lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+            except OSError:  # it has ended
+                return
             line = next((line for line in lines if line.startswith("VmRSS")), "VmRSS: 0")
             self.memory.append((time.monotonic(), float(line.split()[1]) * 1024 / 1e6))
 
@@ -269,16 +276,20 @@ class Watched:
         return {
             "p99_ms": 1000 * float(np.percentile(times, 99)),
             "images_per_second": answered / (ended - began),
-            "megabytes": max(mb for at, mb in self.memory if began <= at < ended),
+            "megabytes": max((mb for at, mb in self.memory if began <= at < ended), default=0.0),
         }
 
-    def stop(self) -> None:
-        """End everything."""
+    def stop(self) -> int:
+        """End everything; the service's exit status."""
         self.over.set()
         for thread in self.threads:
             thread.join()
         self.process.terminate()
-        self.process.wait(60)
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
 
 
 def main() -> None:
@@ -310,12 +321,20 @@ def main() -> None:
             found.append(row)
             print(json.dumps(row), flush=True)
     finally:
-        watched.stop()
+        status = watched.stop()
     OUT.parent.mkdir(parents=True, exist_ok=True)
     failures = dict(watched.failures)
-    told = {**conditions(), "attacks": found, "good_requests_failed": failures}
-    OUT.write_text(json.dumps(told, indent=1))
-    print(failures)
+    told = {
+        **conditions(),
+        "attacks": found,
+        "good_requests_failed": failures,
+        "exit_status": status,
+    }
+    OUT.write_text(json.dumps(told, indent=1) + "\n")
+    answers = {answer for row in found for answer in row["answers"]}
+    broken = sorted(a for a in answers if a.startswith("5") and a != "503")
+    print(f"good requests that failed: {failures}; attacks answered with {broken}; ended {status}")
+    raise SystemExit(bool(failures or broken or status))
 
 
 if __name__ == "__main__":

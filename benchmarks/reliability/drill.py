@@ -7,11 +7,10 @@ One in ten requests ends in the middle, one in ten is garbage of one of thirty k
 full load. Every 200 to a good request is compared with what the bundle named in X-Model-Version
 answers offline; the images are chosen so that no two answers lie within 0.01 of each other, in
 either bundle. The result is runs/reliability/drill.json, which `page.py` shows in
-docs/reliability.md.
+docs/reliability.md. Exits with 1, and says why, where the service was not what it promises to be.
 """
 
 import argparse
-import hashlib
 import http.client
 import json
 import os
@@ -24,19 +23,19 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from app.engines import open_engine
 from app.keys import create_key
 from app.settings import Settings
 from app.telemetry import configure_logs
 from benchmarks.reliability.attacks import conditions
-from benchmarks.reliability.garbage import BOUNDARY, garbage
+from benchmarks.reliability.clients import Clients
 from models.bundle import Bundle, load_bundle, melanoma_probability, save_bundle
 from models.images import decode
 
@@ -44,12 +43,18 @@ OUT = Path("runs/reliability")
 CLIENTS = 32
 IMAGES = 24
 APART = 0.01
-AGREEMENT = 1e-4
 HANG_SECONDS = 5
 # Events after which another network is served, which may hold memory of its own.
 CHANGES = ("clients", "reload", "hangs")
 # Seconds after such an event before memory is looked at.
 SETTLES = 20
+DEADLINE = Settings().deadline_seconds
+# What the service's own counters say at the end: each fault and each reload was met, once.
+COUNTED = {
+    "mmtl_reloads_total switched": 2,
+    "mmtl_network_replacements_total": 1,
+    "mmtl_failed_runs_total": 1,
+}
 
 
 def offline(bundle: Bundle, images: list[bytes]) -> list[float]:
@@ -100,34 +105,12 @@ def choose(data: Path, bundles: list[Bundle]) -> tuple[list[bytes], list[list[fl
             chosen.append(number)
         if len(chosen) == IMAGES:
             break
+    if len(chosen) < IMAGES:
+        raise SystemExit(
+            f"{len(chosen)} of {IMAGES} images were found whose answers lie apart, of "
+            f"{len(paths)} in {data}/balanced/*/val: name the folder of the development data."
+        )
     return [candidates[n] for n in chosen], [[found[n] for n in chosen] for found in answers]
-
-
-@dataclass
-class Tally:
-    """What became of the requests."""
-
-    answered: Counter[str] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
-    garbage: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    left: int = 0
-    not_let_in: int = 0
-    worst: float = 0.0
-
-
-def request(head: bytes, body: bytes, key: str) -> bytes:
-    """A whole request on a connection of its own."""
-    lines = [
-        b"POST /predict HTTP/1.1",
-        b"Host: drill",
-        f"Authorization: Bearer {key}".encode(),
-        f"Content-Length: {len(body)}".encode(),
-        b"Connection: close",
-    ]
-    if head:
-        lines.append(b"Content-Type: " + head)
-    return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
 class Drill:
@@ -140,10 +123,8 @@ class Drill:
         shipped = load_bundle(Path("models/default"))
         successor = make_successor(shipped, self.work / "successor")
         self.bundles = {b.manifest.version: b for b in (shipped, successor)}
-        self.images, answers = choose(data, [shipped, successor])
-        self.expected = dict(zip(self.bundles, answers, strict=True))
-        self.hashes = [hashlib.sha256(image).hexdigest() for image in self.images]
-        self.bad = garbage(self.images[0])
+        images, answers = choose(data, [shipped, successor])
+        expected = dict(zip(self.bundles, answers, strict=True))
         self.current = self.work / "current"
         self.current.symlink_to(Path("models/default").resolve())
         self.key = create_key(
@@ -152,13 +133,12 @@ class Drill:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.tally = Tally()
-        self.lock = threading.Lock()
-        self.over = threading.Event()
-        self.stopping = self.reloaded = False
-        self.last = ""
+        self.clients = Clients(self.port, self.key, images, expected)
         self.memory: list[tuple[float, float]] = []
         self.events: list[tuple[float, str]] = []
+        # At each event, the network that is to be served from then on, and who had answered so far.
+        self.answered: list[tuple[str, Counter[str]]] = []
+        self.counters: dict[str, float] = {}
 
     def start(self) -> None:
         """Start the service, and wait until it is ready."""
@@ -177,132 +157,39 @@ class Drill:
             env=environment,
             stderr=self.log,
         )
-        while self.get("/health/ready") != 200:
+        while self.get("/health/ready")[0] != 200:
             assert self.process.poll() is None, (self.work / "log").read_text()
             time.sleep(0.05)
         self.began = time.monotonic()
 
-    def get(self, path: str, method: str = "GET") -> int:
-        """The status, 0 where nobody answers."""
+    def get(self, path: str, method: str = "GET") -> tuple[int, bytes]:
+        """The status, 0 where nobody answers, and the body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request(method, path, headers={"Authorization": f"Bearer {self.key}"})
-            return connection.getresponse().status
-        except OSError:
-            return 0
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        except (OSError, http.client.HTTPException):
+            return 0, b""
         finally:
             connection.close()
 
-    def client(self, seed: int) -> None:
-        """One of the clients, until the drill is over."""
-        chance = random.Random(seed)
-        form = f"multipart/form-data; boundary={BOUNDARY}".encode()
-        while not self.over.is_set():
-            number = chance.randrange(len(self.images))
-            head = (
-                f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="files"; '
-                f'filename="{number}.jpg"\r\n\r\n'
-            )
-            body = head.encode() + self.images[number] + f"\r\n--{BOUNDARY}--\r\n".encode()
-            dice = chance.random()
-            if dice < 0.1:
-                self.leave(request(form, body, self.key), chance)
-            elif dice < 0.2:
-                kind, head_of_it, bad = chance.choice(self.bad)
-                self.send_garbage(kind, request(head_of_it, bad, self.key))
-            else:
-                self.ask(number, request(form, body, self.key))
-
-    def leave(self, sent: bytes, chance: random.Random) -> None:
-        """Hang up in the middle of the request, or before its answer."""
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), 30) as connection:
-                connection.sendall(sent[: chance.choice([40, len(sent) // 2, len(sent)])])
-                time.sleep(chance.choice([0.0, 0.005, 0.05]))
-        except OSError:
-            pass
-        with self.lock:
-            self.tally.left += 1
-
-    def exchange(self, sent: bytes) -> tuple[int, http.client.HTTPMessage, bytes] | str:
-        """The answer; or `not let in`, or `lost` where a whole request was taken without one."""
-        try:
-            connection = socket.create_connection(("127.0.0.1", self.port), 60)
-        except OSError:
-            return "not let in"
-        with connection:
-            with suppress(OSError):  # an answer may have come before the end of the request
-                connection.sendall(sent)
-            try:
-                answer = http.client.HTTPResponse(connection)
-                answer.begin()
-                return answer.status, answer.headers, answer.read()
-            except ConnectionResetError:
-                # Of a connection that the kernel had taken and the service never accepted.
-                return "not let in" if self.stopping else "lost"
-            except (OSError, http.client.HTTPException):
-                return "lost"
-
-    def ask(self, number: int, sent: bytes) -> None:
-        """A good request, and its answer checked."""
-        began = time.monotonic()
-        answer = self.exchange(sent)
-        took = time.monotonic() - began
-        with self.lock:
-            self.tally.worst = max(self.tally.worst, took)
-            if isinstance(answer, str):
-                if answer == "not let in" and self.stopping:
-                    self.tally.not_let_in += 1
-                else:
-                    self.tally.wrong.append(f"{took:.3f} s: {answer}")
-                return
-            status, headers, content = answer
-            body = json.loads(content)
-            if status == 503 and headers["Retry-After"]:
-                self.tally.refused[body["type"].rpartition(":")[2]] += 1
-                return
-            if status != 200:
-                self.tally.wrong.append(f"status {status}: {content[:200]!r}")
-                return
-            version = headers["X-Model-Version"]
-            (result,) = body["results"]
-            found = result["prediction"]["melanoma"]["probability"]
-            if body["model"]["version"] != version:
-                self.tally.wrong.append("header and body name two networks")
-            elif result["image"]["sha256"] != self.hashes[number]:
-                self.tally.wrong.append("the answer names another image")
-            elif abs(found - self.expected[version][number]) > AGREEMENT:
-                self.tally.wrong.append(f"{found} is not {self.expected[version][number]}")
-            else:
-                self.tally.answered[version] += 1
-                self.last = version
-
-    def send_garbage(self, kind: str, sent: bytes) -> None:
-        """It must be refused with a 4xx, or a 503 that says when to come back."""
-        answer = self.exchange(sent)
-        with self.lock:
-            if isinstance(answer, str):
-                if not self.stopping:
-                    self.tally.wrong.append(f"garbage ({kind}): {answer}")
-                return
-            status, headers, content = answer
-            announced = status == 503 and headers["Retry-After"]
-            # Bits may flip where it does not show.
-            harmless = status == 200 and "flipped" in kind
-            if not (400 <= status < 500 or announced or harmless):
-                self.tally.wrong.append(f"garbage ({kind}): {status} {content[:200]!r}")
-            self.tally.garbage[str(status)] += 1
-
-    def event(self, name: str) -> None:
-        """Note and show what is done."""
+    def event(self, name: str, serves: Bundle) -> None:
+        """Note and show what is done, and the network that is to be served from then on."""
         at = time.monotonic() - self.began
         self.events.append((round(at, 1), name))
-        print(f"{at:6.1f} s  {name}  {sum(self.tally.answered.values())} answered", flush=True)
+        self.answered.append((serves.manifest.version, self.clients.tally.answered.copy()))
+        print(
+            f"{at:6.1f} s  {name}  {sum(self.clients.tally.answered.values())} answered", flush=True
+        )
 
     def watch(self) -> None:
         """Resident megabytes, once a second."""
-        while not self.over.wait(1.0):
-            lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        while not self.clients.over.wait(1.0):
+            try:
+                lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+            except OSError:  # it has ended
+                return
             found = [line for line in lines if line.startswith("VmRSS")]
             if found:
                 at = time.monotonic() - self.began
@@ -322,37 +209,49 @@ class Drill:
         """Everything; the exit status of the service."""
         self.start()
         shipped, successor = self.bundles.values()
-        threads = [threading.Thread(target=self.client, args=[seed]) for seed in range(CLIENTS)]
+        threads = [
+            threading.Thread(target=self.clients.run, args=[seed]) for seed in range(CLIENTS)
+        ]
         watcher = threading.Thread(target=self.watch)
         for thread in (*threads, watcher):
             thread.start()
-        self.event("32 clients")
+        self.event("32 clients", shipped)
         self.wait_until(0.2, minutes)
         self.point(successor)
-        status = self.get("/admin/reload", "POST")
-        self.reloaded = status == 200
-        self.event(f"reload of the successor by POST: {status}")
+        status, _ = self.get("/admin/reload", "POST")
+        self.event(f"reload of the successor by POST: {status}", successor)
         self.wait_until(0.35, minutes)
         (self.work / "fail").touch()
-        self.event("one run fails")
+        self.event("one run fails", successor)
         self.wait_until(0.5, minutes)
         self.point(shipped)
         self.process.send_signal(signal.SIGHUP)
-        self.event("reload of the shipped bundle by SIGHUP")
+        self.event("reload of the shipped bundle by SIGHUP", shipped)
         self.wait_until(0.7, minutes)
-        self.reloaded &= self.last == shipped.manifest.version
         (self.work / "hang").touch()
-        self.event("one run hangs")
+        self.event("one run hangs", shipped)
         self.wait_until(1.0, minutes)
-        self.stopping = True
+        self.counters = counters(self.get("/metrics")[1].decode())
+        self.clients.stopping = True
         self.process.send_signal(signal.SIGTERM)
-        self.event("SIGTERM")
-        status = self.process.wait(60)
-        self.event(f"the process ended with {status}")
-        self.over.set()
+        self.event("SIGTERM", shipped)
+        try:
+            status = self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        self.event(f"the process ended with {status}", shipped)
+        self.clients.over.set()
         for thread in (*threads, watcher):
             thread.join(90)
         return status
+
+
+def counters(text: str) -> dict[str, float]:
+    """The service's own counts, by name and, where there is one, outcome."""
+    samples = [sample for found in text_string_to_metric_families(text) for sample in found.samples]
+    named = [(f"{s.name} {s.labels.get('outcome', '')}".rstrip(), s.value) for s in samples]
+    return {name: value for name, value in named if name in COUNTED}
 
 
 def phases(
@@ -364,6 +263,8 @@ def phases(
     found: list[dict[str, float | str]] = []
     for (start, name), (end, _) in pairwise([*starts, last]):
         inside = np.array([(at, mb) for at, mb in memory if start + SETTLES <= at < end])
+        if len(inside) < 10:  # too short for a slope, or the service had died
+            continue
         found.append(
             {
                 "since": name,
@@ -372,6 +273,52 @@ def phases(
                 "slope_a_minute": float(np.polyfit(*inside.T, 1)[0]) * 60,
             }
         )
+    return found
+
+
+def shares(
+    events: list[tuple[float, str]], answered: list[tuple[str, Counter[str]]]
+) -> list[dict[str, Any]]:
+    """From each event until SIGTERM: which network was to answer, which did, and how many."""
+    found = []
+    pairs = pairwise(zip(events, answered, strict=True))
+    for ((start, name), (serves, before)), ((end, _), (_, after)) in pairs:
+        if name == "SIGTERM":
+            break
+        ours = after - before
+        found.append(
+            {
+                "since": name,
+                "serves": serves,
+                "answered": dict(ours),
+                "a_second": ours.total() / max(end - start, 0.1),
+            }
+        )
+    return found
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """In what the service was not what it promises to be, by what drill.json holds."""
+    found = []
+    if result["wrong_in_all"]:
+        found.append(f"{result['wrong_in_all']:,} answers were wrong, lost or another 5xx.")
+    if result["faults_not_taken"]:
+        found.append(f"No run met a fault: {', '.join(result['faults_not_taken'])}.")
+    if result["exit_status"] != 0:
+        found.append(f"The process ended with {result['exit_status']}.")
+    if result["tracebacks"]:
+        found.append(f"{result['tracebacks']} tracebacks are in the log.")
+    if result["slowest_seconds"] > DEADLINE:
+        found.append(f"An answer took {result['slowest_seconds']:.1f} s, of {DEADLINE:g}.")
+    if result["counters"] != COUNTED:
+        found.append(f"The service counted {result['counters']}, not {COUNTED}.")
+    most = max(since["a_second"] for since in result["answered_since"])
+    for since in result["answered_since"]:
+        if not since["answered"].get(since["serves"]):
+            found.append(f"{since['serves']} answered nothing after: {since['since']}.")
+        elif since["a_second"] < most / 3:
+            rate = f"{since['a_second']:.0f} a second, of {most:.0f}"
+            found.append(f"So few were answered after: {since['since']} ({rate}).")
     return found
 
 
@@ -384,15 +331,15 @@ def main() -> None:
     configure_logs("WARNING")
     drill = Drill(arguments.data)
     status = drill.run(arguments.minutes)
-    tally = drill.tally
+    tally = drill.clients.tally
     left = {name: (drill.work / name).exists() for name in ("fail", "hang")}
-    not_taken = [name for name, there in left.items() if there]
     result = {
         **conditions(),
         "minutes": arguments.minutes,
         "events": drill.events,
-        "images": len(drill.images),
+        "images": IMAGES,
         "answered": dict(tally.answered),
+        "answered_since": shares(drill.events, drill.answered),
         "refused_503": dict(tally.refused),
         "garbage": dict(tally.garbage),
         "left": tally.left,
@@ -400,15 +347,17 @@ def main() -> None:
         "wrong": tally.wrong[:20],
         "wrong_in_all": len(tally.wrong),
         "slowest_seconds": tally.worst,
-        "faults_not_taken": not_taken,
+        "faults_not_taken": [name for name, there in left.items() if there],
+        "counters": drill.counters,
         "exit_status": status,
         "megabytes": phases(drill.memory, drill.events),
         "megabytes_every_ten_seconds": [round(mb) for _, mb in drill.memory[::10]],
         "tracebacks": (drill.work / "log").read_text().count("Traceback"),
     }
+    result["failures"] = failures(result)
     (OUT / "drill.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-    raise SystemExit(bool(tally.wrong or not_taken or status) or not drill.reloaded)
+    raise SystemExit(bool(result["failures"]))
 
 
 if __name__ == "__main__":
