@@ -122,8 +122,8 @@ def main() -> int:
         f"turn, and a damaged one; a line of log for each. {failed} answers were neither 200 nor, "
         f"to the damaged one, 422. Resident memory: {memory[0]:.0f} MB after a tenth, "
         f"{memory[-1]:.0f} MB at the end, at most {most:.0f} MB. Slope: {slope:+.1f} MB in "
-        f"100,000 requests ({low:+.1f} to {high:+.1f}). That a request leaves nothing behind, not even Python's smallest "
-        f"object ({MOST_BYTES} bytes, {bound:.1f} MB in 100,000), "
+        f"100,000 requests ({low:+.1f} to {high:+.1f}). That a request leaves nothing behind, "
+        f"not even Python's smallest object ({MOST_BYTES} bytes, {bound:.1f} MB in 100,000), "
         f"{'holds' if high < bound else 'does not hold' if low > bound else 'cannot be told'}."
     )
     return int(failed > 0 or low > bound)

@@ -10,12 +10,12 @@ from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, TiffTags, UnidentifiedImageError
 
 from models.colours import in_srgb
 from models.headers import MOST_PIECES, in_too_many_pieces, is_whole_png
 from models.progressive import for_an_eighth, has_several_scans, is_lossless, most_scans
-from models.tiff import MOST_STRIPS, read_directory
+from models.tiff import MOST_ENTRIES, MOST_STRIPS, read_directory, takes_long
 from models.turns import in_turn
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
@@ -34,6 +34,9 @@ MAX_ASPECT = 4 / 3
 # Pillow's own limit is one number for every format, and warns instead of refusing. Ours, below, are
 # checked on the header, before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
+# How many dots an inch has is nothing to us, and Pillow reads all values that it is given, before
+# any limit; of some it then says that this is no image.
+JpegImagePlugin.JpegImageFile._read_dpi_from_exif = lambda self: None  # type: ignore[method-assign]
 
 # Bytes that Pillow feeds its JPEG decoder at a time. In its usual blocks of 64 KB, threads wait for
 # the interpreter at each.
@@ -47,6 +50,8 @@ _LARGE = 4 * MEGA
 _TIFF_COMPRESSIONS = {1, 5, 7, 8, 32773, 32946, 50000}
 # How often a TIFF's strips or tiles may hold its bytes, all told; each is read, whoever shares it.
 _MOST_SHARED = 2
+# How Pillow begins to say so of a PNG.
+_METADATA_TOO_LARGE = "Decompressed data too large"
 _DAMAGED = "The image is damaged or cut short: its pixels cannot be decoded. Take a whole copy."
 _ORIENTATION_TAG = 0x0112
 # Of TIFF 6.0; and where a PNG's header says how many bits a channel has (ISO/IEC 15948).
@@ -181,7 +186,13 @@ def decode(
         raise UnsupportedImageError(
             f"The bytes are not an image of a supported format ({', '.join(FORMATS)})."
         ) from None
-    except Exception:  # Pillow's parsers raise whatever an image's bytes lead them to
+    except MemoryError:  # which says nothing of the image
+        raise
+    except Exception as error:  # Pillow's parsers raise whatever an image's bytes lead them to
+        if _METADATA_TOO_LARGE in str(error):
+            raise ImageTooLargeError(
+                "The PNG's text or colour profile is too large. Save it without."
+            ) from None
         raise CorruptImageError("The image's header is damaged: take a whole copy.") from None
     with image:
         # A phone's MPO is a JPEG with previews appended; its first frame is the photograph.
@@ -218,11 +229,13 @@ def _fit(
             raise UnsupportedImageError("The image has several frames or pages; send one.")
         if image_format == "PNG" and not is_whole_png(data):
             raise CorruptImageError(_DAMAGED)
+        if image_format == "TIFF":
+            _forget_further_directories(image)
         if image_format != "JPEG":
             # Before the orientation is read: PNG's getexif() decodes the pixels, and what fails
             # there once is not tried again.
             image.load()
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Exception:
         raise CorruptImageError(_DAMAGED) from None
@@ -244,6 +257,8 @@ def _fit(
                 target, Image.Resampling.BILINEAR, box=centred_box(image.size)
             )
         )
+    except MemoryError:
+        raise
     except Exception:
         raise CorruptImageError(_DAMAGED) from None
     resized = in_srgb(resized, profile)
@@ -285,18 +300,22 @@ def _check_tiff(data: bytes | memoryview, limits: Limits) -> None:
         raise UnsupportedImageError(
             f"TIFF compression {directory.compression} is not supported; send Deflate, LZW or JPEG."
         )
-    if directory.misread:
-        raise UnsupportedImageError(
-            "The TIFF's numbers have signs, or its samples are stored apart (planar) in a way that "
-            "is not supported. Save it anew, or as PNG."
-        )
     too_much = directory.tiles_pixels > max(2 * limits.max_pixels_in_full, _LARGE)
     too_much |= directory.stored_bytes > _MOST_SHARED * len(data)
-    if directory.tile_pixels > _LARGE or directory.longest_list > MOST_STRIPS or too_much:
+    too_much |= directory.longest_list > MOST_STRIPS or directory.takes_long
+    if directory.tile_pixels > _LARGE or too_much:
         raise ImageTooLargeError(
             f"The TIFF has tiles of more than {_LARGE / MEGA:g} megapixels, tiles far larger than "
-            f"the picture, lists of more than {MOST_STRIPS:,} entries, or strips that share their "
-            "bytes. Save it anew, or as PNG."
+            f"the picture, lists of more than {MOST_STRIPS:,} entries, strips that share their "
+            f"bytes, more of them than the picture has, or more than {MOST_ENTRIES:,} pieces of "
+            "metadata. Save it anew, or as PNG."
+        )
+
+    if directory.misread:
+        raise UnsupportedImageError(
+            "The TIFF's numbers have signs, its samples are stored apart (planar) or subsampled in "
+            "a way that is not supported, or it does not say what its colours are. Save it anew, "
+            "or as PNG."
         )
 
 
@@ -306,12 +325,35 @@ def _is_run_length_encoded(bmp: bytes | memoryview) -> bool:
     return header >= 40 and compression in (1, 2)
 
 
+def _forget_further_directories(image: Image.Image) -> None:
+    """Let a TIFF's EXIF, GPS and the like be: Pillow reads them with the pixels, all in Python."""
+    _orientation(image)  # keeps what it has read, though it may fail at some of it
+    exif = image.getexif()
+    for tag in TiffTags.TAGS_V2_GROUPS:
+        if tag in exif:
+            del exif[tag]
+
+
 def _orientation(image: Image.Image) -> int:
     # A damaged EXIF block says nothing about the pixels, so it does not refuse them.
     try:
+        if (exif := _exif(image)) and takes_long(exif):
+            return 1
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except MemoryError:
+        raise
     except Exception:
         return 1
+
+
+def _exif(image: Image.Image) -> bytes:
+    """From its byte order on, as Pillow finds it; nothing of a TIFF, which is one itself."""
+    exif = image.info.get("exif")
+    if exif is None:
+        exif = bytes.fromhex("".join(image.info.get("Raw profile type exif", "").split("\n")[3:]))
+    for _ in range(2):
+        exif = exif.removeprefix(b"Exif\0\0")
+    return exif
 
 
 def _to_channels(image: Image.Image, data: bytes | memoryview) -> Image.Image:

@@ -2,7 +2,7 @@
 
 Pillow builds the list of its strips, and libtiff a whole tile, before either looks at the picture's
 size; of some that are stored otherwise than cameras do, Pillow makes other pixels, without a word
-(TIFF 6.0, sections 2, 8, 15 and 19).
+(TIFF 6.0, sections 2, 5, 8, 15, 19 and 21). A block of EXIF is a TIFF without a picture.
 """
 
 import struct
@@ -14,24 +14,34 @@ _BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 _BLOBS = {1, 2, 6, 7}
 _NUMBERS = {3: "H", 4: "I"}
 _WIDTH, _LENGTH, _COMPRESSION, _PHOTOMETRIC = 256, 257, 259, 262
-_SAMPLES, _PLANAR = 277, 284
+_SAMPLES, _STRIP_LENGTH, _PLANAR = 277, 278, 284
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _SINGLE = {
-    *(_WIDTH, _LENGTH, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR),
+    *(_WIDTH, _LENGTH, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _STRIP_LENGTH, _PLANAR),
     *(_TILE_WIDTH, _TILE_LENGTH),
 }
-_BITS, _SAMPLE_FORMAT = 258, 339
+_BITS, _SAMPLE_FORMAT, _SUBSAMPLING = 258, 339, 530
+_OF_SAMPLES = {_BITS, _SAMPLE_FORMAT, _SUBSAMPLING}
+_COLOUR_MAP = 320
+# Of a palette for eight bits.
+_MOST_COLOURS = 3 * 256
 # Strips or tiles that one may have; longer lists are counted, and not read.
 MOST_STRIPS = 65_536
+# A camera writes a hundred entries, of which each of these has one value: Pillow reads all that
+# they have, in Python. Orientation, and the two resolutions.
+MOST_ENTRIES = 4_096
+_READ_BY_PILLOW = {274, 282, 283}
 # Of each sample: red, green, blue, and whatever is beside them.
 _MOST_SAMPLES = 16
 # How long strips and tiles are.
 _BYTE_COUNTS = {279, 325}
 # Those, and where they are: lists, whatever kind of value they say they are.
-_LISTS = {273, 324, *_BYTE_COUNTS}
-_SIGNED, _APART, _RGB = 2, 2, 2
+_STRIPS, _TILES = 273, 324
+_LISTS = {_STRIPS, _TILES, *_BYTE_COUNTS}
+_SIGNED, _APART, _RGB, _PALETTE, _YCBCR = 2, 2, 2, 3, 6
+_UNCOMPRESSED = 1
 # That Pillow reads right in eight bits where each sample is stored apart: RGB, CMYK, YCbCr.
-_READ_APART = {_RGB, 5, 6}
+_READ_APART = {_RGB, 5, _YCBCR}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +53,14 @@ class Directory:
         tile_pixels: Of one tile; 0 where there are strips.
         tiles_pixels: Of all tiles together, which are decoded whole.
         stored_bytes: Of all strips or tiles, those that share their bytes counted each.
-        longest_list: Entries of the longest value that is no text or blob.
+        longest_list: Numbers of the longest value that is no text or blob.
+        takes_long: Whether Pillow would take long over it: more strips or tiles than the picture
+            has, each of which it decodes, or what `takes_long` says.
         several_pages: Whether another directory follows.
-        misread: Whether Pillow would make other pixels of it: numbers with a sign, and samples
-            stored apart, but for colours of eight bits, and RGB of sixteen that is compressed.
+        misread: Whether Pillow would make other pixels of it: numbers with a sign; samples stored
+            apart, but for colours of eight bits, and RGB of sixteen that is compressed; colours of
+            which some have fewer samples (uncompressed YCbCr); a palette of eight bits; and what
+            does not say which colours it has.
     """
 
     compression: int
@@ -54,8 +68,22 @@ class Directory:
     tiles_pixels: int
     stored_bytes: int
     longest_list: int
+    takes_long: bool
     several_pages: bool
     misread: bool
+
+
+def takes_long(exif: bytes) -> bool:
+    """Whether Pillow would take long to find the orientation, or there is none to be found.
+
+    Args:
+        exif: The block, from its byte order on.
+    """
+    order = _BYTE_ORDERS.get(exif[:4])
+    try:
+        return order is None or _take_long(_entries(exif, order))
+    except struct.error:
+        return True
 
 
 def read_directory(data: bytes | memoryview) -> Directory | None:
@@ -64,12 +92,9 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
     if order is None:
         return None
     try:
+        entries = _entries(data, order)
         (start,) = struct.unpack_from(f"{order}I", data, 4)
-        (count,) = struct.unpack_from(f"{order}H", data, start)
-        (following,) = struct.unpack_from(f"{order}I", data, start + 2 + 12 * count)
-        entries = list(
-            struct.iter_unpack(f"{order}HHI4s", data[start + 2 : start + 2 + 12 * count])
-        )
+        (following,) = struct.unpack_from(f"{order}I", data, start + 2 + 12 * len(entries))
         values: dict[int, int] = {}
         lists: dict[int, tuple[int, ...]] = {}
         for tag, kind, length, raw in entries:
@@ -77,32 +102,65 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
                 if tag in values or length != 1 or kind not in _NUMBERS:
                     return None  # a decoder may read it otherwise than we do
                 (values[tag],) = _numbers(data, order, kind, 1, raw)
-            elif tag in _BYTE_COUNTS or tag in (_BITS, _SAMPLE_FORMAT):
-                several = tag in _BYTE_COUNTS or length <= _MOST_SAMPLES
+            elif tag in _BYTE_COUNTS or tag in _OF_SAMPLES or tag == _COLOUR_MAP:
+                several = tag not in _OF_SAMPLES or length <= _MOST_SAMPLES
                 if tag in lists or kind not in _NUMBERS or not several:
                     return None
-                lists[tag] = _numbers(data, order, kind, min(length, MOST_STRIPS), raw)
+                most = _MOST_COLOURS if tag == _COLOUR_MAP else MOST_STRIPS
+                lists[tag] = _numbers(data, order, kind, min(length, most), raw)
     except struct.error:
         return None
     tile_width, tile_length = values.get(_TILE_WIDTH, 0), values.get(_TILE_LENGTH, 0)
-    across, down = (
+    strip_length = values.get(_STRIP_LENGTH, values.get(_LENGTH, 0))
+    across, down, strips = (
         ceil(values.get(whole, 0) / of_one) if of_one else 0
-        for whole, of_one in ((_WIDTH, tile_width), (_LENGTH, tile_length))
+        for whole, of_one in (
+            (_WIDTH, tile_width),
+            (_LENGTH, tile_length),
+            (_LENGTH, strip_length),
+        )
     )
     apart = values.get(_PLANAR, 1) == _APART and values.get(_SAMPLES, 1) > 1
+    planes = values.get(_SAMPLES, 1) if apart else 1
+    counts = {tag: length for tag, _, length, _ in entries}
     bits, colour = set(lists.get(_BITS, (1,))), values.get(_PHOTOMETRIC)
+    compressed = values.get(_COMPRESSION, _UNCOMPRESSED) != _UNCOMPRESSED
     plain = bits == {8} and colour in _READ_APART
-    plain |= bits == {16} and colour == _RGB and values.get(_COMPRESSION, 1) != 1
+    plain |= bits == {16} and colour == _RGB and compressed
+    fewer = colour == _YCBCR and not compressed and lists.get(_SUBSAMPLING, (2, 2)) != (1, 1)
+    dark = colour == _PALETTE and max(lists.get(_COLOUR_MAP, (256,))) < 256
     return Directory(
-        compression=values.get(_COMPRESSION, 1),
+        compression=values.get(_COMPRESSION, _UNCOMPRESSED),
         tile_pixels=tile_width * tile_length,
         tiles_pixels=across * tile_width * down * tile_length,
         stored_bytes=max((sum(lists.get(tag, ())) for tag in _BYTE_COUNTS), default=0),
         longest_list=max(
             (n for tag, kind, n, _ in entries if kind not in _BLOBS or tag in _LISTS), default=0
         ),
+        takes_long=_take_long(entries)
+        or counts.get(_STRIPS, 0) > strips * planes
+        or counts.get(_TILES, 0) > across * down * planes,
         several_pages=following != 0,
-        misread=_SIGNED in lists.get(_SAMPLE_FORMAT, ()) or (apart and not plain),
+        misread=_SIGNED in lists.get(_SAMPLE_FORMAT, ())
+        or (apart and not plain)
+        or (fewer or dark or colour is None),
+    )
+
+
+def _entries(data: bytes | memoryview, order: str) -> list[tuple[int, int, int, bytes]]:
+    """Of the first directory: tag, kind, how many values, and they or where they are.
+
+    Raises:
+        struct.error: They are not there.
+    """
+    (start,) = struct.unpack_from(f"{order}I", data, 4)
+    (count,) = struct.unpack_from(f"{order}H", data, start)
+    return list(struct.iter_unpack(f"{order}HHI4s", data[start + 2 : start + 2 + 12 * count]))
+
+
+def _take_long(entries: list[tuple[int, int, int, bytes]]) -> bool:
+    return len(entries) > MOST_ENTRIES or any(
+        length > _MOST_SAMPLES for tag, _, length, _ in entries if tag in _READ_BY_PILLOW
     )
 
 

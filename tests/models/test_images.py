@@ -1,12 +1,13 @@
 import struct
 import warnings
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from models import images
 from models.images import (
@@ -137,6 +138,100 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
 def test_a_damaged_exif_block_does_not_refuse_the_picture() -> None:
     data = encode(draw_lesion(4), exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff")
     assert decode(data, 32, 32).pixels.shape == (32, 32, 3)
+
+
+def exif(*entries: tuple[int, int, int, int], values: bytes = b"") -> bytes:
+    """A block of tag, kind, count and value of each entry, or where its values are: from `at`."""
+    listed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + listed + bytes(4) + values
+
+
+# After the header, the count, one entry and the mark of the end.
+AFTER_ONE = 8 + 2 + 12 + 4
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_of_many_values_is_not_read(
+    image_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow would read each, in Python: a second for 4 MB of them."""
+    read: list[bytes] = []
+    load = Image.Exif.load
+    monkeypatch.setattr(
+        Image.Exif, "load", lambda self, data: read.append(data) or load(self, data)
+    )
+    picture = draw_lesion(4, 60, 40)
+    many = exif((274, 5, 2_000, AFTER_ONE), values=struct.pack("<II", 6, 1) * 2_000)
+    found = decode(encode(picture, image_format, exif=many), 32, 32)
+    assert (found.width, found.height, read) == (60, 40, [])
+    turned = decode(encode(picture, image_format, exif=exif((274, 3, 1, 6))), 32, 32)
+    assert (turned.width, turned.height, len(read)) == (40, 60, 1)
+
+
+def test_what_imagemagick_calls_exif_in_a_png_is_read() -> None:
+    picture = Image.fromarray(draw_lesion(4, 60, 40))
+    block = exif((274, 3, 1, 6)).hex()
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(block) // 2:8}\n{block}\n", zip=True)
+    found = decode(encode(np.asarray(picture), "PNG", pnginfo=text), 32, 32)
+    assert (found.width, found.height) == (40, 60)
+
+
+def test_directories_within_a_tiff_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = Image.Exif()
+    inner[0x0112] = 6
+    inner.get_ifd(34665)[37510] = b"a comment"
+    inner.get_ifd(34853)[1] = "N"
+    data = encode(draw_lesion(4, 60, 40), "TIFF", exif=inner.tobytes())
+    assert b"a comment" in data
+    monkeypatch.setattr(Image.Exif, "get_ifd", lambda self, tag: pytest.fail(f"reads {tag}"))
+    found = decode(data, 32, 32)
+    assert (found.width, found.height) == (40, 60)
+
+
+def test_a_tiffs_xmp_may_be_text() -> None:
+    """Where there is no orientation, Pillow looks for one in it, and takes bytes for granted."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[700] = "<x:xmpmeta/>"
+    tags.tagtype[700] = 2
+    data = encode(draw_lesion(4), "TIFF", tiffinfo=tags)
+    assert decode(data, 32, 32).format == "TIFF"
+
+
+def test_a_resolution_that_is_none_says_nothing_about_the_pixels() -> None:
+    block = exif((0x011A, 2, 1, ord("7")), (0x0128, 3, 1, 2))
+    whole = encode(draw_lesion(4), exif=block)
+    jfif = whole.index(b"\xff\xe0")
+    data = whole[:jfif] + whole[whole.index(b"\xff\xe1") :]
+    assert decode(data, 32, 32).format == "JPEG"
+
+
+def test_a_profile_that_is_too_large_is_named() -> None:
+    chunk = b"iCCPx\0\0" + zlib.compress(bytes(2_000_000))
+    whole = encode(draw_lesion(4), "PNG")
+    at = whole.index(b"IHDR") + 4 + 13 + 4
+    size, total = struct.pack(">I", len(chunk) - 4), struct.pack(">I", zlib.crc32(chunk))
+    with pytest.raises(ImageTooLargeError, match="text or colour profile is too large"):
+        decode(whole[:at] + size + chunk + total + whole[at:], 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "image_format"),
+    [("open", "JPEG"), ("Image.load", "PNG"), ("Image.resize", "JPEG"), ("Image.getexif", "JPEG")],
+)
+def test_that_there_is_no_memory_says_nothing_about_the_image(
+    name: str, image_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encode(draw_lesion(4), image_format, exif=exif((274, 3, 1, 6)))
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    for whose in (f"PIL.Image.{name}", f"PIL.ImageFile.ImageFile.{name.rpartition('.')[2]}"):
+        with suppress(AttributeError):
+            monkeypatch.setattr(whose, fail)
+    with pytest.raises(MemoryError):
+        decode(data, 32, 32)
 
 
 def test_a_jpeg_too_long_and_thin_for_a_smaller_scale_waits_as_what_is_held_in_full() -> None:

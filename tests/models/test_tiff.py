@@ -7,18 +7,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from models.images import ImageError, ImageTooLargeError, UnsupportedImageError, decode
-from models.tiff import read_directory
+from models.tiff import MOST_ENTRIES, read_directory, takes_long
 from tests.lesions import draw_lesion, encode
 
 TILE_WIDTH, TILE_LENGTH, STRIPS, COMPRESSION = 322, 323, 273, 259
 
 
 def tiff(*entries: tuple[int, int, int, int], order: str = "<", following: int = 0) -> bytes:
-    """A TIFF of a directory alone: tag, kind, count and value of each entry."""
+    """A TIFF of a directory alone: tag, kind, count and value (or both, if two) of each entry."""
     mark = b"II*\0" if order == "<" else b"MM\0*"
     listed = b"".join(
         struct.pack(f"{order}HHI", *entry[:3])
-        + struct.pack(f"{order}H2x" if entry[1] == 3 else f"{order}I", entry[3])
+        + (
+            struct.pack(f"{order}HH", entry[3], entry[3] if entry[2] == 2 else 0)
+            if entry[1] == 3
+            else struct.pack(f"{order}I", entry[3])
+        )
         for entry in entries
     )
     count = struct.pack(f"{order}H", len(entries))
@@ -171,12 +175,38 @@ def test_what_is_said_of_an_ordinary_picture_changes_nothing(entries: list, orde
         [(284, 3, 1, 2), (277, 3, 1, 2), (258, 3, 1, 8)],
         [(284, 3, 1, 2), (277, 3, 1, 3), (258, 3, 1, 16), (262, 3, 1, 2)],
         [(284, 3, 1, 2), (277, 3, 1, 3), (258, 3, 1, 8), (262, 3, 1, 8)],
+        [(277, 3, 1, 3), (258, 3, 1, 8), (262, 3, 1, 6)],
+        [(262, 3, 1, 3), (320, 3, 1, 255)],
     ],
-    ids=["signed", "grey-and-alpha-apart", "sixteen-bits-apart", "lab-apart"],
+    ids=[
+        *("signed", "grey-and-alpha-apart", "sixteen-bits-apart", "lab-apart"),
+        *("subsampled", "a-palette-of-eight-bits"),
+    ],
 )
 def test_what_pillow_makes_other_pixels_of_is_refused(entries: list, order: str) -> None:
-    with pytest.raises(UnsupportedImageError, match=r"signs, or its samples are stored apart"):
+    with pytest.raises(UnsupportedImageError, match="signs, its samples are stored apart"):
         decode(small(*entries, order=order), 32, 32)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [(277, 3, 1, 3), (262, 3, 1, 6), (530, 3, 2, 1)],
+        [(277, 3, 1, 3), (262, 3, 1, 6), (COMPRESSION, 3, 1, 8)],
+        [(262, 3, 1, 3), (320, 3, 1, 256)],
+    ],
+    ids=["as many samples of each colour", "compressed", "a palette of sixteen bits"],
+)
+def test_what_pillow_reads_right_is_not(more: list) -> None:
+    found = read_directory(small(*more))
+    assert found is not None
+    assert not found.misread
+
+
+def test_which_colours_it_has_is_said() -> None:
+    """Pillow takes grey values of eight bits for inverted then, and those of sixteen not."""
+    with pytest.raises(UnsupportedImageError, match="does not say what its colours are"):
+        decode(small().replace(struct.pack("<H", 262), struct.pack("<H", 261), 1), 32, 32)
 
 
 @pytest.mark.parametrize("more", [[], [(258, 3, 1, 16), (COMPRESSION, 3, 1, 8)]])
@@ -197,8 +227,18 @@ def test_colours_may_be_stored_apart_as_pillow_reads_them(more: list) -> None:
             (TILE_LENGTH, 4, 1, 240_000),
         ],
         [(279, 4, 1, 4_000_000_000)],
+        [(STRIPS, 4, 2, 8)],
+        [(278, 3, 1, 2), (STRIPS, 4, 3, 8)],
+        [(TILE_WIDTH, 3, 1, 16), (TILE_LENGTH, 3, 1, 16), (324, 4, 2, 8)],
+        [(274, 5, 17, 8)],
+        [(282, 5, 500_000, 8)],
+        [(tag, 3, 1, 1) for tag in range(1000, 5200)],
     ],
-    ids=["tiles-far-larger-than-the-picture", "more-bytes-than-there-are"],
+    ids=[
+        *("tiles-far-larger-than-the-picture", "more-bytes-than-there-are"),
+        *("a-strip-too-many", "a-strip-of-two-rows-too-many", "a-tile-too-many"),
+        *("many-orientations", "many-resolutions", "many-entries"),
+    ],
 )
 def test_what_would_take_long_to_read_is_refused(entries: list) -> None:
     with pytest.raises(ImageTooLargeError, match="tiles far larger than the picture, lists"):
@@ -209,3 +249,29 @@ def test_what_would_take_long_to_read_is_refused(entries: list) -> None:
 def test_no_bytes_are_too_odd(mark: bytes, rest: bytes) -> None:
     with pytest.raises(ImageError):
         decode(mark + rest, 32, 32)
+
+
+ORIENTATION = (274, 3, 1, 6)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_cameras_exif_does_not_take_long(order: str) -> None:
+    assert not takes_long(tiff(ORIENTATION, order=order))
+    assert not takes_long(tiff(*[ORIENTATION] * MOST_ENTRIES, order=order))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("tag", [274, 282, 283])
+@pytest.mark.parametrize("kind", [1, 3, 5, 12])
+def test_exif_of_many_values_takes_long(tag: int, kind: int, order: str) -> None:
+    assert not takes_long(tiff((tag, kind, 16, 8), order=order))
+    assert takes_long(tiff((tag, kind, 17, 8), order=order))
+
+
+def test_exif_of_many_entries_takes_long() -> None:
+    assert takes_long(tiff(*[ORIENTATION] * (MOST_ENTRIES + 1)))
+
+
+@given(st.sampled_from([b"", b"II*\0", b"MM\0*", b"II+\0"]), st.binary(max_size=60))
+def test_exif_of_any_bytes_is_looked_at(mark: bytes, rest: bytes) -> None:
+    assert takes_long(mark + rest) in (True, False)

@@ -127,12 +127,15 @@ def _fill(
             raise
         finally:
             bar.close()
+    except MemoryError:
+        raise DataError(
+            "There is no memory to decode images in: end other programs, and run the command again."
+        ) from None
     except RuntimeError as error:  # torch raises it wherever this process is just then
         if "DataLoader worker (pid" not in str(error):
             raise
         raise DataError(
-            "A process that decodes images died (out of memory, most often). Run the command "
-            "again: what was decoded is kept."
+            "A process that decodes images died (out of memory, most often). Run the command again."
         ) from None
     _note_down(note, key, pixels, done)
 

@@ -1,6 +1,7 @@
 """What the drill's clients take for wrong: a service that fails must not pass."""
 
 import hashlib
+import http.client
 import json
 import socket
 import struct
@@ -126,10 +127,21 @@ def test_after_the_stop_nobody_need_be(nobody: int) -> None:
 
 
 @pytest.mark.parametrize("part", [b"", predicted()[:-5]], ids=["at once", "in mid-answer"])
-def test_what_was_sent_before_the_stop_may_not_be_lost(part: bytes) -> None:
+def test_what_was_sent_before_the_stop_may_not_be_lost(
+    part: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asking: list[Clients] = []
+    waits = threading.Event()
+
+    class Answer(http.client.HTTPResponse):
+        def begin(self) -> None:
+            waits.set()
+            super().begin()
+
+    monkeypatch.setattr(http.client, "HTTPResponse", Answer)
 
     def stop() -> None:
+        assert waits.wait(30)
         asking[0].stopping = True
 
     with service(part, before=stop) as port:
