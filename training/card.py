@@ -3,7 +3,7 @@
 from typing import Any
 
 from models.bundle import Bundle, Manifest, save_bundle
-from models.recalibration import CARD, METRICS
+from models.recalibration import CARD, METRICS, fitted_to_outcomes
 from training.data.manifest import DataError
 from training.evaluate import Report
 from training.ood import IN_DISTRIBUTION
@@ -36,6 +36,11 @@ def check_publishable(bundle: Bundle, split: str, data_fingerprint: str) -> None
         raise DataError(
             f"{bundle.folder} was fitted on other data than this manifest holds: its test images "
             "may be among what was learned from. Publish figures of its own manifest only."
+        )
+    if fitted_to_outcomes(bundle.manifest):
+        raise DataError(
+            f"{bundle.folder} was recalibrated on outcomes, which may be those of the test images: "
+            "publish the figures of the bundle that it was made of."
         )
 
 
@@ -157,6 +162,12 @@ def _tasks(found: dict[str, Any]) -> str:
 |---|---|---|---|---|---|
 {rows}
 """
+    table += "".join(
+        f"\n{task}: {values['of no label']:,} further images are of what it has no label for; no "
+        "answer to them is right.\n"
+        for task, values in found["tasks"].items()
+        if values["of no label"]
+    )
     age = found["tasks"].get("age", {})
     if "mean absolute error in years" in age:
         table += f"""
@@ -250,9 +261,8 @@ def _paper(report: Report) -> str:
 
 def _not_learned_from(report: Report) -> str:
     rows = "\n".join(
-        f"| {name} | {report['sets'][name]['images']:,} | {report['sets'][name]['melanomas']:,} "
-        f"| {interval(report['sets'][name]['melanoma']['AUROC'])} "
-        f"| {interval(found['AUROC difference'])} |"
+        f"| {name} | {found['images']:,} | {found['melanomas']:,} "
+        f"| {interval(found['AUROC'])} | {interval(found['AUROC difference'])} |"
         for name, found in report["not learned from"].items()
     )
     if not rows:
@@ -265,7 +275,8 @@ def _not_learned_from(report: Report) -> str:
 |---|---|---|---|---|
 {rows}
 
-What a source took in differs, too: a difference is not of the network alone.
+Images, lesions and patients that are also in what was learned from are left out. What a source
+took in differs, too: a difference is not of the network alone.
 """
 
 

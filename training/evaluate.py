@@ -15,6 +15,7 @@ from training import metrics
 from training.baselines import MetadataModel, majority, truth_of
 from training.data.components import with_components
 from training.data.manifest import DataError, Record, collection_of, fingerprint
+from training.data.vocabulary import Split
 from training.metrics import Classes, Floats
 from training.predictions import Predictions
 from training.statistics import LEAST_CLUSTERS, REPLICATES, Clusters, Estimate, Statistic, bounded
@@ -29,6 +30,8 @@ INTERVAL = (
 CURVE = tuple(round(0.01 * step, 2) for step in range(1, 51))
 # What is compared between groups, and between two models.
 KEY_FIGURES = ("AUROC", "sensitivity", "specificity", "mean probability less prevalence")
+# Means of as many figures as there are classes, each weighing the same.
+OF_ALL_CLASSES = ("balanced accuracy", "F1, macro")
 COMPARED = ("AUROC", "average precision", "sensitivity", "specificity", "Brier score")
 
 Report = dict[str, Any]
@@ -36,7 +39,7 @@ Report = dict[str, Any]
 
 def evaluate(
     predictions: Predictions,
-    training: Sequence[Record],
+    manifest: Sequence[Record],
     against: Predictions | None = None,
     subsets: Mapping[str, Sequence[int]] | None = None,
 ) -> Report:
@@ -44,7 +47,8 @@ def evaluate(
 
     Args:
         predictions: Of images with labels; a dataset's rows are its source.
-        training: What the baselines learn from (rows of the same manifest with split `train`).
+        manifest: Of these images: the baselines learn from its rows with split `train`, and all of
+            them tell which pictures a dataset holds.
         against: Another model's predictions of the same images.
         subsets: Rows that are to be reported on their own as well, by name.
 
@@ -55,6 +59,7 @@ def evaluate(
         DataError: No dataset has enough images with and without melanoma.
     """
     check_size(predictions.records)
+    training = [record for record in manifest if record.split is Split.TRAIN]
     found = _Evaluation(predictions, training, against)
     by_dataset = _rows_by_dataset(predictions.records)
     sources = set(by_dataset)
@@ -69,7 +74,9 @@ def evaluate(
         sets = {
             name: found.report(rows) for name, rows in tqdm(judged.items(), "measure", unit="set")
         }
-        unseen = found.unseen({name: rows for name, rows in judged.items() if name in sources})
+        unseen = found.unseen(
+            {name: rows for name, rows in judged.items() if name in sources}, manifest
+        )
     return {
         "model": predictions.model,
         "artifact_sha256": predictions.sha256,
@@ -156,7 +163,9 @@ class _Evaluation:
         f1 = clusters.bootstrap(
             _statistics(metrics.f1_readings(truth, range(2)), truth, called), SEED, REPLICATES
         )
-        perfect, perfect_high = metrics.ece_if_calibrated(probability, clusters.numbers, SEED)
+        # Of a patient's lesions one may be melanoma and the others not.
+        lesions = Clusters([f"{r.component} {r.lesion or r.image}" for r in records])
+        perfect, perfect_high = metrics.ece_if_calibrated(probability, lesions.numbers, SEED)
         report: Report = {
             "images": len(known),
             "components": len(clusters),
@@ -191,7 +200,8 @@ class _Evaluation:
             "tasks": {
                 task: self._task(task, rows)
                 for task in self.predictions.labels
-                if (self.truths[task][list(rows)] != MISSING).sum() >= LEAST_CLUSTERS
+                if self._components(row for row in rows if self.truths[task][row] != MISSING)
+                >= LEAST_CLUSTERS
             },
             "groups": self._groups(known),
         }
@@ -199,31 +209,51 @@ class _Evaluation:
             report["compared"] = self._compare(known, truth, clusters)
         return report
 
-    def unseen(self, sources: Mapping[str, Sequence[int]]) -> Report:
+    def unseen(self, sources: Mapping[str, Sequence[int]], manifest: Sequence[Record]) -> Report:
         """AUROC on each source that was not learned from, less that on those that were.
 
-        Both are of held-out images. Which images a source took in differs, so that a difference is
-        not of the network alone.
+        Both are of held-out images, of which a source's are those that no dataset that was learned
+        from holds, too. Which images a source took in differs, so that a difference is not of the
+        network alone.
         """
-        learned = {collection_of(name) for name in self.predictions.trained_on} & set(sources)
+        names = {collection_of(name) for name in self.predictions.trained_on}
+        learned = names & set(sources)
         if not learned:
             return {}
+        linked = with_components(manifest)
+        theirs = {r.component for r in linked if collection_of(r.dataset) in names}
+        shared = {(r.dataset, r.image) for r in linked if r.component in theirs}
 
         def known(rows: Sequence[int]) -> list[int]:
             return [row for row in rows if self.melanoma[row] != MISSING]
 
+        def foreign(row: int) -> bool:
+            return (self.records[row].dataset, self.records[row].image) not in shared
+
         own = known([row for name in sorted(learned) for row in sources[name]])
         found: Report = {}
         for name in sorted(set(sources) - learned):
-            rows = [*own, *known(sources[name])]
+            apart = [row for row in known(sources[name]) if foreign(row)]
+            if not _can_be_judged(self.records[row] for row in apart):
+                continue
+            rows = [*own, *apart]
             less = _auroc_difference(
                 self.melanoma[rows],
                 self.predictions.probability[rows],
                 np.arange(len(rows)) >= len(own),
             )
+            alone = _statistics(
+                {"AUROC": metrics.auroc_or_nan},
+                self.melanoma[apart],
+                self.predictions.probability[apart],
+            )
+            there = self._clusters(apart).bootstrap(alone, SEED, REPLICATES)
             estimate = self._clusters(rows).bootstrap({"AUROC": less}, SEED, REPLICATES)["AUROC"]
             found[name] = {
                 "learned from": sorted(learned),
+                "images": len(apart),
+                "melanomas": int(self.melanoma[apart].sum()),
+                **self._written(there, apart),
                 "AUROC difference": asdict(bounded(estimate)),
             }
         return found
@@ -237,6 +267,7 @@ class _Evaluation:
         statistics = _statistics(metrics.categorical(truth, range(len(labels))), truth, found)
         report: Report = {
             "images": len(known),
+            "of no label": sum(self._is_of_no_label(task, row) for row in rows),
             "majority": majority(truth, range(len(labels))),
             "metadata_only": self.metadata.task(task, records, truth),
             "confusion": metrics.confusion(truth, found, labels),
@@ -254,11 +285,26 @@ class _Evaluation:
                 report["median_age_error_years"] = self.metadata.median_age_error(records)
         clusters = self._clusters(known)
         estimates = clusters.bootstrap(statistics, SEED, REPLICATES)
+        fewest = min(
+            self._components(row for row in known if self.truths[task][row] == label)
+            for label in set(truth.tolist())
+        )
+        if fewest < LEAST_CLUSTERS:
+            # A class of an image or two is right or wrong in nearly every resample alike.
+            estimates |= {
+                name: Estimate(estimates[name].value, float("nan"), float("nan"))
+                for name in OF_ALL_CLASSES
+            }
         shares = {"accuracy": len(clusters)}
         return report | {
             name: asdict(bounded(estimate, shares.get(name)))
             for name, estimate in estimates.items()
         }
+
+    def _is_of_no_label(self, task: str, row: int) -> bool:
+        """Whether an image's class is known, and none that the model can answer."""
+        known = getattr(self.records[row], task, None) is not None
+        return known and bool(self.truths[task][row] == MISSING)
 
     def _groups(self, rows: Sequence[int]) -> Report:
         """Key figures by source, sex, age, site and diagnosis."""
@@ -289,7 +335,7 @@ class _Evaluation:
             "AUROC": min(positive, negative),
             "sensitivity": positive,
             "specificity": negative,
-            "mean probability less prevalence": len(clusters),
+            "mean probability less prevalence": min(positive, negative),
         }
         chosen = {name: figures[name] for name in KEY_FIGURES if enough[name] >= LEAST_CLUSTERS}
         estimates = clusters.bootstrap(_statistics(chosen, truth, probability), SEED, REPLICATES)

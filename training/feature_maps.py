@@ -9,9 +9,16 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from training.backbones import BUILT_PLAIN, Source, build, fill, load_classifier
+from training.backbones import (
+    BUILT_PLAIN,
+    Source,
+    build,
+    fill,
+    has_listed_normalisation,
+    load_classifier,
+)
 from training.data.manifest import DataError, first_line
-from training.zoo import Backbone, choose
+from training.zoo import Backbone
 
 # What stands behind the features in torchvision's networks.
 _BEHIND = ("avgpool", "classifier", "fc", "head", "heads")
@@ -83,8 +90,7 @@ def build_feature_map(
         else:
             model.load_state_dict(load_classifier(backbone, source).model.state_dict())
     mean, std = backbone.mean, backbone.std
-    (listed,) = choose([backbone.name])
-    if backbone.name in BUILT_PLAIN and (mean, std) == (listed.mean, listed.std):
+    if backbone.name in BUILT_PLAIN and has_listed_normalisation(backbone):
         # These two turn ImageNet's normalisation into this one in a step that is left out here.
         mean = std = _HALF
     features = _features(backbone, model)

@@ -88,7 +88,8 @@ def describe(
             "leave them out."
             if seen
             else "These images, and every image of the same lesion, patient or picture, were left "
-            "out of training and tuning here."
+            "out of fitting, stopping and calibration here. Whether their labels chose its "
+            "backbone, the bundle does not say."
         )
     ages = {name: labels for name, labels in predictions.labels.items() if name == "age"}
     model = MetadataModel(train, ages, predictions.age_edges)

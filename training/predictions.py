@@ -50,6 +50,7 @@ class Predictions:
         ood_score: Float [N], where it is predicted.
         sha256: Of the artifact.
         trained_on: Names of the datasets that the model was learned from, where they are known.
+        data_fingerprint: Of the manifest that it was fitted with, where that is known.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Predictions:
     ood_score: Floats | None = None
     sha256: str | None = None
     trained_on: tuple[str, ...] = ()
+    data_fingerprint: str | None = None
 
 
 def predict(
@@ -121,6 +123,7 @@ def predict(
         ood_score=found["ood_score"],
         sha256=artifact.sha256,
         trained_on=tuple(source.name for source in manifest.training_data.sources),
+        data_fingerprint=manifest.training_data.fingerprint,
     )
 
 

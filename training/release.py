@@ -5,6 +5,7 @@ from math import isfinite
 from pathlib import Path
 
 from models.bundle import Bundle, Metric
+from models.recalibration import fitted_to_outcomes
 from training import paper
 from training.data.components import shared
 from training.data.layouts import Dataset, balanced, ham10000, image_files, read_datasets
@@ -64,11 +65,16 @@ def evaluate_model(
             known = paper.find_known(records)
         fair = clean - (known or set())
         subsets[paper.CLEAN] = [row for row in rows if tested[row].image in fair]
-    training = [record for record in records if record.split is Split.TRAIN]
-    report = evaluate(predictions, training, against, subsets)
+    report = evaluate(predictions, records, against, subsets)
     report["split"] = str(split)
     report["data_fingerprint"] = data_fingerprint
     report["cautions"] = _cautions(predictions, records, split, bundle, own)
+    if against is not None and against.data_fingerprint != data_fingerprint:
+        report["cautions"].append(
+            f"Whether {against.model} has learned from these images, or from the same lesions, is "
+            "not known: it was not fitted with this manifest. Where it has, differences are worse "
+            "than they would be on others."
+        )
     if published is not None and rows:
         evaluated = [tested[row] for row in rows]
         report["paper"] = paper.describe(published, clean, evaluated, predictions, known)
@@ -167,6 +173,12 @@ def _cautions(
         cautions.append(
             f"None of the images that it was trained on says anything of: {', '.join(tasks)}. What "
             "the bundle answers of that means nothing, unless teachers or a network before it knew."
+        )
+    if bundle is not None and fitted_to_outcomes(bundle.manifest):
+        cautions.append(
+            "Its calibration and threshold were fitted to outcomes: whether these images are among "
+            "them is not known, and where they are, what follows from the threshold and the "
+            "calibration is better than it would be on others."
         )
     if bundle is not None:
         cautions.append(

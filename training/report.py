@@ -16,6 +16,8 @@ from training.statistics import LEAST_CLUSTERS
 
 JSON = "report.json"
 PAGE = "report.html"
+# Where there is no figure.
+NONE = "–"
 
 
 def save_report(folder: Path, report: Report) -> None:
@@ -57,13 +59,13 @@ def load_template(name: str) -> Template:
 def number(value: float | None, digits: int = 3) -> str:
     """A figure for people; a dash where there is none."""
     # Adding 0.0 takes the sign off a zero.
-    return "–" if value is None or value != value else f"{round(value, digits) + 0.0:.{digits}f}"
+    return NONE if value is None or value != value else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def interval(estimate: dict[str, float], digits: int = 3) -> str:
     """A figure and its interval for people."""
     value, low, high = (number(estimate[name], digits) for name in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
+    return value if low == high == NONE else f"{value} ({low} to {high})"
 
 
 class _Plots:

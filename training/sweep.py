@@ -207,7 +207,9 @@ def table(
         f"data `{answers.data[:16]}`, seed {seed}. "
         f"{len(outcomes)} of {len(recipes)} recipes are done. Intervals are 95 %, over components, "
         "differences paired; they do not hold what another seed would change, and the best of "
-        "many is better here than it will be on other images.",
+        "many is better here than it will be on other images. Each network is of its best epoch on "
+        "these same images, which favours many epochs, and the first recipe over those that start "
+        "from what it chose.",
         "",
         "| recipe | what it changes | epochs | minutes | AUROC | less the first |",
         "|---|---|---|---|---|---|",

@@ -62,6 +62,21 @@ def test_a_folder_or_notes_that_are_not_there_are_not_done_without(tmp_path: Pat
         find_source(entry, tmp_path / "nowhere")
     with pytest.raises(WeightsError, match=r"weights_notes: .*notes.toml does not exist"):
         find_source(entry, tmp_path, tmp_path / "notes.toml")
+    (tmp_path / "notes.toml").write_text("")
+    with pytest.raises(DataError, match="give the folder, too"):
+        find_source(entry, None, tmp_path / "notes.toml")
+
+
+@pytest.mark.parametrize("name", sorted(backbones.BUILT_PLAIN))
+def test_what_was_noted_is_the_only_normalisation(name: str, tmp_path: Path) -> None:
+    """Weights of others want none of what torchvision does within these networks."""
+    (entry,) = choose([name])
+    assert build(entry).transform_input
+    torch.save({}, tmp_path / f"{name}.pth")
+    (tmp_path / "weights.toml").write_text(f"[{name}]\nmean = [0, 0, 0]\nstd = [1, 1, 1]\n")
+    _, noted = find_source(entry, tmp_path)
+    assert (noted.mean, noted.std) == ((0, 0, 0), (1, 1, 1))
+    assert not build(noted).transform_input
 
 
 def test_other_weights_have_another_label(tmp_path: Path) -> None:
@@ -107,6 +122,9 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
         ("mnasnet0_5 = 3", "must be a table"),
         ("[mnasnet0_5]\nmean = 0.5", "mean of mnasnet0_5 must be three numbers"),
         ("[mnasnet0_5]\nstd = [1, 2]", "std of mnasnet0_5 must be three numbers"),
+        ("[mnasnet0_5]\nstd = [0, 1, 1]", "std of mnasnet0_5 must be three numbers"),
+        ("[mnasnet0_5]\nmeans = [0.5, 0.5, 0.5]", "means of mnasnet0_5 says nothing here"),
+        ("[mnasnet_0_5]\nmean = [0.5, 0.5, 0.5]", "Did you mean mnasnet0_5"),
     ],
 )
 def test_notes_that_cannot_be_used_are_named(tmp_path: Path, text: str, said: str) -> None:

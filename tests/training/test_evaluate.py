@@ -223,9 +223,53 @@ def test_what_is_not_known_of_an_image_is_a_group_and_no_truth() -> None:
     assert groups["site"]["unknown"]["images"] == 92
     # Of eight images nothing is said.
     assert evaluate(replace(predictions(tested), records=bare), [])["sets"]["A"]["tasks"] == {}
-    known = [replace(record, age=None) for record in tested[:90]] + tested[90:]
+    known = [replace(record, age=None) for record in tested[:80]] + tested[80:]
     age = evaluate(replace(predictions(tested), records=known), [])["sets"]["A"]["tasks"]["age"]
-    assert age["images"] == 10
+    assert age["images"] == 20
+
+
+@pytest.mark.usefixtures("fewest_resamples")
+def test_a_mean_over_classes_has_no_interval_where_one_has_too_few_lesions() -> None:
+    tested = records(240, "A", Split.TEST)
+    for least, few in ((1, True), (9, True), (10, False)):
+        # Of those under thirty, only so many lesions are left.
+        young = sorted({r.component for r in tested if r.age is not None and r.age < 30})
+        kept = [r for r in tested if r.component not in young[least:]]
+        guessed = np.random.default_rng(0).dirichlet(np.ones(5), len(kept))
+        made = replace(predictions(kept), outputs={"age": guessed})
+        age = evaluate(made, [])["sets"]["A"]["tasks"]["age"]
+        for figure in ("balanced accuracy", "F1, macro"):
+            assert np.isfinite(age[figure]["value"])
+            assert np.isnan([age[figure]["low"], age[figure]["high"]]).all() == few
+        assert np.isfinite(age["accuracy"]["low"])
+
+
+@pytest.mark.usefixtures("fewest_resamples")
+def test_images_of_what_there_is_no_label_for_are_counted() -> None:
+    tested = records(240, "A", Split.TEST)
+    sites = [str(Site.TORSO) if r.site is list(Site)[0] else str(r.site) for r in tested]
+    labels = tuple(sorted(set(map(str, list(Site)[:2]))))
+    made = replace(
+        predictions(tested),
+        outputs={"site": np.eye(2)[[int(site == labels[1]) for site in sites]]},
+        labels={"site": labels},
+    )
+    found = evaluate(made, [])
+    site = found["sets"]["A"]["tasks"]["site"]
+    without = sum(str(r.site) not in labels for r in tested)
+    assert site["of no label"] == without > 0
+    assert site["images"] == len(tested) - without
+    assert f"site: {without} further images are of what it has no label for" in render(found)
+
+
+@pytest.mark.usefixtures("fewest_resamples")
+def test_how_probabilities_lie_is_said_of_groups_with_enough_of_both_classes() -> None:
+    tested = records(400, "A", Split.TEST)
+    groups = evaluate(predictions(tested), [])["sets"]["A"]["groups"]
+    less = "mean probability less prevalence"
+    # Of a group that is defined by the outcome, it would say nothing of the model.
+    assert all(less not in figures for figures in groups["diagnosis"].values())
+    assert all(less in figures for figures in groups["sex"].values())
 
 
 def test_a_source_that_was_not_learned_from_stands_beside_those_that_were() -> None:
@@ -245,6 +289,19 @@ def test_a_source_that_was_not_learned_from_stands_beside_those_that_were() -> N
     assert difference["low"] < difference["value"] < difference["high"] < 0
     assert "Sources that it never learned from" in render(found)
     assert evaluate(replace(both, trained_on=()), [])["not learned from"] == {}
+
+
+@pytest.mark.usefixtures("fewest_resamples")
+def test_what_a_dataset_that_was_learned_from_holds_too_is_not_foreign() -> None:
+    own, other = records(240, "A", Split.TEST), records(240, "B", Split.TEST)
+    both = replace(predictions([*own, *other]), trained_on=("A",))
+    (unseen,) = evaluate(both, [*own, *other])["not learned from"].values()
+    held = [replace(r, dataset="A", split=Split.TRAIN) for r in other[:100]]
+    (again,) = evaluate(both, [*own, *other, *held])["not learned from"].values()
+    assert (again["images"], unseen["images"]) == (140, 240)
+    assert again["AUROC"]["value"] != unseen["AUROC"]["value"]
+    every = [replace(r, dataset="A", split=Split.TRAIN) for r in other]
+    assert evaluate(both, [*own, *other, *every])["not learned from"] == {}
 
 
 @pytest.mark.usefixtures("fewest_resamples")
@@ -401,7 +458,7 @@ def test_the_papers_set_is_described_with_its_leaks() -> None:
     learned = replace(val[20], dataset="ISIC 2020", image="again", split=Split.VALIDATION)
     known = paper.find_known([*val, replace(learned, lesion="IL_90")])
     assert known == {"v-20", "v-21"}  # of one component
-    for seen, sentence in ((known, "2 of these images share"), (set(), "were left out of train")):
+    for seen, sentence in ((known, "2 of these images share"), (set(), "were left out of fitting")):
         told = paper.describe(dataset, clean, val[:40], predictions(val[:40]), seen)["cautions"]
         assert any(sentence in caution for caution in told)
     assert all(m["age"]["accuracy"] for m in found["metadata_only"].values())

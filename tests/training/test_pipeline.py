@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 
 from app.settings import Settings
 from models.bundle import NAME, load_bundle
+from models.recalibration import OUTCOMES, recalibrate, save_recalibrated
 from tests.conftest import started
 from tests.training.conftest import SMALL
 from tests.training.folders import BALANCED_LESIONS, draw_ham10000
@@ -381,7 +382,9 @@ def test_the_figures_the_card_and_the_page_say_what_was_measured(
     assert f"{auroc['value']:.3f}" in card
     assert f"{auroc['value']:.3f}" in (fitted.folder / "report" / "report.html").read_text()
     assert "CC BY-NC" in card
-    assert f"| balanced | 40 | {metrics['sets']['balanced']['melanomas']} |" in card
+    # The balanced set is drawn of HAM10000's own pictures.
+    assert metrics["not learned from"] == {}
+    assert "Sources that it never learned from" not in card
 
 
 def test_a_table_of_predictions_is_evaluated_and_compared(
@@ -417,6 +420,24 @@ def test_a_table_of_predictions_is_evaluated_and_compared(
     assert "fitted to: the figures are better" in (tmp_path / "report" / "report.html").read_text()
     with pytest.raises(DataError, match="Only figures of the test split"):
         cli(["evaluate", *arguments, *bundle, "--publish"], standalone_mode=False)
+
+
+def test_what_was_fitted_to_outcomes_is_told_and_not_published(
+    fitted: Run, fitted_bundle: Path, tmp_path: Path
+) -> None:
+    """They may be those of the very images that it is evaluated on."""
+    shipped, clinic = load_bundle(fitted_bundle), tmp_path / "clinic"
+    logits = np.linspace(-3, 3, 60)
+    melanoma = logits + np.random.default_rng(0).normal(0, 2, 60) > 0
+    manifest = recalibrate(shipped.manifest, logits, melanoma, f"predictions.csv {OUTCOMES}")
+    save_recalibrated(shipped, clinic, manifest, "fitted to 60 outcomes")
+    told = ["evaluate", "--run", str(fitted.folder), "--bundle", str(clinic)]
+    told += ["-o", str(tmp_path / "report")]
+    cli(told, standalone_mode=False)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert any("were fitted to outcomes" in line for line in report["cautions"])
+    with pytest.raises(DataError, match="was recalibrated on outcomes"):
+        cli([*told, "--publish"], standalone_mode=False)
 
 
 def test_too_few_lesions_are_told_before_any_image_is_predicted(

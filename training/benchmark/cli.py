@@ -3,10 +3,10 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -133,11 +133,10 @@ def benchmark(
         random=random,
         measure_costs=costs,
     )
-    if done.missing:
-        print(f"Left out ({len(done.missing)}):", file=sys.stderr)
-        for name, reason in done.missing.items():
-            print(f"  {name}: {reason}", file=sys.stderr)
+    _say_what_is_missing(done.missing)
     if shard_text is not None:
+        if chosen and not done.ready:
+            raise DataError("No backbone of this part has features, for the reasons above.")
         print(f"Features of {len(done.ready)} backbones are in {run}. Without --shard: report.")
         return
     command = shlex.join(["mmtl-train", *sys.argv[1:]])
@@ -146,16 +145,34 @@ def benchmark(
     if finetune:
         report = tune_best(report, done, finetune, finetune_epochs)
         save_report(out, report)
+        _say_what_is_missing(
+            {name: why for name, why in report["missing"].items() if name not in done.missing}
+        )
     table = Table(title="random weights" if random else "AUROC of the logistic probe")
-    for column in ("", "backbone", "AUROC (95 %)", "images/s at batch 1", ""):
+    columns = ("", "backbone", "AUROC (95 %)", "images/s at batch 1", "")
+    for column in (*columns, "fine-tuned (95 %)") if finetune else columns:
         table.add_column(column)
     for b in report["backbones"][:10]:
-        found = b["logistic"]["AUROC"]
         speed = f"{b['costs'][0]['images per second']:.1f}" if b["costs"] else ""
-        text = f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
-        table.add_row(str(b["rank"]), b["name"], text, speed, "tied" if b["tied for first"] else "")
+        row = [str(b["rank"]), b["name"], _told(b["logistic"]), speed]
+        row.append("tied" if b["tied for first"] else "")
+        if finetune:
+            row.append(_told(b["fine-tuned"]) if b["fine-tuned"] else "")
+        table.add_row(*row)
     Console(markup=False, width=None if sys.stdout.isatty() else 100).print(table)
     print(f"Wrote {out}/report.html, report.json and backbones.csv.")
+
+
+def _say_what_is_missing(missing: Mapping[str, str]) -> None:
+    if missing:
+        print(f"Left out ({len(missing)}):", file=sys.stderr)
+    for name, reason in missing.items():
+        print(f"  {name}: {reason}", file=sys.stderr)
+
+
+def _told(figures: Mapping[str, Any]) -> str:
+    found = figures["AUROC"]
+    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
 def _used(
@@ -170,8 +187,16 @@ def _used(
         and (dataset is None or record.dataset.startswith(dataset))
     ]
     if not used:
-        there = sorted({f"{record.dataset} ({record.split})" for record in records})
+        there = sorted(
+            {
+                f"{record.dataset} ({record.split or 'no split'})"
+                for record in records
+                if record.path and record.melanoma is not None
+            }
+        )
+        if not there:
+            raise DataError(f"No row of {path} has both an image file and a label of melanoma.")
         raise DataError(
-            f"{path} has no labelled images of that split and dataset; it has {', '.join(there)}."
+            f"{path} has no labelled images of what was asked for; it has {', '.join(there)}."
         )
     return used

@@ -24,6 +24,11 @@ INTERVAL = (
     "95 %, bootstrap over components within folds, widened by how much more the mean of folds "
     "strays on permuted labels"
 )
+# Of one that has features in this run, and none that are wanted.
+_OTHERS = (
+    "Its features here are of other weights or images: of files with other times, or decoded by "
+    "another version of Pillow."
+)
 Report = dict[str, Any]
 
 
@@ -110,7 +115,11 @@ def extract(
     ready = {
         pair[0].name: pair for pair in [*work, *gone] if store.holds(pair[0], keys[pair[0].name])
     }
-    without = {name: reason for name, reason in missing.items() if name not in ready}
+    without = {
+        name: f"{reason} {_OTHERS}" if store.holds_others(name) else reason
+        for name, reason in missing.items()
+        if name not in ready
+    }
     away = {backbone.name: missing[backbone.name] for backbone, _ in gone}
     return Extracted(folder, images, study, ready, keys, without, away, random)
 
@@ -129,7 +138,8 @@ def compare(extracted: Extracted, command: str, budget: float | None = None) -> 
     records, names = extracted.records, list(extracted.ready)
     if not names:
         raise DataError(
-            "No backbone has weights: give --weights-dir, or run where they can be downloaded."
+            "No backbone has features, for the reasons above. Weights are to be had with "
+            "--weights-dir, or where they can be downloaded."
         )
     components = len({record.component for record in records})
     report = judge(names, extracted.load, extracted.study, components, budget)

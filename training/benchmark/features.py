@@ -4,15 +4,18 @@ A process of its own bounds the memory (it is all given back), measures its peak
 that fails or is killed takes no other with it.
 """
 
+import fcntl
 import hashlib
 import json
-import os
 import resource
 import shutil
-import socket
+import signal
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from multiprocessing import get_context
@@ -26,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from models.cores import processor
+from models.cores import available_cores, processor
 from models.files import write_atomically
 from training.backbones import Classifier, Source, load_classifier
 from training.data.cache import build_cache, files_key, open_cache
@@ -42,6 +45,8 @@ COST_BATCH_SIZES = (1, 32)
 # A measurement that would take longer is not made.
 _COST_SECONDS = 60.0
 _COST_RUNS = 5
+# Folders of decoded images, and the file in one that is locked while it is used.
+_PIXELS, _LOCK = "pixels-", "lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,10 @@ class Store:
     def holds(self, backbone: Backbone, key: str) -> bool:
         """Whether its features of these weights and images are there."""
         return load_arrays(self.path(backbone, key), key, ()) is not None
+
+    def holds_others(self, name: str) -> bool:
+        """Whether there are features of a backbone, of any weights and images."""
+        return any(self.folder.glob(f"{name}-*.npz"))
 
     def save(self, key: str, backbone: Backbone, penultimate: Floats, logits: Floats) -> None:
         """Write features, so that they are there as a whole or not at all."""
@@ -151,7 +160,7 @@ def load_arrays(path: Path, key: str, names: Sequence[str]) -> dict[str, Floats]
 
 def machine() -> str:
     """What costs are measured on."""
-    cores = f"{os.cpu_count()} cores of {processor()}"
+    cores = f"{available_cores()} cores of {processor()}"
     return f"{torch.cuda.get_device_name()}, {cores}" if torch.cuda.is_available() else cores
 
 
@@ -204,27 +213,24 @@ def extract_all(
     failed: dict[str, str] = {}
     # The estimate goes by the multiply-adds that remain.
     total = sum(backbone.multiply_adds for backbone, _ in missing)
-    pixels = _own_folder(store.folder)
     unit = "multiply-adds an image"
-    try:
-        with tqdm(
-            total=total, desc="features", unit=unit, unit_scale=True, disable=not missing
-        ) as bar:
-            for size, group in _by_size(missing):
-                path = pixels / f"{size}.npy"
-                build_cache(path, records, size, size)
-                for backbone, source in group:
-                    bar.set_postfix_str(backbone.name)
-                    arguments = (backbone, source, len(records), store, path, keys[backbone.name])
-                    reason = in_own_process(extract_and_save, *arguments)
-                    if reason:
-                        failed[backbone.name] = reason
-                        tqdm.write(f"{backbone.name}: {reason}")
-                    bar.update(backbone.multiply_adds)
-                # Pixels at 600 px are large, and all that needed these is done.
-                path.unlink()
-    finally:
-        shutil.rmtree(pixels, ignore_errors=True)
+    with (
+        _own_folder(store.folder) as pixels,
+        tqdm(total=total, desc="features", unit=unit, unit_scale=True, disable=not missing) as bar,
+    ):
+        for size, group in _by_size(missing):
+            path = pixels / f"{size}.npy"
+            build_cache(path, records, size, size)
+            for backbone, source in group:
+                bar.set_postfix_str(backbone.name)
+                arguments = (backbone, source, len(records), store, path, keys[backbone.name])
+                reason = in_own_process(extract_and_save, *arguments)
+                if reason:
+                    failed[backbone.name] = reason
+                    tqdm.write(f"{backbone.name}: {reason}")
+                bar.update(backbone.multiply_adds)
+            # Pixels at 600 px are large, and all that needed these is done.
+            path.unlink()
     if measure_costs:
         wanted = [
             p for p in work if p[0].name not in failed and not store.costs_path(p[0]).is_file()
@@ -293,6 +299,8 @@ def in_own_process(function: Callable[..., None], *arguments: Any) -> str:
 
 
 def _report(to: Connection, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    # Of Ctrl-C, which a terminal sends it, too: the one that waits for it ends, and this with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         function(*arguments)
         to.send("")
@@ -306,14 +314,21 @@ def _by_size(work: Sequence[Work]) -> Iterator[tuple[int, Iterable[Work]]]:
     return groupby(ordered, key=lambda pair: pair[0].input_size)
 
 
-def _own_folder(store: Path) -> Path:
-    """For pixels of this process; what a killed one of this machine left is removed."""
-    host = socket.gethostname()
-    for left in store.glob(f"pixels-{host}-*"):
-        pid = left.name.rpartition("-")[2]
-        if pid.isdigit() and not Path("/proc", pid).exists():
+@contextmanager
+def _own_folder(store: Path) -> Iterator[Path]:
+    """For pixels of this process; what killed ones left, whose lock is free, is removed."""
+    store.mkdir(parents=True, exist_ok=True)
+    for left in store.glob(f"{_PIXELS}*"):
+        with suppress(OSError), (left / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)
-    return store / f"pixels-{host}-{os.getpid()}"
+    own = Path(tempfile.mkdtemp(prefix=_PIXELS, dir=store))
+    with (own / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        try:
+            yield own
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def _short(text: str) -> str:
@@ -344,4 +359,5 @@ def _costs(model: Classifier, size: int, device: torch.device) -> Iterator[Cost]
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

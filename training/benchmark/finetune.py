@@ -79,10 +79,12 @@ def finetune(
     """
     size = backbone.input_size
     pixels = build_cache(folder / f"pixels-{size}.npy", records, size, size)
+    recipe = f"{BACKBONE_RATE} {HEAD_RATE} {WEIGHT_DECAY} {Config(size=size).model_dump_json()}"
     scores = np.empty(len(records))
     for fold in tqdm(range(FOLDS), f"fine-tune {backbone.name}", unit="fold"):
         held = np.flatnonzero(study.folds == fold)
-        own_key = f"{key} epochs {epochs} labels {study.truth.tolist()} held {held.tolist()}"
+        labels = f"labels {study.truth.tolist()} held {held.tolist()}"
+        own_key = f"{key} epochs {epochs} {recipe} {labels}"
         path = folder / f"{backbone.name}-{fold}.npz"
         found = load_arrays(path, own_key, ("scores",))
         if found is None:

@@ -1,6 +1,5 @@
 """Everything that is said of the backbones, from their cached features, in seconds."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from models.cores import available_cores
 from training import paper
 from training.benchmark import probes, ranking, transferability, zero_train
 from training.benchmark.features import COST_BATCH_SIZES, Features
@@ -59,7 +59,7 @@ def judge(
         return _judge_one(load(name), study)
 
     # NumPy works without the interpreter's lock; its own threads would only get in the way.
-    with threadpool_limits(1), ThreadPoolExecutor(min(os.cpu_count() or 1, _THREADS)) as pool:
+    with threadpool_limits(1), ThreadPoolExecutor(min(available_cores(), _THREADS)) as pool:
         found = dict(
             zip(names, tqdm(pool.map(find, names), "judge", len(names), unit="net"), strict=True)
         )

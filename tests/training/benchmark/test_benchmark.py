@@ -1,10 +1,10 @@
 """`mmtl-train benchmark`, from drawn pictures to a report."""
 
 import csv
+import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from tests.lesions import lesion
 from training.backbones import Source, build, find_source
-from training.benchmark import compare, probes
-from training.benchmark.features import Features, Store, in_own_process, keys_of
+from training.benchmark import compare, features, finetune, probes
+from training.benchmark.features import Features, Store, in_own_process, keys_of, machine
 from training.benchmark.report import save_report
 from training.benchmark.table import judge
 from training.benchmark.transferability import log_me
@@ -149,10 +149,21 @@ def test_a_process_that_dies_is_said_to_have_died() -> None:
 
 
 def test_what_a_killed_run_left_is_removed(drawn: Path, tmp_path: Path) -> None:
-    left = tmp_path / "features" / f"pixels-{socket.gethostname()}-999999999"
-    left.mkdir(parents=True)
-    run(drawn, tmp_path, "--weights", "random", "--no-costs", names=TINY[:1])
+    left, used = (tmp_path / "features" / f"pixels-{name}" for name in ("left", "used"))
+    for folder in (left, used):
+        folder.mkdir(parents=True)
+        (folder / "lock").touch()
+    with (used / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another shard, on any machine, holds it
+        run(drawn, tmp_path, "--weights", "random", "--no-costs", names=TINY[:1])
     assert not left.exists()
+    assert used.exists()
+    assert [path.name for path in (tmp_path / "features").glob("pixels-*")] == [used.name]
+
+
+def test_costs_are_of_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "available_cores", lambda: 3)
+    assert "3 cores of " in machine()
 
 
 def test_cached_features_are_judged_without_their_weights_and_not_tuned(
@@ -223,9 +234,12 @@ def test_what_has_no_weights_is_listed_and_the_rest_goes_on(drawn: Path, tmp_pat
     assert "RANDOM" not in (tmp_path / "run" / "report" / "report.html").read_text()
 
 
-def test_the_best_are_fine_tuned(drawn: Path, tmp_path: Path) -> None:
+def test_the_best_are_fine_tuned(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = ("--weights", "random", "--no-costs", "--finetune", "1", "--finetune-epochs", "1")
-    run(drawn, tmp_path, *told, names=TINY[1:])
+    result = run(drawn, tmp_path, *told, names=TINY[1:])
+    assert "fine-tuned (95 %)" in result.output
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     first, second = report["backbones"]
     assert report["finetuned"] == [first["name"]]
@@ -235,6 +249,10 @@ def test_the_best_are_fine_tuned(drawn: Path, tmp_path: Path) -> None:
     assert len(folds) == probes.FOLDS
     run(drawn, tmp_path, *told, names=TINY[1:])
     assert folds == times(tmp_path / "finetuned")
+    # By another recipe they are tuned anew.
+    monkeypatch.setattr(finetune, "HEAD_RATE", 1e-3)
+    run(drawn, tmp_path, *told, names=TINY[1:])
+    assert not folds.items() & times(tmp_path / "finetuned").items()
 
 
 def test_fine_tuning_that_fails_leaves_the_report(
@@ -245,7 +263,9 @@ def test_fine_tuning_that_fails_leaves_the_report(
 
     monkeypatch.setattr(compare, "finetune", fail)
     told = ("--weights", "random", "--no-costs", "--finetune", "1")
-    assert run(drawn, tmp_path, *told, names=TINY[:1]).exit_code == 0
+    result = run(drawn, tmp_path, *told, names=TINY[:1])
+    assert result.exit_code == 0
+    assert f"{TINY[0]}, fine-tuned: out of memory" in result.output
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["missing"] == {f"{TINY[0]}, fine-tuned": "out of memory"}
 
@@ -253,10 +273,11 @@ def test_fine_tuning_that_fails_leaves_the_report(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--split", "test"], "has no labelled images of that split and dataset"),
+        (["--split", "test"], "has no labelled images of what was asked for; it has drawn (no "),
         (["--only", "resnet5O"], "Did you mean resnet50"),
         (["--shard", "3/2"], "write i/n"),
-        (["--offline", "--only", "vgg11"], "No backbone has weights"),
+        (["--offline", "--only", "vgg11"], "No backbone has features, for the reasons above"),
+        (["--offline", "--only", "vgg11", "--shard", "1/1"], "No backbone of this part has"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(
@@ -275,6 +296,22 @@ def test_what_cannot_be_done_is_one_sentence(
     printed = capsys.readouterr().err
     assert said in printed
     assert "Traceback" not in printed
+
+
+def test_images_without_files_are_not_asked_for_by_another_name(tmp_path: Path) -> None:
+    records = [Record(f"drawn_{n}", "drawn", "", melanoma=n % 2 == 0) for n in range(4)]
+    save_manifest(tmp_path / "tables.csv", records)
+    told = ["benchmark", str(tmp_path / "tables.csv"), "--run", str(tmp_path)]
+    result = CliRunner().invoke(cli, told)
+    assert isinstance(result.exception, DataError)
+    assert "has both an image file and a label of melanoma" in str(result.exception)
+
+
+def test_features_of_other_images_are_said_to_be_there(drawn: Path, tmp_path: Path) -> None:
+    (backbone,) = choose(["vgg11"])
+    Store(tmp_path / "features").save("another key", backbone, np.zeros(2), np.zeros(2))
+    result = run(drawn, tmp_path, "--offline", "--no-costs", names=[*TINY[:1], "vgg11"])
+    assert "is not on this machine. Its features here are of other weights" in result.output
 
 
 def whole_tool(names: list[str], drawn: Path, folder: Path) -> None:
