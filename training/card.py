@@ -8,7 +8,8 @@ from training.data.manifest import DataError
 from training.evaluate import Report
 from training.ood import IN_DISTRIBUTION
 from training.release import headline, headline_set
-from training.report import interval, number, to_json
+from training.report import NONE, interval, number, to_json
+from training.statistics import LEAST_CLUSTERS
 
 
 def save_figures(bundle: Bundle, report: Report) -> Bundle:
@@ -162,6 +163,11 @@ def _tasks(found: dict[str, Any]) -> str:
 |---|---|---|---|---|---|
 {rows}
 """
+    if any(number(values["F1, macro"]["low"]) == NONE for values in found["tasks"].values()):
+        table += (
+            f"\nWithout an interval: a class has fewer than {LEAST_CLUSTERS} lesions, which no "
+            "resampling tells anything of.\n"
+        )
     table += "".join(
         f"\n{task}: {values['of no label']:,} further images are of what it has no label for; no "
         "answer to them is right.\n"

@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 COMMITTED = ROOT / "docs" / "openapi.json"
 # As it was when this major version of the API was released; a new one gets a new file.
 RELEASED = Path(__file__).parent / "openapi-1.json"
+PROBLEM = "application/problem+json"
 
 
 def test_the_committed_description_is_the_service_s() -> None:
@@ -51,14 +52,21 @@ def test_breaking_changes_are_found() -> None:
     def post(document: dict[str, Any]) -> dict[str, Any]:
         return document["paths"]["/predict"]["post"]
 
+    def json_of(answer: dict[str, Any]) -> dict[str, Any]:
+        return answer["content"]["application/json"]["schema"]
+
     assert after(lambda d: d["paths"].pop("/model"))
     assert after(lambda d: post(d)["responses"].pop("200"))
+    assert after(lambda d: post(d)["responses"]["200"]["headers"].popitem())
+    assert after(lambda d: post(d)["responses"]["400"]["content"].popitem())
+    assert after(lambda d: json_of(post(d)["responses"]["200"]).update({"$ref": "Health"}))
     assert after(lambda d: schema(d, "Melanoma")["properties"].pop("threshold"))
     assert after(lambda d: schema(d, "Melanoma")["required"].remove("probability"))
     assert after(lambda d: schema(d, "Age")["properties"]["years"].update(type="string"))
     assert after(lambda d: schema(d, "Health")["properties"]["status"]["enum"].pop())
     assert after(lambda d: post(d)["parameters"][0].update(required=True))
     assert after(lambda d: post(d)["parameters"].clear())
+    assert after(lambda d: post(d)["parameters"][0]["schema"].update(type="integer"))
     assert after(lambda d: post(d)["requestBody"]["content"].pop("image/png"))
     assert not after(lambda d: d["paths"].update({"/new": {"get": {}}}))
     assert not after(lambda d: schema(d, "Health")["properties"].update(since={"type": "string"}))
@@ -92,11 +100,33 @@ def _of_operation(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     was = {parameter["name"]: parameter for parameter in old.get("parameters", [])}
     now = {parameter["name"]: parameter for parameter in new.get("parameters", [])}
     found += [f"parameter {name} is gone" for name in was if name not in now]
+    found += [
+        f"parameter {name} has another type"
+        for name in was
+        if name in now and _shape(was[name]["schema"]) != _shape(now[name]["schema"])
+    ]
+    for status, answer in old.get("responses", {}).items():
+        found += _of_answer(status, answer, new.get("responses", {}).get(status, answer))
     return found + [
         f"parameter {name} is required"
         for name, parameter in now.items()
         if parameter.get("required") and not was.get(name, {}).get("required")
     ]
+
+
+def _of_answer(status: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    headers = [name for name in old.get("headers", {}) if name not in new.get("headers", {})]
+    found = [f"header {name} of {status} is gone" for name in headers]
+    described = dict(old.get("content", {}))
+    if PROBLEM in described:  # 1.0.0 named both, where this alone was ever sent
+        described.pop("application/json", None)
+    for media_type, was in described.items():
+        now = new.get("content", {}).get(media_type)
+        if now is None:
+            found.append(f"{media_type} of {status} is gone")
+        elif "schema" in was and _shape(was["schema"]) != _shape(now.get("schema")):
+            found.append(f"{media_type} of {status} is another schema")
+    return found
 
 
 def _of_schema(name: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:

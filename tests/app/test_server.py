@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from select import select
 
 import numpy as np
@@ -22,6 +23,7 @@ from structlog.testing import capture_logs
 
 from app import predictor
 from app.access import as_cors
+from app.audit import AuditLog
 from app.main import create_app
 from app.server import Protocol, Server, allow_files, keep_no_core
 from app.settings import Settings
@@ -248,6 +250,27 @@ def test_a_page_that_may_call_reads_why_it_is_refused(
     if allowed:
         assert answer.headers["Vary"] == "Origin"
         assert "Retry-After" in answer.headers["Access-Control-Expose-Headers"]
+    connection.close()
+
+
+@pytest.mark.parametrize(("origin", "status"), [(VIEWER, 200), ("https://other.example", 400)])
+def test_a_page_may_ask_before_it_sends_pictures_with_a_key(
+    port: int, origin: str, status: int
+) -> None:
+    """A browser does, for a header that no form could send (Fetch standard, CORS-preflight)."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    asks = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,x-request-id",
+    }
+    connection.request("OPTIONS", "/predict", headers=asks)
+    answer = connection.getresponse()
+    allowed = answer.headers["Access-Control-Allow-Headers"] or ""
+    assert answer.status == status
+    assert answer.headers["Access-Control-Allow-Origin"] == (origin if status == 200 else None)
+    assert "POST" in answer.headers["Access-Control-Allow-Methods"]
+    assert {"authorization", "x-request-id"} <= {h.strip().lower() for h in allowed.split(",")}
     connection.close()
 
 
@@ -690,8 +713,11 @@ def test_an_answer_that_is_cut_off_is_not_counted_as_read(server: Server, port: 
         assert answered(state.metrics, "200") == 0
 
 
-def test_images_that_nobody_waits_for_any_more_are_counted(server: Server, port: int) -> None:
+def test_images_that_nobody_waits_for_any_more_are_counted(
+    server: Server, port: int, tmp_path: Path
+) -> None:
     state = server.config.app.state
+    state.audit = AuditLog(tmp_path / "audit.jsonl", 10_000)
     picture = flat(1, 2100, 2100)
     outcomes = state.metrics.registry.get_sample_value
 
@@ -703,6 +729,9 @@ def test_images_that_nobody_waits_for_any_more_are_counted(server: Server, port:
         until(lambda: outcomes("mmtl_images_total", {"outcome": "gone"}) == 1)
 
     in_turn(meanwhile)  # so that it is not answered
+    until(lambda: (tmp_path / "audit.jsonl").stat().st_size > 0)
+    (line,) = map(json.loads, (tmp_path / "audit.jsonl").read_text().splitlines())
+    assert (line["image"], line["outcome"]) == (hashlib.sha256(picture).hexdigest(), "gone")
 
 
 @pytest.mark.parametrize("ahead", [0, 12])
@@ -735,7 +764,7 @@ def test_an_upload_that_had_begun_when_the_service_ends_is_answered(
     with connect(port) as slow:
         slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n")
         slow.sendall(b"Content-Length: 9\r\n\r\nno ")
-        time.sleep(0.1)
+        until(lambda: len(server.server_state.tasks) == 1)
         server.handle_exit(signal.SIGTERM, None)
         assert not state.networks.current.batcher.ready  # so that no other request is sent here
         time.sleep(0.1)
@@ -772,7 +801,7 @@ def test_an_upload_that_outlasts_the_service_is_told_so(server: Server, port: in
     with connect(port) as slow:
         slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n")
         slow.sendall(b"Content-Length: 1000\r\n\r\nabc")
-        time.sleep(0.1)
+        until(lambda: len(server.server_state.tasks) == 1)
         server.should_exit = True
         answer = read_answer(slow)
         assert (status(answer), problem_of(answer)) == (503, "draining")

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.settings import Settings
 from app.telemetry import Metrics, _Lines, configure_logs
+from models.images import decode
 from tests.conftest import started
 from tests.lesions import draw_lesion, encode, flat
 
@@ -153,6 +154,30 @@ def test_logs_tell_what_happened_and_nothing_of_the_patient(
     assert {"decode_ms", "queue_ms", "inference_ms", "milliseconds"} <= line.keys()
     assert not any("Jane" in json.dumps(line) for line in lines)
     assert not any(key in line for key in ("probability", "filename", "sha256"))
+
+
+@pytest.mark.usefixtures("logs_as_before")
+def test_nor_do_they_where_images_fail(
+    settings: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode_or_fail(data: bytes, *arguments: object, **named: object) -> object:
+        if data == flat(2):
+            raise MemoryError
+        return decode(data, *arguments, **named)
+
+    monkeypatch.setattr("app.predictor.decode", decode_or_fail)
+    configure_logs("DEBUG")
+    sent = {"Jane-good.png": flat(1), "Jane-text.png": b"text", "Jane-short.png": flat(2)}
+    files = [("files", each) for each in sent.items()]
+    with started(settings) as client:
+        answer = client.post("/predict", files=files)
+        client.post("/predict", files=files[1:])
+    good, *_ = answer.json()["results"]
+    written = capsys.readouterr().err
+    assert "image failed" in written
+    assert "Jane" not in written
+    assert good["image"]["sha256"] not in written
+    assert str(good["prediction"]["melanoma"]["probability"]) not in written
 
 
 @pytest.mark.usefixtures("logs_as_before")
