@@ -1,7 +1,7 @@
 """How long does the backbones' report take, once the features are on disk?
 
-.venv/bin/python benchmarks/backbones_from_cache.py > page.part
-mv page.part docs/benchmark/from-cache.md
+.venv/bin/python benchmarks/backbones_from_cache.py > page.part &&
+    mv page.part docs/benchmark/from-cache.md
 
 Simulated features of the paper's 86 backbones on 1,962 images, as large as the largest of their
 kind: 4,096 for AlexNet and VGG, 2,048 for the others. They are written as the tool writes them, and

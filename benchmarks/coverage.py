@@ -1,7 +1,7 @@
 """Do the 95 % intervals cover the truth in 95 of 100 studies?
 
-.venv/bin/python benchmarks/coverage.py > page.part
-mv page.part docs/coverage.md
+.venv/bin/python benchmarks/coverage.py > page.part &&
+    mv page.part docs/coverage.md
 
 Every study draws lesions with one to four images each: a lesion is melanoma or not, its images
 share a difficulty, and the model answers a probability that is off by a known amount. What the

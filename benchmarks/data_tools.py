@@ -1,7 +1,7 @@
 """How long the data tools take on the development data. Prints docs/data-tools.md.
 
-.venv/bin/python -m benchmarks.data_tools ../shared/data > page.part
-mv page.part docs/data-tools.md
+.venv/bin/python -m benchmarks.data_tools ../shared/data > page.part &&
+    mv page.part docs/data-tools.md
 """
 
 import os

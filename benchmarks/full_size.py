@@ -3,8 +3,8 @@
 Starts the service as a process, posts one JPEG again and again, and decodes it in full in between,
 so that both are measured in one run on one machine. Also measures from process start to ready.
 
-    .venv/bin/python benchmarks/full_size.py IMAGE.jpg [--posts 20] > page.part
-    mv page.part docs/full-size.md
+    .venv/bin/python benchmarks/full_size.py IMAGE.jpg [--posts 20] > page.part &&
+        mv page.part docs/full-size.md
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What a CPU's faster arithmetic costs on the test split, beside the fp32 artifact in ONNX Runtime.
 
-.venv/bin/python benchmarks/int8_cost.py runs/default models/default > page.part
-mv page.part docs/int8.md
+.venv/bin/python benchmarks/int8_cost.py runs/default models/default > page.part &&
+    mv page.part docs/int8.md
 
 (docs/int8-avx2.md on such a CPU, as page.name_here has it; `mmtl-train prepare` makes what it needs
 of a run.)

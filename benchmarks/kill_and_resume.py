@@ -1,7 +1,7 @@
 """Does a fit that is killed ten times end as one that was left alone?
 
-.venv/bin/python benchmarks/kill_and_resume.py ../shared/data > page.part
-mv page.part docs/kill-and-resume.md
+.venv/bin/python benchmarks/kill_and_resume.py ../shared/data > page.part &&
+    mv page.part docs/kill-and-resume.md
 
 Both runs are of the same small recipe. One is killed (SIGKILL, with its workers) at random moments
 of its epochs, and started again each time; then the logs and every tensor of the best weights are

@@ -1,7 +1,7 @@
 """Are the backbone benchmark's statistics right? Simulated features with known truth.
 
-.venv/bin/python benchmarks/probe_coverage.py > page.part
-mv page.part docs/probe-coverage.md
+.venv/bin/python benchmarks/probe_coverage.py > page.part &&
+    mv page.part docs/probe-coverage.md
 
 Every study draws lesions with one to three images each. Without signal, every probe's AUROC is 0.5
 in truth, and the 95 % intervals must hold it in 95 of 100 studies. With a planted best backbone the

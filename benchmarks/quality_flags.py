@@ -1,7 +1,7 @@
 """How many images of each dataset every quality warning flags.
 
-.venv/bin/python benchmarks/quality_flags.py ../shared/data > page.part
-mv page.part docs/quality-flags.md
+.venv/bin/python benchmarks/quality_flags.py ../shared/data > page.part &&
+    mv page.part docs/quality-flags.md
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """How fast an epoch goes alone, and beside another program that wants a core for itself.
 
-.venv/bin/python benchmarks/training_beside.py ../shared/data > page.part
-mv page.part docs/training-beside.md
+.venv/bin/python benchmarks/training_beside.py ../shared/data > page.part &&
+    mv page.part docs/training-beside.md
 
 The same epoch (EfficientNet-Lite0, 160 px, 192 images of HAM10000, batches of 32, two workers),
 each in a process of its own and in turn, three times; medians and extremes. The other program is an

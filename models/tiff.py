@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import ceil
 
 _BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
+# In EXIF Pillow takes the next two bytes either way round.
+_EXIF_BYTE_ORDERS = {b"II": "<", b"MM": ">"}
 # Kinds of value: text and blobs, which may be long; and numbers of two and four bytes.
 _BLOBS = {1, 2, 6, 7}
 _NUMBERS = {3: "H", 4: "I"}
@@ -28,9 +30,9 @@ _MOST_COLOURS = 3 * 256
 # Strips or tiles that one may have; longer lists are counted, and not read.
 MOST_STRIPS = 65_536
 # A camera writes a hundred entries, of which each of these has one value: Pillow reads all that
-# they have, in Python. Orientation, and the two resolutions.
+# they have, in Python. The resolutions it reads of a TIFF alone.
 MOST_ENTRIES = 4_096
-_READ_BY_PILLOW = {274, 282, 283}
+_ORIENTATION, _RESOLUTIONS = 274, (282, 283)
 # Of each sample: red, green, blue, and whatever is beside them.
 _MOST_SAMPLES = 16
 # How long strips and tiles are.
@@ -79,9 +81,9 @@ def takes_long(exif: bytes) -> bool:
     Args:
         exif: The block, from its byte order on.
     """
-    order = _BYTE_ORDERS.get(exif[:4])
+    order = _EXIF_BYTE_ORDERS.get(exif[:2])
     try:
-        return order is None or _take_long(_entries(exif, order))
+        return order is None or _take_long(_entries(exif, order), {_ORIENTATION})
     except struct.error:
         return True
 
@@ -94,9 +96,11 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
     try:
         entries = _entries(data, order)
         (start,) = struct.unpack_from(f"{order}I", data, 4)
-        (following,) = struct.unpack_from(f"{order}I", data, start + 2 + 12 * len(entries))
+        (count,) = struct.unpack_from(f"{order}H", data, start)
+        (following,) = struct.unpack_from(f"{order}I", data, start + 2 + 12 * count)
         values: dict[int, int] = {}
         lists: dict[int, tuple[int, ...]] = {}
+        places: dict[int, int] = {}
         for tag, kind, length, raw in entries:
             if tag in _SINGLE:
                 if tag in values or length != 1 or kind not in _NUMBERS:
@@ -108,6 +112,10 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
                     return None
                 most = _MOST_COLOURS if tag == _COLOUR_MAP else MOST_STRIPS
                 lists[tag] = _numbers(data, order, kind, min(length, most), raw)
+            elif tag in (_STRIPS, _TILES):
+                if tag in places:
+                    return None
+                places[tag] = length
     except struct.error:
         return None
     tile_width, tile_length = values.get(_TILE_WIDTH, 0), values.get(_TILE_LENGTH, 0)
@@ -122,13 +130,12 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
     )
     apart = values.get(_PLANAR, 1) == _APART and values.get(_SAMPLES, 1) > 1
     planes = values.get(_SAMPLES, 1) if apart else 1
-    counts = {tag: length for tag, _, length, _ in entries}
     bits, colour = set(lists.get(_BITS, (1,))), values.get(_PHOTOMETRIC)
     compressed = values.get(_COMPRESSION, _UNCOMPRESSED) != _UNCOMPRESSED
     plain = bits == {8} and colour in _READ_APART
     plain |= bits == {16} and colour == _RGB and compressed
     fewer = colour == _YCBCR and not compressed and lists.get(_SUBSAMPLING, (2, 2)) != (1, 1)
-    dark = colour == _PALETTE and max(lists.get(_COLOUR_MAP, (256,))) < 256
+    dark = colour == _PALETTE and max(lists.get(_COLOUR_MAP, ()), default=256) < 256
     return Directory(
         compression=values.get(_COMPRESSION, _UNCOMPRESSED),
         tile_pixels=tile_width * tile_length,
@@ -137,9 +144,9 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
         longest_list=max(
             (n for tag, kind, n, _ in entries if kind not in _BLOBS or tag in _LISTS), default=0
         ),
-        takes_long=_take_long(entries)
-        or counts.get(_STRIPS, 0) > strips * planes
-        or counts.get(_TILES, 0) > across * down * planes,
+        takes_long=_take_long(entries, {_ORIENTATION, *_RESOLUTIONS})
+        or places.get(_STRIPS, 0) > strips * planes
+        or places.get(_TILES, 0) > across * down * planes,
         several_pages=following != 0,
         misread=_SIGNED in lists.get(_SAMPLE_FORMAT, ())
         or (apart and not plain)
@@ -150,17 +157,21 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
 def _entries(data: bytes | memoryview, order: str) -> list[tuple[int, int, int, bytes]]:
     """Of the first directory: tag, kind, how many values, and they or where they are.
 
+    Those that are whole, where it is cut off.
+
     Raises:
         struct.error: They are not there.
     """
     (start,) = struct.unpack_from(f"{order}I", data, 4)
     (count,) = struct.unpack_from(f"{order}H", data, start)
-    return list(struct.iter_unpack(f"{order}HHI4s", data[start + 2 : start + 2 + 12 * count]))
+    there = min(count, max(len(data) - start - 2, 0) // 12)
+    return list(struct.iter_unpack(f"{order}HHI4s", data[start + 2 : start + 2 + 12 * there]))
 
 
-def _take_long(entries: list[tuple[int, int, int, bytes]]) -> bool:
+def _take_long(entries: list[tuple[int, int, int, bytes]], read: set[int]) -> bool:
+    """Whether there are many, or many values of those that Pillow reads."""
     return len(entries) > MOST_ENTRIES or any(
-        length > _MOST_SAMPLES for tag, _, length, _ in entries if tag in _READ_BY_PILLOW
+        length > _MOST_SAMPLES for tag, _, length, _ in entries if tag in read
     )
 
 

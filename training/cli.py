@@ -42,6 +42,12 @@ def main() -> None:
     except (DataError, BundleError) as error:
         print(f"mmtl-train: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except MemoryError:
+        print(
+            "mmtl-train: There is not enough memory: end other programs, and run it again.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
     except OSError as error:
         # Of a copy, the second is where it was to go.
         where = error.filename2 or error.filename or "a file"

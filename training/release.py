@@ -69,11 +69,10 @@ def evaluate_model(
     report["split"] = str(split)
     report["data_fingerprint"] = data_fingerprint
     report["cautions"] = _cautions(predictions, records, split, bundle, own)
-    if against is not None and against.data_fingerprint != data_fingerprint:
+    if against is not None and against.data_fingerprint != fingerprint(usable(records)):
         report["cautions"].append(
             f"Whether {against.model} has learned from these images, or from the same lesions, is "
-            "not known: it was not fitted with this manifest. Where it has, differences are worse "
-            "than they would be on others."
+            "not known. Where it has, differences are worse than they would be on others."
         )
     if published is not None and rows:
         evaluated = [tested[row] for row in rows]

@@ -42,7 +42,6 @@ def drill(found: dict[str, Any]) -> str:
         for row in found["answered_since"]
     )
     counters = ", ".join(f"`{name}` {count:g}" for name, count in found["counters"].items())
-    failed = " ".join(f"**{sentence}**" for sentence in found["failures"])
     refused = ", ".join(f"{count:,} {name}" for name, count in found["refused_503"].items())
     garbage = ", ".join(f"{count:,} with {s}" for s, count in sorted(found["garbage"].items()))
     events = "\n".join(f"| {at} s | {name} |" for at, name in found["events"])
@@ -51,8 +50,6 @@ def drill(found: dict[str, Any]) -> str:
     return f"""`python -m benchmarks.reliability.drill ../shared/data`:
 {machine(found)}; {found["minutes"]:g} minutes, 32 clients,
 {found["images"]} images whose answers lie at least 0.01 apart in either bundle.
-
-What does not hold: {failed or "nothing"}.
 
 | when | what |
 |---|---|

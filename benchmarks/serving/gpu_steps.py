@@ -1,7 +1,7 @@
 """What each part of the engine for GPUs gives: the same batches, engine by engine.
 
-.venv/bin/python -m benchmarks.serving.gpu_steps [--torch FOLDER] > page.part
-mv page.part docs/performance-gpu-steps.md
+.venv/bin/python -m benchmarks.serving.gpu_steps [--torch FOLDER] > page.part &&
+    mv page.part docs/performance-gpu-steps.md
 
 Random images, one run after the other, without a service. FOLDER holds the torch artifacts that
 `mmtl-train export` writes into a bundle.

@@ -1,7 +1,7 @@
 """What each optimisation of the service gives: mmtl with one of them undone, beside mmtl as it is.
 
-.venv/bin/python -m benchmarks.serving.steps ../shared/data > page.part
-mv page.part docs/performance-steps.md
+.venv/bin/python -m benchmarks.serving.steps ../shared/data > page.part &&
+    mv page.part docs/performance-steps.md
 
 (docs/performance-avx2-steps.md on such a CPU, as page.name_here has it.)
 

@@ -1,4 +1,6 @@
 import struct
+import warnings
+from contextlib import suppress
 from io import BytesIO
 
 import pytest
@@ -6,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from models.images import ImageError, ImageTooLargeError, UnsupportedImageError, decode
+from models.images import (
+    ImageError,
+    ImageTooLargeError,
+    UnsupportedImageError,
+    decode,
+)
 from models.tiff import MOST_ENTRIES, read_directory, takes_long
 from tests.lesions import draw_lesion, encode
 
@@ -125,10 +132,12 @@ def test_what_is_larger_than_the_picture_is_refused(entries: list) -> None:
         [(258, 3, 17, 8)],
         [(258, 3, 1, 8)] * 2,
         [(339, 5, 1, 8)],
+        [(STRIPS, 4, 60_000, 8), (STRIPS, 4, 1, 8)],
+        [(324, 4, 60_000, 8), (324, 4, 1, 8)],
     ],
     ids=[
         *("several", "of-another-kind", "twice", "lengths-as-text", "lengths-that-are-not-there"),
-        *("many-samples", "samples-twice", "formats-as-fractions"),
+        *("many-samples", "samples-twice", "formats-as-fractions", "strips-twice", "tiles-twice"),
     ],
 )
 def test_what_decoders_might_read_differently_is_refused(entries: list) -> None:
@@ -203,6 +212,28 @@ def test_what_pillow_reads_right_is_not(more: list) -> None:
     assert not found.misread
 
 
+def test_a_palette_without_colours_is_no_image() -> None:
+    with pytest.raises(UnsupportedImageError):
+        decode(small((262, 3, 1, 3), (320, 3, 0, 0)), 32, 32)
+
+
+_TAGS = (256, 257, 258, 259, 262, 273, 274, 277, 278, 279, 284, 317, 320, 322, 324, 338, 339, 530)
+_ENTRIES = st.tuples(
+    st.sampled_from(_TAGS),
+    st.integers(1, 13),
+    st.sampled_from([0, 1, 2, 3, 4, 17, 70_000]),
+    st.integers(0, 40),
+)
+
+
+@given(st.lists(_ENTRIES, max_size=6), st.sampled_from(["<", ">"]))
+def test_whatever_a_directory_says_there_are_pixels_or_an_image_error(
+    entries: list[tuple[int, int, int, int]], order: str
+) -> None:
+    with suppress(ImageError), warnings.catch_warnings(action="ignore"):
+        assert decode(small(*entries, order=order), 32, 32).pixels.shape == (32, 32, 3)
+
+
 def test_which_colours_it_has_is_said() -> None:
     """Pillow takes grey values of eight bits for inverted then, and those of sixteen not."""
     with pytest.raises(UnsupportedImageError, match="does not say what its colours are"):
@@ -261,11 +292,24 @@ def test_a_cameras_exif_does_not_take_long(order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("tag", [274, 282, 283])
 @pytest.mark.parametrize("kind", [1, 3, 5, 12])
-def test_exif_of_many_values_takes_long(tag: int, kind: int, order: str) -> None:
-    assert not takes_long(tiff((tag, kind, 16, 8), order=order))
-    assert takes_long(tiff((tag, kind, 17, 8), order=order))
+def test_an_orientation_of_many_values_takes_long(kind: int, order: str) -> None:
+    assert not takes_long(tiff((274, kind, 16, 8), order=order))
+    assert takes_long(tiff((274, kind, 17, 8), order=order))
+    # Which nobody reads of EXIF.
+    assert not takes_long(tiff((282, kind, 1_000_000, 8), order=order))
+
+
+@pytest.mark.parametrize("mark", [b"II\0*", b"MM*\0"])
+def test_a_mark_the_other_way_round_is_one_of_exif(mark: bytes) -> None:
+    order = "<" if mark[:1] == b"I" else ">"
+    assert not takes_long(mark + tiff(ORIENTATION, order=order)[4:])
+
+
+def test_exif_that_is_cut_off_is_what_stands_before_the_cut() -> None:
+    whole = tiff(ORIENTATION, (274, 5, 17, 8))
+    assert takes_long(whole)
+    assert not takes_long(whole[:-6])
 
 
 def test_exif_of_many_entries_takes_long() -> None:

@@ -474,6 +474,18 @@ def test_an_error_of_the_system_is_one_sentence_whatever_it_lacks(
     assert capsys.readouterr().err == "mmtl-train: a file: broken data stream.\n"
 
 
+def test_that_there_is_no_memory_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("training.cli.cli", fail)
+    with pytest.raises(SystemExit):
+        run_command_line()
+    assert capsys.readouterr().err.startswith("mmtl-train: There is not enough memory")
+
+
 def _probability(client: TestClient, path: Path) -> float:
     answer = client.post("/predict", files={"files": path.read_bytes()}).json()
     return answer["results"][0]["prediction"]["melanoma"]["probability"]

@@ -31,7 +31,13 @@ from tqdm import tqdm
 
 from models.cores import available_cores, processor
 from models.files import write_atomically
-from training.backbones import Classifier, Source, load_classifier
+from training.backbones import (
+    BUILT_PLAIN,
+    Classifier,
+    Source,
+    has_listed_normalisation,
+    load_classifier,
+)
 from training.data.cache import build_cache, files_key, open_cache
 from training.data.manifest import DataError, Record, first_line
 from training.zoo import Backbone
@@ -181,6 +187,8 @@ def keys_of(work: Iterable[Work], records: Sequence[Record]) -> dict[str, str]:
             "normalisation": [*backbone.mean, *backbone.std],
             "images": images[size],
         }
+        if backbone.name in BUILT_PLAIN and not has_listed_normalisation(backbone):
+            parts["normalised"] = "once"  # as it was not always
         keys[backbone.name] = json.dumps(parts)
     return keys
 
@@ -319,7 +327,7 @@ def _own_folder(store: Path) -> Iterator[Path]:
     """For pixels of this process; what killed ones left, whose lock is free, is removed."""
     store.mkdir(parents=True, exist_ok=True)
     for left in store.glob(f"{_PIXELS}*"):
-        with suppress(OSError), (left / _LOCK).open() as lock:
+        with suppress(OSError), (left / _LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)
     own = Path(tempfile.mkdtemp(prefix=_PIXELS, dir=store))

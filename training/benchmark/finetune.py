@@ -25,6 +25,8 @@ from training.zoo import Backbone
 BACKBONE_RATE = 2e-4
 HEAD_RATE = 2e-3
 WEIGHT_DECAY = 0.02
+# What of a recipe says how images are augmented.
+_AUGMENTED = {"augmentation", "mixing", "mixing_concentration", "seed"}
 
 Floats = NDArray[np.floating]
 
@@ -79,7 +81,8 @@ def finetune(
     """
     size = backbone.input_size
     pixels = build_cache(folder / f"pixels-{size}.npy", records, size, size)
-    recipe = f"{BACKBONE_RATE} {HEAD_RATE} {WEIGHT_DECAY} {Config(size=size).model_dump_json()}"
+    augmented = Config(size=size).model_dump(mode="json", include=_AUGMENTED)
+    recipe = f"{BACKBONE_RATE} {HEAD_RATE} {WEIGHT_DECAY} {BATCH_SIZE} {augmented}"
     scores = np.empty(len(records))
     for fold in tqdm(range(FOLDS), f"fine-tune {backbone.name}", unit="fold"):
         held = np.flatnonzero(study.folds == fold)

@@ -127,10 +127,6 @@ def _fill(
             raise
         finally:
             bar.close()
-    except MemoryError:
-        raise DataError(
-            "There is no memory to decode images in: end other programs, and run the command again."
-        ) from None
     except RuntimeError as error:  # torch raises it wherever this process is just then
         if "DataLoader worker (pid" not in str(error):
             raise
