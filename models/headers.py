@@ -19,6 +19,9 @@ _MOST_CHUNKS = 65_536
 # Bytes between a JPEG's segments that belong to none.
 _MOST_FILL = 65_536
 _SCAN = 0xDA
+# Of T.81, table B.1, and how long one of four components is: Pillow reads as many as there are.
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_LONGEST_FRAME = 8 + 4 * 3
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
 _CHUNK = re.compile(rb"\w{4}")
 
@@ -44,6 +47,8 @@ def is_whole_png(data: bytes | memoryview) -> bool:
     while at + 12 <= len(view):
         end = at + 8 + int.from_bytes(view[at : at + 4], "big")
         kind = bytes(view[at + 4 : at + 8])
+        if not _CHUNK.fullmatch(kind):
+            return False  # to which a decoder does not read on
         if (
             kind[:1].isupper()
             and zlib.crc32(view[at + 4 : end]).to_bytes(4, "big") != view[end : end + 4]
@@ -68,7 +73,10 @@ def _jpeg_is(data: bytes | memoryview) -> bool:
             return False
         _, _, has_length = MARKER[0xFF00 + marker]
         if has_length:
-            at += max(int.from_bytes(data[at : at + 2], "big"), 2)
+            length = max(int.from_bytes(data[at : at + 2], "big"), 2)
+            if marker in _FRAMES and length > _LONGEST_FRAME:
+                return True
+            at += length
     return len(data) - at > _MOST_FILL
 
 

@@ -10,12 +10,18 @@ from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, JpegImagePlugin, TiffTags, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffTags, UnidentifiedImageError
 
 from models.colours import in_srgb
 from models.headers import MOST_PIECES, in_too_many_pieces, is_whole_png
-from models.progressive import for_an_eighth, has_several_scans, is_lossless, most_scans
-from models.tiff import MOST_ENTRIES, MOST_STRIPS, read_directory, takes_long
+from models.progressive import for_an_eighth, has_several_scans, may_be_lossless, most_scans
+from models.tiff import (
+    MOST_ENTRIES,
+    MOST_PLAIN_STRIPS,
+    MOST_STRIPS,
+    read_directory,
+    takes_long,
+)
 from models.turns import in_turn
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
@@ -34,12 +40,14 @@ MAX_ASPECT = 4 / 3
 # Pillow's own limit is one number for every format, and warns instead of refusing. Ours, below, are
 # checked on the header, before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
+# Characters of a PNG's texts, compressed to little, which Pillow keeps; XMP has some thousands.
+PngImagePlugin.MAX_TEXT_MEMORY = 4 * MEGA
 # How many dots an inch has is nothing to us, and Pillow reads all values that it is given, before
 # any limit; of some it then says that this is no image.
 JpegImagePlugin.JpegImageFile._read_dpi_from_exif = lambda self: None  # type: ignore[method-assign]
 
-# Bytes that Pillow feeds its JPEG decoder at a time. In its usual blocks of 64 KB, threads wait for
-# the interpreter at each.
+# Bytes that Pillow feeds its decoder at a time. In its usual blocks of 64 KB, threads wait for the
+# interpreter at each, and a long row is put together anew at each.
 _READ_AT_ONCE = 1_000_000_000
 # An encoder writes about ten; each costs a pass over the whole picture.
 MOST_SCANS = 100
@@ -51,12 +59,16 @@ _TIFF_COMPRESSIONS = {1, 5, 7, 8, 32773, 32946, 50000}
 # How often a TIFF's strips or tiles may hold its bytes, all told; each is read, whoever shares it.
 _MOST_SHARED = 2
 # How Pillow begins to say so of a PNG.
-_METADATA_TOO_LARGE = "Decompressed data too large"
+_METADATA_TOO_LARGE = ("Decompressed data too large", "Too much memory used in text chunks")
 _DAMAGED = "The image is damaged or cut short: its pixels cannot be decoded. Take a whole copy."
 _ORIENTATION_TAG = 0x0112
 # Of TIFF 6.0; and where a PNG's header says how many bits a channel has (ISO/IEC 15948).
 _BITS_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 258, 262, 0
 _PNG_DEPTH = 24
+# Likewise of a BMP (`biBitCount` of BITMAPINFOHEADER).
+_BMP_DEPTH = 28
+# Characters of EXIF as ImageMagick writes it into a PNG; a camera's has at most 64 kB.
+_RAW_EXIF, _MOST_RAW_EXIF = "Raw profile type exif", 200_000
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -189,12 +201,18 @@ def decode(
     except MemoryError:  # which says nothing of the image
         raise
     except Exception as error:  # Pillow's parsers raise whatever an image's bytes lead them to
-        if _METADATA_TOO_LARGE in str(error):
+        if str(error).startswith(_METADATA_TOO_LARGE):
             raise ImageTooLargeError(
                 "The PNG's text or colour profile is too large. Save it without."
             ) from None
         raise CorruptImageError("The image's header is damaged: take a whole copy.") from None
     with image:
+        if image.format == "BMP" and image.mode == "1" and data[_BMP_DEPTH] != 1:
+            # Of two colours, black and white, Pillow takes each for one bit, however many it has.
+            raise UnsupportedImageError(
+                "BMP of black and white alone is not supported in more than one bit a pixel. Save "
+                "it as PNG."
+            )
         # A phone's MPO is a JPEG with previews appended; its first frame is the photograph.
         image_format = "JPEG" if image.format == "MPO" else str(image.format)
         in_full = image_format != "JPEG" or has_several_scans(data)
@@ -231,6 +249,8 @@ def _fit(
             raise CorruptImageError(_DAMAGED)
         if image_format == "TIFF":
             _forget_further_directories(image)
+        if image_format == "BMP":
+            image.decodermaxblock = _READ_AT_ONCE  # type: ignore[attr-defined]  # an ImageFile
         if image_format != "JPEG":
             # Before the orientation is read: PNG's getexif() decodes the pixels, and what fails
             # there once is not tried again.
@@ -245,7 +265,7 @@ def _fit(
     shown_width, shown_height = image.size[::-1] if swaps else image.size
     target = (height, width) if swaps else (width, height)
     try:
-        if image_format == "JPEG" and not is_lossless(data):
+        if image_format == "JPEG" and not may_be_lossless(data):
             whole = image.width
             image.draft("RGB", target)
             if image.info.get("progressive") and whole > 4 * image.width:
@@ -307,8 +327,8 @@ def _check_tiff(data: bytes | memoryview, limits: Limits) -> None:
         raise ImageTooLargeError(
             f"The TIFF has tiles of more than {_LARGE / MEGA:g} megapixels, tiles far larger than "
             f"the picture, lists of more than {MOST_STRIPS:,} entries, strips that share their "
-            f"bytes, more of them than the picture has, or more than {MOST_ENTRIES:,} pieces of "
-            "metadata. Save it anew, or as PNG."
+            f"bytes, more of them than the picture has or (uncompressed) {MOST_PLAIN_STRIPS:,}, or "
+            f"more than {MOST_ENTRIES:,} pieces of metadata. Save it anew, or as PNG."
         )
 
     if directory.misread:
@@ -337,6 +357,8 @@ def _forget_further_directories(image: Image.Image) -> None:
 def _orientation(image: Image.Image) -> int:
     # A damaged EXIF block says nothing about the pixels, so it does not refuse them.
     try:
+        if len(image.info.get(_RAW_EXIF, "")) > _MOST_RAW_EXIF:
+            return 1
         if (exif := _exif(image)) and takes_long(exif):
             return 1
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
@@ -350,7 +372,7 @@ def _exif(image: Image.Image) -> bytes:
     """From its byte order on, as Pillow finds it; nothing of a TIFF, which is one itself."""
     exif = image.info.get("exif")
     if exif is None:
-        exif = bytes.fromhex("".join(image.info.get("Raw profile type exif", "").split("\n")[3:]))
+        exif = bytes.fromhex("".join(image.info.get(_RAW_EXIF, "").split("\n")[3:]))
     for _ in range(2):
         exif = exif.removeprefix(b"Exif\0\0")
     return exif

@@ -63,7 +63,7 @@ def most_scans(data: bytes) -> int:
     at, scans = 2, 0
     while data[at : at + 1] == b"\xff" and at + 2 <= len(data):
         marker = data[at + 1]
-        if marker == _END:
+        if marker == _END and scans:  # before any, a decoder goes on: tables may come by themselves
             return scans  # a motion photo's video follows, for one
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == _SCAN:
@@ -78,8 +78,11 @@ def most_scans(data: bytes) -> int:
     return data.count(bytes([0xFF, _SCAN]))
 
 
-def is_lossless(data: bytes | memoryview) -> bool:
-    """Whether a JPEG's first frame is of the lossless kind, which has no smaller scales.
+def may_be_lossless(data: bytes | memoryview) -> bool:
+    """Whether a JPEG's frame is of the lossless kind, which has no smaller scales.
+
+    Asked for one, Pillow would make room for rows of that scale, and libjpeg write whole ones.
+    Where a decoder might read the way to the frame otherwise than this does, it is taken to be.
 
     Args:
         data: A JPEG file.
@@ -88,9 +91,9 @@ def is_lossless(data: bytes | memoryview) -> bool:
     while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
         marker = data[at + 1]
         if marker not in _TABLES:
-            return marker in _LOSSLESS
+            return marker not in _FRAMES - _LOSSLESS
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return False
+    return True
 
 
 def for_an_eighth(data: bytes) -> bytes:

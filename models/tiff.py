@@ -6,14 +6,16 @@ size; of some that are stored otherwise than cameras do, Pillow makes other pixe
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 
 _BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 # In EXIF Pillow takes the next two bytes either way round.
 _EXIF_BYTE_ORDERS = {b"II": "<", b"MM": ">"}
 # Kinds of value: text and blobs, which may be long; and numbers of two and four bytes.
-_BLOBS = {1, 2, 6, 7}
+_BLOBS = {1, 2, 7}
 _NUMBERS = {3: "H", 4: "I"}
 _WIDTH, _LENGTH, _COMPRESSION, _PHOTOMETRIC = 256, 257, 259, 262
 _SAMPLES, _STRIP_LENGTH, _PLANAR = 277, 278, 284
@@ -29,10 +31,16 @@ _COLOUR_MAP = 320
 _MOST_COLOURS = 3 * 256
 # Strips or tiles that one may have; longer lists are counted, and not read.
 MOST_STRIPS = 65_536
-# A camera writes a hundred entries, of which each of these has one value: Pillow reads all that
-# they have, in Python. The resolutions it reads of a TIFF alone.
+# Those of a picture that is not compressed: Pillow decodes each by itself, in Python.
+MOST_PLAIN_STRIPS = 16_384
+# A camera writes a hundred entries, of which each of these has a few values: Pillow reads all that
+# they have, in Python. Of EXIF it reads the orientation alone; of a TIFF, the order of bits, the
+# resolutions and their unit, and what is beside the colours, too.
 MOST_ENTRIES = 4_096
-_ORIENTATION, _RESOLUTIONS = 274, (282, 283)
+_ORIENTATION = 274
+_READ = {_ORIENTATION, 266, 282, 283, 296, 338}
+# XMP and a colour profile, which are texts and blobs, or nothing.
+_METADATA = {700, 34675}
 # Of each sample: red, green, blue, and whatever is beside them.
 _MOST_SAMPLES = 16
 # How long strips and tiles are.
@@ -57,7 +65,8 @@ class Directory:
         stored_bytes: Of all strips or tiles, those that share their bytes counted each.
         longest_list: Numbers of the longest value that is no text or blob.
         takes_long: Whether Pillow would take long over it: more strips or tiles than the picture
-            has, each of which it decodes, or what `takes_long` says.
+            has; many that are not compressed, or that begin within each other; or what
+            `takes_long` says.
         several_pages: Whether another directory follows.
         misread: Whether Pillow would make other pixels of it: numbers with a sign; samples stored
             apart, but for colours of eight bits, and RGB of sixteen that is compressed; colours of
@@ -100,22 +109,17 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
         (following,) = struct.unpack_from(f"{order}I", data, start + 2 + 12 * count)
         values: dict[int, int] = {}
         lists: dict[int, tuple[int, ...]] = {}
-        places: dict[int, int] = {}
         for tag, kind, length, raw in entries:
             if tag in _SINGLE:
                 if tag in values or length != 1 or kind not in _NUMBERS:
                     return None  # a decoder may read it otherwise than we do
                 (values[tag],) = _numbers(data, order, kind, 1, raw)
-            elif tag in _BYTE_COUNTS or tag in _OF_SAMPLES or tag == _COLOUR_MAP:
+            elif tag in _LISTS or tag in _OF_SAMPLES or tag == _COLOUR_MAP:
                 several = tag not in _OF_SAMPLES or length <= _MOST_SAMPLES
                 if tag in lists or kind not in _NUMBERS or not several:
                     return None
                 most = _MOST_COLOURS if tag == _COLOUR_MAP else MOST_STRIPS
                 lists[tag] = _numbers(data, order, kind, min(length, most), raw)
-            elif tag in (_STRIPS, _TILES):
-                if tag in places:
-                    return None
-                places[tag] = length
     except struct.error:
         return None
     tile_width, tile_length = values.get(_TILE_WIDTH, 0), values.get(_TILE_LENGTH, 0)
@@ -130,8 +134,11 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
     )
     apart = values.get(_PLANAR, 1) == _APART and values.get(_SAMPLES, 1) > 1
     planes = values.get(_SAMPLES, 1) if apart else 1
+    counts = {tag: length for tag, _, length, _ in entries}
     bits, colour = set(lists.get(_BITS, (1,))), values.get(_PHOTOMETRIC)
     compressed = values.get(_COMPRESSION, _UNCOMPRESSED) != _UNCOMPRESSED
+    samples = (tile_width or values.get(_WIDTH, 0)) * values.get(_SAMPLES, 1) // planes
+    row = max(samples * max(bits, default=1) // 8, 1)
     plain = bits == {8} and colour in _READ_APART
     plain |= bits == {16} and colour == _RGB and compressed
     fewer = colour == _YCBCR and not compressed and lists.get(_SUBSAMPLING, (2, 2)) != (1, 1)
@@ -144,9 +151,10 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
         longest_list=max(
             (n for tag, kind, n, _ in entries if kind not in _BLOBS or tag in _LISTS), default=0
         ),
-        takes_long=_take_long(entries, {_ORIENTATION, *_RESOLUTIONS})
-        or places.get(_STRIPS, 0) > strips * planes
-        or places.get(_TILES, 0) > across * down * planes,
+        takes_long=_take_long(entries, _READ)
+        or counts.get(_STRIPS, 0) > strips * planes
+        or counts.get(_TILES, 0) > across * down * planes
+        or (not compressed and any(_is_slow(lists.get(tag, ()), row) for tag in (_STRIPS, _TILES))),
         several_pages=following != 0,
         misread=_SIGNED in lists.get(_SAMPLE_FORMAT, ())
         or (apart and not plain)
@@ -171,8 +179,20 @@ def _entries(data: bytes | memoryview, order: str) -> list[tuple[int, int, int, 
 def _take_long(entries: list[tuple[int, int, int, bytes]], read: set[int]) -> bool:
     """Whether there are many, or many values of those that Pillow reads."""
     return len(entries) > MOST_ENTRIES or any(
-        length > _MOST_SAMPLES for tag, _, length, _ in entries if tag in read
+        length > _MOST_SAMPLES
+        for tag, kind, length, _ in entries
+        if tag in read or (tag in _METADATA and kind not in _BLOBS)
     )
+
+
+def _is_slow(places: Sequence[int], row: int) -> bool:
+    """Whether uncompressed strips or tiles are many, or one begins within a row of another.
+
+    Pillow reads each as far as the next one's beginning, at a time, and begins with a whole row.
+    """
+    if len(places) > MOST_PLAIN_STRIPS:
+        return True
+    return any(after - before < row for before, after in pairwise(sorted(places)))
 
 
 def _numbers(

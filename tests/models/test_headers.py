@@ -49,6 +49,7 @@ def in_png(more: bytes) -> bytes:
         in_jpeg(300 * b"\xff\xf0"),  # for which Pillow reads no length
         in_jpeg(b"\xff\xf0\xff\x00" + 300 * segment(0xE5)),
         in_jpeg(300 * b"\xff\xe5\x00\x00"),  # and a length that is none
+        in_jpeg(segment(0xC0, bytes(19))),  # of more components than a picture has
         in_jpeg(100_000 * b"\xff"),
         in_jpeg(segment(0xE5) + 100_000 * b"\x00"),
         in_jpeg(50_000 * b"\xff" + segment(0xE5) + 50_000 * b"\xff"),
@@ -136,6 +137,7 @@ Image.effect_noise((64, 64), 80).save(NOISE, "PNG")
         NOISE.getvalue()[:2000] + bytes(100) + NOISE.getvalue()[2100:],
         NOISE.getvalue()[:-12],
         PNG[:_AFTER_IHDR] + chunk(b"IDAT")[:-1] + b"x" + PNG[_AFTER_IHDR:],
+        PNG[:-12] + chunk(b"\0\0\0\0") + PNG[-12:],
     ],
 )
 def test_a_png_is_whole_or_refused(damaged: bytes) -> None:

@@ -206,13 +206,54 @@ def test_a_resolution_that_is_none_says_nothing_about_the_pixels() -> None:
     assert decode(data, 32, 32).format == "JPEG"
 
 
-def test_a_profile_that_is_too_large_is_named() -> None:
-    chunk = b"iCCPx\0\0" + zlib.compress(bytes(2_000_000))
+def with_chunks(*chunks: bytes) -> bytes:
+    """A PNG with these before its pixels."""
     whole = encode(draw_lesion(4), "PNG")
     at = whole.index(b"IHDR") + 4 + 13 + 4
-    size, total = struct.pack(">I", len(chunk) - 4), struct.pack(">I", zlib.crc32(chunk))
+    parts = [
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in chunks
+    ]
+    return whole[:at] + b"".join(parts) + whole[at:]
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [b"iCCPx\0\0" + zlib.compress(bytes(2_000_000))],
+        # Of which Pillow keeps each character in four bytes.
+        [
+            b"iTXt%d\0\1\0\0\0" % n + zlib.compress(1_000_000 * b"a" + "\U0001f600".encode())
+            for n in range(5)
+        ],
+    ],
+    ids=["profile", "texts"],
+)
+def test_texts_and_profiles_that_are_too_large_are_named(chunks: list[bytes]) -> None:
     with pytest.raises(ImageTooLargeError, match="text or colour profile is too large"):
-        decode(whole[:at] + size + chunk + total + whole[at:], 32, 32)
+        decode(with_chunks(*chunks), 32, 32)
+
+
+def test_exif_of_any_length_as_text_is_not_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_exif", lambda image: pytest.fail("reads it"))
+    data = with_chunks(b"tEXtRaw profile type exif\0" + b"ab\n" * 100_000)
+    assert decode(data, 32, 32).format == "PNG"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_bmp_of_black_and_white_in_more_than_bits_is_refused(bits: int) -> None:
+    """Pillow would take each of its bits for a pixel."""
+    pixels = bytes([0x11 if bits == 4 else 1]) * (64 * 64 * bits // 8)
+    head = struct.pack("<IiiHHIIiiII", 40, 64, 64, 1, bits, 0, len(pixels), 0, 0, 2, 0)
+    palette = bytes([0, 0, 0, 0, 255, 255, 255, 0])
+    start = 14 + len(head) + len(palette)
+    data = b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + head + palette + pixels
+    with pytest.raises(UnsupportedImageError, match="more than one bit a pixel"):
+        decode(data, 32, 32)
+
+
+def test_a_bmp_of_bits_is_decoded() -> None:
+    assert decode(encode(np.full((64, 64), 255, np.uint8) > 0, "BMP"), 32, 32).pixels.min() == 255
 
 
 @pytest.mark.parametrize(
