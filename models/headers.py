@@ -10,6 +10,8 @@ import zlib
 
 from PIL.JpegImagePlugin import MARKER
 
+from models.progressive import FRAMES
+
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 # Of a JPEG before its first scan, and of a PNG beside its pixels. A camera writes about ten; what
 # carries depth maps or long metadata, some hundred of 64 KB.
@@ -19,8 +21,7 @@ _MOST_CHUNKS = 65_536
 # Bytes between a JPEG's segments that belong to none.
 _MOST_FILL = 65_536
 _SCAN = 0xDA
-# Of T.81, table B.1, and how long one of four components is: Pillow reads as many as there are.
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+# Of four components: Pillow reads as many as there are.
 _LONGEST_FRAME = 8 + 4 * 3
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
 _CHUNK = re.compile(rb"\w{4}")
@@ -74,7 +75,7 @@ def _jpeg_is(data: bytes | memoryview) -> bool:
         _, _, has_length = MARKER[0xFF00 + marker]
         if has_length:
             length = max(int.from_bytes(data[at : at + 2], "big"), 2)
-            if marker in _FRAMES and length > _LONGEST_FRAME:
+            if marker in FRAMES and length > _LONGEST_FRAME:
                 return True
             at += length
     return len(data) - at > _MOST_FILL

@@ -16,7 +16,7 @@ _SCAN, _END = 0xDA, 0xD9
 _PROGRESSIVE = 0xC2
 # Of T.81, table B.1: frames of any coding; those that are not progressive; and what may stand
 # before a scan with its length: tables, restart intervals, applications' segments and comments.
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _SEQUENTIAL = {0xC0, 0xC1}
 _LOSSLESS = {0xC3, 0xC7, 0xCB, 0xCF}
 _TABLES = {0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}
@@ -40,7 +40,7 @@ def has_several_scans(data: bytes | memoryview) -> bool:
         if marker == _SCAN:
             return channels is None or data[body] < channels
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker in _FRAMES:
+        if marker in FRAMES:
             whole = body + 5 < min(end, len(data))
             if marker not in _SEQUENTIAL or channels is not None or not whole:
                 return True
@@ -72,7 +72,7 @@ def most_scans(data: bytes) -> int:
             if following is None:
                 return scans
             end = following.start()
-        elif marker not in _FRAMES and marker not in _TABLES:
+        elif marker not in FRAMES and marker not in _TABLES:
             break
         at = end
     return data.count(bytes([0xFF, _SCAN]))
@@ -91,7 +91,7 @@ def may_be_lossless(data: bytes | memoryview) -> bool:
     while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
         marker = data[at + 1]
         if marker not in _TABLES:
-            return marker not in _FRAMES - _LOSSLESS
+            return marker not in FRAMES - _LOSSLESS
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return True
 
