@@ -303,16 +303,25 @@ def bench(
         [(name.strip(), value.strip()) for name, _, value in pairs],
     )
     measured: dict[int, dict[str, Any]] = {}
+    broke_off = ""
     for count in clients or ([load.OPEN_CLIENTS] if rate else [1, 8, 32]):
-        found = measured[count] = load.run(
-            target, count, seconds, rate=rate, reconnect_every=reconnect_every, seed=seed
-        ).summary()
+        try:
+            found = measured[count] = load.run(
+                target, count, seconds, rate=rate, reconnect_every=reconnect_every, seed=seed
+            ).summary()
+        except load.LoadError as error:
+            if not measured:
+                raise
+            broke_off = f"With {count} clients: {error}"
+            break
         if found["statuses"] and "200" not in found["statuses"]:
             break  # nor would it answer more clients
     if as_json:
         print(json.dumps(measured, indent=2))
     else:
         _print_loads(f"{url}, {f'{rate:g} images/s arriving' if rate else 'closed loop'}", measured)
+    if broke_off:
+        fail(broke_off)
     statuses = sum((Counter(found["statuses"]) for found in measured.values()), Counter[str]())
     if not statuses:
         fail(

@@ -11,6 +11,7 @@ not left out either.
 import asyncio
 import random
 import resource
+import socket
 import ssl
 import time
 from collections import Counter
@@ -31,6 +32,8 @@ from app.forms import FIELD
 _BOUNDARY = "mmtl-load-7d1f0c3a5b"
 # Connections of an open loop.
 OPEN_CLIENTS = 128
+# There is no such host, or nothing listens there.
+_NOBODY = (ConnectionRefusedError, TimeoutError, socket.gaierror)
 # Beyond what any service under test is allowed to take.
 _PATIENCE_SECONDS = 120.0
 
@@ -164,7 +167,9 @@ class _Connection(asyncio.Protocol):
         self.answers = 0
         self._transport: asyncio.Transport | None = None
         self._answered: asyncio.Future[tuple[int, bool]] | None = None
-        self._retry_after = False
+        self._retry_after = self._length_told = False
+        # Whether the answer says where it ends; else, it is where the connection does.
+        self._ends_itself = True
         self._parser = httptools.HttpResponseParser(self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -172,7 +177,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._answer(0)
+        whole = exc is None and not self._ends_itself
+        self._answer(self._parser.get_status_code() if whole else 0)
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -182,11 +188,21 @@ class _Connection(asyncio.Protocol):
             self._answer(0)
 
     # The parser calls these.
+    def on_message_begin(self) -> None:
+        self._retry_after = self._length_told = False
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self._retry_after |= name.lower() == b"retry-after"
+        self._length_told |= name.lower() in (b"content-length", b"transfer-encoding")
+
+    def on_headers_complete(self) -> None:
+        self._ends_itself = self._length_told
 
     def on_message_complete(self) -> None:
         status = self._parser.get_status_code()
+        self._ends_itself = True
+        if status < 200:  # of an interim answer (RFC 9110, section 15.2), which another follows
+            return
         self.answers += 1
         if not self._parser.should_keep_alive():
             self.close()
@@ -201,7 +217,7 @@ class _Connection(asyncio.Protocol):
         if self._transport is None:
             return 0, False
         self._parser = httptools.HttpResponseParser(self)
-        self._retry_after = False
+        self._ends_itself = True
         answered = self._answered = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         try:
@@ -330,9 +346,8 @@ class _Load:
         except UnicodeError:  # an empty part, or one longer than 63 letters
             raise LoadError(f"{host} is not the name of a host.") from None
         except OSError as error:
-            raise LoadError(
-                f"Nobody answers at {host}:{port}: {error.strerror or error}."
-            ) from None
+            lacks = "Nobody answers" if isinstance(error, _NOBODY) else "No connection can be had"
+            raise LoadError(f"{lacks} at {host}:{port}: {error.strerror or error}.") from None
         # Not all at once again.
         connection.answers = number % (self._reconnect_every or 1)
         return connection
@@ -392,6 +407,8 @@ class _Load:
                 free.put_nowait(connection)
 
         for connection in await asyncio.gather(*map(self._connect, range(self._clients))):
+            if self._reconnect_every:  # opened at once, they would all be of one process
+                connection.close()
             free.put_nowait(connection)
         try:
             async with asyncio.TaskGroup() as group:
