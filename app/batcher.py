@@ -12,7 +12,6 @@ halves, so that one bad image, or a GPU short of memory, costs the others nothin
 """
 
 import math
-import re
 import threading
 import time
 from collections import deque
@@ -26,7 +25,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from app.engines import Engine, one_line
+from app.engines import Engine, is_out_of_memory, one_line
 from app.pace import Pace
 from app.telemetry import Metrics
 from models.bundle import Outputs
@@ -42,8 +41,9 @@ _TURN_SECONDS = 0.05
 _LAST_SECONDS = 2.0
 # Failures in a row, after each of which a blank image failed, too: it is not the images' fault.
 _MOST_FAILURES = 3
-# As CUDA, ONNX Runtime and torch say it.
-_OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate memory", re.IGNORECASE)
+# Runs after which a batch that was halved, for want of memory, may be twice as large again; each
+# time that this was wrong, it takes twice as many.
+_RUNS_BEFORE_MORE = 1_000
 log = structlog.get_logger()
 
 
@@ -165,6 +165,8 @@ class Batcher:
         self._metrics = metrics
         self._measure = measure
         self._max_batch = engine.batch
+        # Runs until it may be twice as large again, where it was halved; and after the next time.
+        self._until_more, self._runs_before_more = 0, _RUNS_BEFORE_MORE
         self._admitted = 0
         self._encoded: deque[_Job] = deque()
         # Large images whose turn has not come wait here, so that no worker waits.
@@ -216,10 +218,11 @@ class Batcher:
         busy = self._busy.copy().values()
         return not self.alive or any(now - since > seconds for since, _ in busy)
 
-    def wait_ready(self) -> bool:
-        """Wait for the warm-up; whether it went well."""
+    def wait_ready(self, longest: float = math.inf) -> bool:
+        """Wait for the warm-up, for so many seconds at most; whether it went well."""
+        until = time.monotonic() + longest
         while not self._warm.wait(0.01):
-            if not self.alive:
+            if not self.alive or time.monotonic() > until:
                 return False
         return True
 
@@ -512,6 +515,11 @@ class Batcher:
             self._failures = 0
         else:
             self._suspect()
+        if self._max_batch < self._engine.batch:
+            self._until_more -= 1
+            if self._until_more <= 0:
+                self._max_batch = min(2 * self._max_batch, self._engine.batch)
+                self._until_more = self._runs_before_more
 
     def _try_again(self, jobs: list[_Job], error: Exception, again: bool) -> None:
         """A batch that failed in halves; one image once more."""
@@ -521,9 +529,12 @@ class Batcher:
         )
         half = len(jobs) // 2
         if half:
-            if _OUT_OF_MEMORY.search(str(error)) and half < self._max_batch:
-                log.warning("batches halved", most=half)
-                self._max_batch = half
+            # What was run may have been filled up to a power of two.
+            fewer = 1 << ((len(jobs) - 1).bit_length() - 1)
+            if is_out_of_memory(error) and fewer < self._max_batch:
+                log.warning("batches halved", most=fewer)
+                self._max_batch, self._until_more = fewer, self._runs_before_more
+                self._runs_before_more *= 2
             self._infer(jobs[:half])
             self._infer(jobs[half:])
         elif not again:

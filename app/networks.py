@@ -168,9 +168,19 @@ class Networks:
             if self._draining or self._stopped.is_set():
                 raise ReloadError("The service is shutting down.")
             old, self.current = self.current, self._load_apart()
+            refusal = None
         except Exception as error:  # each runtime raises types of its own
+            refusal = self._note_refusal(error)
+        except BaseException:
             self._switching.release()
-            raise self._note_refusal(error) from None
+            raise
+        if refusal is not None:
+            try:
+                # Now that the error has gone: frames of its traceback hold what was loaded.
+                give_back()
+            finally:
+                self._switching.release()
+            raise refusal
         if self._draining:
             self.current.batcher.drain()
         self._metrics.reloads.labels("switched").inc()
@@ -253,7 +263,8 @@ class Networks:
     def _replace(self, broken: Batcher) -> bool:
         """Load the network anew in the place of a broken one; False where that does not help."""
         broken.abandon()
-        if not self._switching.acquire(timeout=_LOAD_SECONDS):
+        # What a reload takes, and the end of the network before it.
+        if not self._switching.acquire(timeout=_LOAD_SECONDS + self._settings.deadline_seconds):
             return False  # a reload hangs, too
         try:
             if self.current.batcher is not broken:
@@ -291,7 +302,10 @@ class Networks:
             loading.add_done_callback(_close_late)
             raise EngineError(f"The network was not loaded in {_LOAD_SECONDS:.0f} seconds.")
         self._loading = None  # which would hold it in memory
-        network = loading.result()
+        try:
+            network = loading.result()
+        finally:
+            del loading  # its error's traceback holds this frame
         if self._stopped.is_set():
             network.batcher.close(0)
             raise EngineError("The service is shutting down.")
@@ -301,7 +315,7 @@ class Networks:
         network = self._load()
         try:
             network.batcher.start()
-            if not network.batcher.wait_ready():
+            if not network.batcher.wait_ready(_LOAD_SECONDS):
                 raise warm_up_failed()
         except BaseException:
             network.batcher.close(0)  # the workers that have started
@@ -341,6 +355,7 @@ class Networks:
             artifact=network.artifact.file,
             precision=network.artifact.precision,
             runtime=network.engine.name,
+            device=network.engine.device,
             sha256=network.artifact.sha256,
             manifest_sha256=network.bundle.manifest_sha256,
         )

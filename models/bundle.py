@@ -296,15 +296,16 @@ class Bundle:
         raise BundleError(f"{self.folder} has no {asked} artifact; it has {have}.")
 
     def artifact_for_cpu(self) -> Artifact:
-        """The ONNX artifact that a CPU runs: int8 where there is one, as it is the faster.
+        """The ONNX artifact that a CPU runs: int8 where there is one, as it is the faster; or fp32.
 
         Raises:
             BundleError: The bundle has no ONNX artifact.
         """
-        for artifact in self.manifest.artifacts:
-            is_onnx = artifact.format == "onnx"
-            if is_onnx and artifact.precision == "int8" and self.path(artifact).is_file():
-                return artifact
+        for precision in ("int8", "fp32"):
+            for artifact in self.manifest.artifacts:
+                is_it = (artifact.format, artifact.precision) == ("onnx", precision)
+                if is_it and self.path(artifact).is_file():
+                    return artifact
         return self.artifact("onnx")
 
     def path(self, artifact: Artifact) -> Path:

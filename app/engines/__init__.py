@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +11,8 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from app.settings import Settings
+from app.engines.graphs import Busy
+from app.settings import PREFIX, Settings
 from models.bundle import (
     Artifact,
     Bundle,
@@ -28,9 +30,16 @@ _MOST_THREADS = 8
 # A tensor's entry for the file that holds it (`TensorProto.external_data` of onnx.proto): the first
 # field of a protocol buffer's message. Its number and its length may be written longer than needed.
 _OUTSIDE = re.compile(rb"(?:\n|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location")
+# As CUDA, ONNX Runtime and torch say it.
+_OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate memory", re.IGNORECASE)
 # Characters of what a runtime says.
 _SAID_FIRST, _SAID_LAST, _CUT = 60, 160, " … "
 log = structlog.get_logger()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a runtime says that it lacks memory, on a GPU most likely."""
+    return _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def one_line(reason: object) -> str:
@@ -128,7 +137,9 @@ def _choices(bundle: Bundle, settings: Settings) -> list[tuple[Artifact, Setting
         a for a in bundle.manifest.artifacts if a.format == "onnx" and bundle.path(a).is_file()
     ]
     if not _on_cpu(settings):
-        return [(next((a for a in there if a.precision != "int8"), first), settings)]
+        in_floats = [a for a in there if a.precision != "int8"]
+        in_floats.sort(key=lambda artifact: artifact.precision != "fp32")
+        return [(next(iter(in_floats), first), settings)]
     fastest = bundle.artifact_for_cpu()
     choices = [(fastest, settings)] + [(a, settings) for a in there if a != fastest]
     if fastest.precision == "int8" and settings.runtime == "auto" and _prefers_openvino(settings):
@@ -150,9 +161,17 @@ def _on_cpu(settings: Settings) -> bool:
         return False
     if not _knows_cuda():
         return True
-    from app.engines.cuda import has_gpu
+    return not _finds_gpu()
 
-    return not has_gpu(0)
+
+@cache
+def _finds_gpu() -> bool:
+    """Whether the first GPU can be used; said once, where a runtime is there that could."""
+    from app.engines.cuda import why_not
+
+    if (reason := why_not(0)) is not None:
+        log.warning("no GPU", setting=f"{PREFIX}DEVICE=auto", reason=reason)
+    return reason is None
 
 
 def _knows_cuda() -> bool:
@@ -184,7 +203,15 @@ def load_engine(bundle: Bundle, artifact: Artifact, settings: Settings) -> Engin
         shapes = {name: (len(batch), *shape[1:]) for name, shape in declared.items()}
         try:
             outputs = run(batch)
+        except Busy as error:
+            raise EngineError(str(error)) from None
         except Exception as error:  # each runtime raises types of its own
+            if is_out_of_memory(error):
+                raise EngineError(
+                    f"There is too little memory for {artifact.file} on {engine.device}: set a "
+                    f"smaller {PREFIX}MAX_BATCH, or fewer {PREFIX}PROCESSES, which each hold the "
+                    f"network ({one_line(error)})."
+                ) from None
             message = f"{artifact.file} does not take the declared input: {one_line(error)}"
             raise BundleError(message) from None
         check_shapes(artifact, outputs, shapes)

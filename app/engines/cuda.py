@@ -27,18 +27,18 @@ log = structlog.get_logger()
 
 
 @cache
-def has_gpu(number: int) -> bool:
-    """Whether ONNX Runtime can use that GPU here."""
+def why_not(number: int) -> str | None:
+    """Why ONNX Runtime cannot use that GPU here; None where it can."""
     if _CUDA not in onnxruntime.get_available_providers():
-        return False
+        return "this ONNX Runtime has no CUDA"
     onnxruntime.set_default_logger_severity(4)  # or it would log what it does not find
     with redirect_stdout(sys.stderr):  # where it says what it lacks
         onnxruntime.preload_dlls()  # CUDA's own libraries, where they came as wheels
     try:
         OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", number)
-    except RuntimeError:
-        return False
-    return True
+    except RuntimeError as error:
+        return one_line(error)
+    return None
 
 
 class CudaEngine:
@@ -68,10 +68,11 @@ class CudaEngine:
                 f"MMTL_DEVICE={self.device}: this ONNX Runtime has no CUDA. "
                 "Install requirements/gpu.txt in place of requirements/cpu.txt."
             )
-        if not has_gpu(number):
+        if reason := why_not(number):
             raise EngineError(
-                f"MMTL_DEVICE={self.device}: ONNX Runtime could not use that GPU. `nvidia-smi` "
-                "lists those that there are; CUDA's libraries are in requirements/gpu.txt."
+                f"MMTL_DEVICE={self.device}: ONNX Runtime could not use that GPU ({reason}). "
+                "`nvidia-smi` lists those that there are, and their driver; CUDA's libraries are "
+                "in requirements/gpu.txt."
             )
         # What is no network is refused before the GPU has a part in it.
         described = open_session(file, content)
@@ -139,7 +140,10 @@ class CudaEngine:
         if isinstance(self._batch, str):
             options.add_free_dimension_override_by_name(self._batch, size)
         cuda = {"device_id": str(self._number), **_OPTIONS, **changes}
-        return onnxruntime.InferenceSession(self._content, options, providers=[(_CUDA, cuda), _CPU])
+        # Without a fallback: it would run on the CPU, and say that it is on the GPU.
+        return onnxruntime.InferenceSession(
+            self._content, options, providers=[(_CUDA, cuda), _CPU], enable_fallback=0
+        )
 
     def _place(self) -> tuple[str, int]:
         return "cuda", self._number

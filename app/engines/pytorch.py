@@ -86,8 +86,12 @@ class PytorchEngine:
             log.warning("no CUDA graph", images=len(images), reason=one_line(error))
             return partial(_run, self._program, self.device)
 
-    @torch.inference_mode()
     def _graph(self, images: NDArray[np.uint8]) -> Run:
+        # Or what torch waits for in between would be the first GPU, where it may not even run.
+        with torch.inference_mode(), torch.cuda.device(self.device):
+            return self._recorded(images)
+
+    def _recorded(self, images: NDArray[np.uint8]) -> Run:
         taken = torch.from_numpy(images).to(self.device)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch's own gap
         stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -137,6 +137,19 @@ def test_who_waits_for_a_warm_up_that_fails_is_told(
     made.close(5)
 
 
+def test_a_warm_up_that_hangs_is_not_waited_for_for_ever(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(engine, "run", lambda _: over.wait(30))
+    made = Batcher(engine, (SIDE, SIDE), 2, 10, Metrics(4, ()), lambda _: {})
+    made.start()
+    assert not made.wait_ready(0.05)
+    made.abandon()
+    over.set()
+    made.close(5)
+
+
 async def test_a_free_engine_does_not_wait_for_more(
     batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -520,6 +533,34 @@ async def test_a_gpu_short_of_memory_gets_smaller_batches(
     engine.gate.set()
     assert await asyncio.gather(first, *others) == [1, *values]
     assert batcher._metrics.failed_runs._value.get() == 1  # and then never again
+
+
+async def test_after_many_runs_batches_may_be_larger_again(
+    batcher: Batcher, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher._runs_before_more = 3
+    largest = engine.batch
+    run, fails = engine.run, iter([True])
+
+    def short_once(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        if len(images) > 1 and next(fails, False):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return run(images)
+
+    monkeypatch.setattr(engine, "run", short_once)
+    first = await hold(engine, batcher)
+    others = [asyncio.create_task(ask(batcher, value)) for value in (80, 81)]
+    while len(batcher._decoded) < 2:
+        await asyncio.sleep(0.001)
+    engine.gate.set()
+    assert await asyncio.gather(first, *others) == [1, 80, 81]
+    seen = [batcher._max_batch]
+    for value in range(12):
+        assert await ask(batcher, value) == value
+        seen.append(batcher._max_batch)
+    assert seen[0] == 1
+    assert seen == sorted(seen)
+    assert seen[-1] == largest
 
 
 async def test_a_worker_that_hangs_is_seen_and_its_callers_refused(

@@ -1,13 +1,16 @@
 """One network takes the place of another: by a reload, or where a worker hangs."""
 
 import errno
+import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi.testclient import TestClient
 from structlog.testing import capture_logs
 
+from app import engines
 from app.batcher import Batcher, Draining
 from app.engines.onnx import OnnxEngine
 from app.keys import create_key
@@ -175,6 +179,31 @@ def test_a_bundle_that_answers_otherwise_than_it_was_made_to_is_refused(
     make_bundle(folder, golden=(wrong,))
     assert "melanoma_logit" in client.post("/admin/reload").json()["detail"]
     assert predict(client).status_code == 200
+
+
+def test_what_is_refused_does_not_stay_in_memory(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (golden,) = make_bundle(folder).manifest.golden
+    wrong = golden.model_copy(update={"outputs": {**golden.outputs, "melanoma_logit": (9.0,)}})
+    make_bundle(folder, golden=(wrong,))
+    load, loaded = engines._load, []
+
+    def note(*arguments: Any) -> Any:
+        engine = load(*arguments)
+        loaded.append(weakref.ref(engine))
+        return engine
+
+    monkeypatch.setattr(engines, "_load", note)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            assert client.post("/admin/reload").status_code == 409
+        until(lambda: not any(engine() for engine in loaded))
+    finally:
+        gc.enable()
+    assert len(loaded) >= 2
 
 
 def test_only_administrators_reload(client: TestClient, tmp_path: Path, folder: Path) -> None:
@@ -508,7 +537,7 @@ def test_a_network_that_fails_while_it_is_warmed_up_takes_over_from_nobody(
 ) -> None:
     networks = client.app.state.networks
     before = networks.current
-    monkeypatch.setattr(Batcher, "wait_ready", lambda _: False)
+    monkeypatch.setattr(Batcher, "wait_ready", lambda *_: False)
     with pytest.raises(ReloadError, match="failed while it was warmed up"):
         networks.reload()
     assert networks.current is before

@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 
 from app.engines import Engine, load_engine
-from app.engines.cuda import has_gpu
+from app.engines.cuda import why_not
 from app.settings import Settings
 from models.bundle import Bundle
 
@@ -14,7 +14,7 @@ needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO 
 needs_no_cuda = pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="has CUDA"
 )
-needs_gpu = pytest.mark.skipif(not has_gpu(0), reason="ONNX Runtime finds no GPU")
+needs_gpu = pytest.mark.skipif(why_not(0) is not None, reason="ONNX Runtime finds no GPU")
 runtimes = pytest.mark.parametrize(
     "runtime", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)]
 )

@@ -1,5 +1,6 @@
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,21 @@ from tests.bundles import SIDE, expected_outputs, make_bundle
 def test_a_gpu_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"requirements/gpu\.txt"):
         load(make_bundle(tmp_path / "bundle"), device="cuda:0")
+
+
+def test_a_gpu_that_fails_is_not_replaced_by_the_cpu_in_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "onnxruntime.InferenceSession", lambda *_, **named: opened.append(named) or "session"
+    )
+    engine = CudaEngine.__new__(CudaEngine)
+    engine._batch, engine._content, engine._number = "N", b"", 0
+    engine._open(4)
+    (named,) = opened
+    assert named["providers"][0][0] == "CUDAExecutionProvider"
+    assert named["enable_fallback"] == 0  # ONNX Runtime's own: it would open another on the CPU
 
 
 @needs_gpu

@@ -1,13 +1,25 @@
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from structlog.testing import capture_logs
 
-from app.engines import EngineError, compiler, load_engine, one_line, open_engine
+from app.engines import (
+    EngineError,
+    _choices,
+    _finds_gpu,
+    compiler,
+    load_engine,
+    one_line,
+    open_engine,
+)
+from app.engines.graphs import Busy
 from app.engines.onnx import OnnxEngine
 from app.engines.openvino import OpenVinoEngine
 from app.settings import Settings
@@ -261,6 +273,58 @@ def test_the_shipped_bundle_loads_and_answers_its_golden_predictions(
     artifact = bundle.artifact("onnx", precision)
     load_engine(bundle, artifact, Settings(precision=precision, runtime=runtime))
     assert bundle.artifact("onnx").bytes < 16_000_000
+
+
+def test_a_gpu_that_cannot_be_used_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reason = "CUDA driver version is insufficient for CUDA runtime version"
+    monkeypatch.setattr("app.engines._knows_cuda", lambda: True)
+    monkeypatch.setattr("app.engines.cuda.why_not", lambda _: reason)
+    monkeypatch.setattr("app.engines._finds_gpu", cache(_finds_gpu.__wrapped__))
+    with capture_logs() as logs:
+        for _ in range(2):
+            assert open_engine(make_bundle(tmp_path / "bundle"), Settings())[1].device == "cpu"
+    said = {"event": "no GPU", "log_level": "warning", "setting": "MMTL_DEVICE=auto"}
+    assert [entry for entry in logs if entry["event"] == "no GPU"] == [{**said, "reason": reason}]
+
+
+@pytest.mark.parametrize("precisions", [("fp16", "fp32"), ("fp32", "fp16")])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_whole_floats_are_taken_where_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precisions: tuple[Precision, ...], on_cpu: bool
+) -> None:
+    made = make_bundle(tmp_path / "bundle")
+    (one,) = made.manifest.artifacts
+    artifacts = []
+    for precision in precisions:
+        file = f"model.{precision}.onnx"
+        (made.folder / file).write_bytes(made.path(one).read_bytes())
+        artifacts.append(one.model_copy(update={"file": file, "precision": precision}))
+    bundle = Bundle(made.folder, made.manifest.model_copy(update={"artifacts": tuple(artifacts)}))
+    monkeypatch.setattr("app.engines._on_cpu", lambda _: on_cpu)
+    assert _choices(bundle, Settings())[0][0].precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("CUDA failure 2: out of memory"), r"too little memory .*cuda:0.*MAX_BATCH"),
+        (Busy("Another run on the GPU does not end."), "Another run on the GPU does not end"),
+    ],
+    ids=["no-memory", "busy"],
+)
+def test_what_a_gpu_lacks_is_not_the_bundle_s_fault(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, said: str
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    engine = SimpleNamespace(device="cuda:0", batch=4, run=fail, run_alone=fail, rounding=0.0)
+    monkeypatch.setattr("app.engines._load", lambda *_: engine)
+    bundle = make_bundle(tmp_path / "bundle")
+    with pytest.raises(EngineError, match=said):
+        load_engine(bundle, bundle.manifest.artifacts[0], Settings())
 
 
 @needs_gpu
