@@ -51,6 +51,8 @@ JpegImagePlugin.JpegImageFile._read_dpi_from_exif = lambda self: None  # type: i
 _READ_AT_ONCE = 1_000_000_000
 # An encoder writes about ten; each costs a pass over the whole picture.
 MOST_SCANS = 100
+# As long as a JPEG's may be. Pillow keeps a pointer to each row, and has a block of memory for it.
+_LONGEST_SIDE = 65_535
 # Pixels from which an image that is held whole waits for its turn.
 _LARGE = 4 * MEGA
 # Of TIFF: none, LZW, JPEG, Deflate, PackBits, Zstandard. Those of fax machines know no colours, and
@@ -298,6 +300,11 @@ def _check_size(
     image: Image.Image, image_format: str, in_full: bool, held: int, limits: Limits
 ) -> None:
     width, height = image.size
+    if max(width, height) > _LONGEST_SIDE:
+        raise ImageTooLargeError(
+            f"The image has {width} x {height} pixels; at most {_LONGEST_SIDE:,} a side are "
+            "accepted. Send a smaller copy."
+        )
     most = min(limits.max_pixels, limits.max_pixels_in_full) if in_full else limits.max_pixels
     several = in_full and image_format == "JPEG"
     kind = "JPEG of several scans (progressive)" if several else image_format

@@ -14,13 +14,14 @@ import json
 import multiprocessing
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import BytesIO
@@ -51,7 +52,7 @@ def conditions() -> dict[str, Any]:
     }
 
 
-def png(width: int, height: int, rows: bytes) -> bytes:
+def png(width: int, height: int, rows: bytes, texts: Sequence[bytes] = ()) -> bytes:
     """A PNG of one byte a pixel, its rows as given: they need not be as many as declared."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -60,8 +61,24 @@ def png(width: int, height: int, rows: bytes) -> bytes:
         )
 
     head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
+    before = b"".join(chunk(b"iTXt", text) for text in texts)
+    body = chunk(b"IHDR", head) + before + chunk(b"IDAT", zlib.compress(rows, 9))
+    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
+
+
+def tiff_of_overlapping_strips(rows: int) -> bytes:
+    """A grey TIFF without compression, each row's bytes beginning one after the last row's."""
+    width, entries, counted = 1_000, 9, 4 * rows
+    lists = 8 + 2 + 12 * entries + 4
+    pixels = lists + 2 * counted
+    directory = struct.pack(
+        f"<H{entries * 'HHII'}I",
+        *(entries, 256, 4, 1, width, 257, 4, 1, rows, 258, 3, 1, 8, 259, 3, 1, 1, 262, 3, 1, 1),
+        *(273, 4, rows, lists, 277, 3, 1, 1, 278, 4, 1, 1, 279, 4, rows, lists + counted, 0),
+    )
+    where = struct.pack(f"<{rows}I", *range(pixels, pixels + rows))
+    how_long = struct.pack("<I", width) * rows
+    return b"II*\0" + struct.pack("<I", 8) + directory + where + how_long + bytes(rows + width)
 
 
 def gif(frames: int) -> bytes:
@@ -98,12 +115,17 @@ def form(*parts: bytes) -> bytes:
 def attacks() -> dict[str, Callable[[int], str]]:
     """By name: called with the port, again and again; returns what was answered."""
     picture = load.draw_images(0)[0]
-    zeros = bytes(30_001) * 30_000
+    zeros, thirty = bytes(30_001) * 30_000, bytes(30_000_000)
+    # A character beyond the first 65,536 has Python keep all in four bytes.
+    text = b"a\0\1\0\0\0" + zlib.compress(1_000_000 * b"a" + "\U0001f600".encode(), 9)
     sent = {
         "a PNG of 30,000 x 30,000 zeros": post("image/png", png(30_000, 30_000, zeros)),
         "one pixel high, 100 megapixels (PNG)": post(
             "image/png", png(100_000_000, 1, bytes(100_000_001))
         ),
+        "one pixel wide, 30 megapixels (PNG)": post("image/png", png(1, 30_000_000, 2 * thirty)),
+        "a PNG of 70 texts of 4 MB (70 kB)": post("image/png", png(1, 1, bytes(2), 70 * [text])),
+        "a TIFF of 16,000 strips one byte apart": form(tiff_of_overlapping_strips(16_000)),
         "65,500 x 1,500 flat pixels (JPEG)": post("image/jpeg", flat_jpeg(65_500, 1_500)),
         "a JPEG of 500,000 empty segments": form(
             picture[:2] + 500_000 * b"\xff\xe5\x00\x02" + picture[2:]
@@ -118,7 +140,7 @@ def attacks() -> dict[str, Callable[[int], str]]:
         ),
         "10,000 parts": form(*[b"x"] * 10_000),
     }
-    del zeros
+    del zeros, thirty
     named: dict[str, Callable[[int], str]] = {
         name: partial(exchange, pieces=[whole]) for name, whole in sent.items()
     }

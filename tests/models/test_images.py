@@ -450,6 +450,18 @@ def test_what_is_too_large_is_told_how_large_it_may_be() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("turned", [False, True], ids=["wide", "high"])
+def test_no_side_is_longer_than_a_jpeg_may_have_it(kind: str, turned: bool) -> None:
+    def of(longest: int) -> bytes:
+        pixels = np.full((1, longest, 3), 90, np.uint8)
+        return encode(pixels.transpose(1, 0, 2) if turned else pixels, kind)
+
+    assert max(decode(of(65_535), 32, 32).width, decode(of(65_535), 32, 32).height) == 65_535
+    with pytest.raises(ImageTooLargeError, match="at most 65,535 a side are accepted"):
+        decode(of(65_536), 32, 32)
+
+
 def test_several_pages_are_refused() -> None:
     from io import BytesIO
 
