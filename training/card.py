@@ -8,7 +8,7 @@ from training.data.manifest import DataError
 from training.evaluate import Report
 from training.ood import IN_DISTRIBUTION
 from training.release import headline, headline_set
-from training.report import NONE, interval, number, to_json
+from training.report import interval, lacks_interval, number, to_json
 from training.statistics import LEAST_CLUSTERS
 
 
@@ -163,7 +163,7 @@ def _tasks(found: dict[str, Any]) -> str:
 |---|---|---|---|---|---|
 {rows}
 """
-    if any(number(values["F1, macro"]["low"]) == NONE for values in found["tasks"].values()):
+    if lacks_interval(found["tasks"]):
         table += (
             f"\nWithout an interval: a class has fewer than {LEAST_CLUSTERS} lesions, which no "
             "resampling tells anything of.\n"

@@ -1,6 +1,7 @@
 """`mmtl-train data | zoo | benchmark | prepare | fit | sweep | export | quantize | evaluate`."""
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,9 @@ BundleFolder = Annotated[
     Path | None, typer.Option(help="The bundle's folder.", show_default="RUN/bundle")
 ]
 
+# As torch says it, of a GPU's and of the machine's.
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
+
 cli = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Train, evaluate and export M-MTL."
 )
@@ -42,9 +46,12 @@ def main() -> None:
     except (DataError, BundleError) as error:
         print(f"mmtl-train: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
         print(
-            "mmtl-train: There is not enough memory: end other programs, and run it again.",
+            "mmtl-train: There is not enough memory: end other programs, or choose smaller images, "
+            "fewer workers or a smaller batch_size, and run it again.",
             file=sys.stderr,
         )
         raise SystemExit(2) from None

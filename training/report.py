@@ -17,7 +17,7 @@ from training.statistics import LEAST_CLUSTERS
 JSON = "report.json"
 PAGE = "report.html"
 # Where there is no figure.
-NONE = "–"
+_NONE = "–"
 
 
 def save_report(folder: Path, report: Report) -> None:
@@ -51,7 +51,11 @@ def render(report: Report) -> str:
 def load_template(name: str) -> Template:
     """A page of this package, with what formats figures for people."""
     environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    environment.globals |= {"interval": interval, "number": number}
+    environment.globals |= {
+        "interval": interval,
+        "lacks_interval": lacks_interval,
+        "number": number,
+    }
     text = files("training").joinpath(name).read_text(encoding="utf-8")
     return environment.from_string(text)
 
@@ -59,13 +63,18 @@ def load_template(name: str) -> Template:
 def number(value: float | None, digits: int = 3) -> str:
     """A figure for people; a dash where there is none."""
     # Adding 0.0 takes the sign off a zero.
-    return NONE if value is None or value != value else f"{round(value, digits) + 0.0:.{digits}f}"
+    return _NONE if value is None or value != value else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def interval(estimate: dict[str, float], digits: int = 3) -> str:
     """A figure and its interval for people."""
     value, low, high = (number(estimate[name], digits) for name in ("value", "low", "high"))
-    return value if low == high == NONE else f"{value} ({low} to {high})"
+    return value if low == high == _NONE else f"{value} ({low} to {high})"
+
+
+def lacks_interval(tasks: Report) -> bool:
+    """Whether a task's macro F1 has none, as a class has too few lesions for one."""
+    return any(number(found["F1, macro"]["low"]) == _NONE for found in tasks.values())
 
 
 class _Plots:

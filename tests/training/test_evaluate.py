@@ -237,11 +237,13 @@ def test_a_mean_over_classes_has_no_interval_where_one_has_too_few_lesions() -> 
         kept = [r for r in tested if r.component not in young[least:]]
         guessed = np.random.default_rng(0).dirichlet(np.ones(5), len(kept))
         made = replace(predictions(kept), outputs={"age": guessed})
-        age = evaluate(made, [])["sets"]["A"]["tasks"]["age"]
+        found = evaluate(made, [])
+        age = found["sets"]["A"]["tasks"]["age"]
         for figure in ("balanced accuracy", "F1, macro"):
             assert np.isfinite(age[figure]["value"])
             assert np.isnan([age[figure]["low"], age[figure]["high"]]).all() == few
         assert np.isfinite(age["accuracy"]["low"])
+        assert ("Without an interval" in render(found)) == few
 
 
 @pytest.mark.usefixtures("fewest_resamples")

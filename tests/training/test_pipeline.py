@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from app.settings import Settings
@@ -474,16 +475,34 @@ def test_an_error_of_the_system_is_one_sentence_whatever_it_lacks(
     assert capsys.readouterr().err == "mmtl-train: a file: broken data stream.\n"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=["of-python", "of-a-gpu", "of-torch"],
+)
 def test_that_there_is_no_memory_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr("training.cli.cli", fail)
     with pytest.raises(SystemExit):
         run_command_line()
     assert capsys.readouterr().err.startswith("mmtl-train: There is not enough memory")
+
+
+def test_what_is_a_fault_of_ours_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("training.cli.cli", fail)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run_command_line()
 
 
 def _probability(client: TestClient, path: Path) -> float:

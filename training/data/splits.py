@@ -1,6 +1,7 @@
 """Who may learn from what: splits of a manifest over its components."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -244,7 +245,9 @@ def _part(
     if not any(wanted.values()):
         return records
     chosen = [records[i] for i in free]
-    numbers = _numbers(chosen, [record.component for record in chosen], _PARTS, seed)
+    names = [record.component for record in chosen]
+    numbers = _numbers(chosen, names, _PARTS, seed)
+    numbers = _large_last(numbers, names, len(names) * max(wanted.values()) / _PARTS / 2)
     bounds, done = 0, list(records)
     for split, parts in wanted.items():
         for position, number in zip(free, numbers.tolist(), strict=True):
@@ -276,6 +279,18 @@ def _numbers(
     for number, (_, held) in enumerate(folds.split(np.zeros(len(records)), stratum, names)):
         numbers[held] = number
     return numbers
+
+
+def _large_last(numbers: NDArray[np.int64], names: Sequence[str], most: float) -> NDArray[np.int64]:
+    """The parts' numbers, those with a component of more than so many images at the end.
+
+    What is dealt out comes from the beginning: a test set that is mostly one lesion or patient
+    would tell little of others.
+    """
+    large = {name for name, count in Counter(names).items() if count > most}
+    holds = {int(number) for number, name in zip(numbers, names, strict=True) if name in large}
+    order = sorted(range(_PARTS), key=lambda number: number in holds)
+    return np.argsort(order)[numbers]
 
 
 def _is_tested(record: Record) -> bool:

@@ -139,6 +139,19 @@ def test_splits_that_are_kept_do_not_leak(given: list[tuple[int, Split | None]])
             assert now.split is (Split.EXCLUDED if now.component in validating else Split.TRAIN)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_patient_with_a_large_share_of_the_images_trains(seed: int) -> None:
+    records = [
+        replace(record, patient="many" if n < 200 else record.patient)
+        for n, record in enumerate(patients(400))
+    ]
+    done = divide(records, components(records), validation=0.1, test=0.2, seed=seed)
+    assert {record.split for record in done[:200]} == {Split.TRAIN}
+    counts = Counter(record.split for record in done[200:])
+    assert counts[Split.TEST] / 600 == pytest.approx(0.2, abs=0.02)
+    assert counts[Split.VALIDATION] / 600 == pytest.approx(0.1, abs=0.02)
+
+
 def test_where_none_validates_a_share_of_what_trains_does() -> None:
     records = [
         replace(record, split=Split.TEST if n < 100 else (None, Split.TRAIN)[n // 2 % 2])
