@@ -45,6 +45,10 @@ from models.cores import available_cores, processor
 # As many as the service takes: a container may have fewer than its machine.
 CORES = available_cores()
 SECONDS = 3.0
+# Of an overload: what waits grows all the time.
+OVERLOAD_SECONDS = 10.0
+# How often it is looked whether a system rests that was stopped: a part of Ray's never does.
+_LOOKS = 6
 REPEATS = 4
 MIXES = ("small", "medium", "full size", "mixed")
 CLIENTS = (1, 8, 32, 128)
@@ -71,8 +75,9 @@ PEER_BATCH = 8
 _ALIKE = 0.1
 # Of measuring: figures of another one do not belong beside these.
 METHOD = (
-    "each load to all systems in turn, at rest before it, open loops after a new start, as many "
-    "arrivals as their rate says, limits by the median"
+    "each load to all systems in turn, at rest before it, open loops after a new start and a "
+    "closed loop, all connections anew where some are, overloads longer and of the rate as "
+    "shipped, as many arrivals as their rate says, limits by the median, the kernel's most memory"
 )
 _T = TypeVar("_T")
 
@@ -85,7 +90,8 @@ class Load:
         mix: Of images.
         clients: At once; each waits for its answer.
         share: Instead, images by chance (Poisson) at this share of what the system answers to the
-            crowd, over as many connections as there are clients.
+            crowd (as it is shipped, where it has other settings alone), over as many connections as
+            there are clients.
     """
 
     mix: str
@@ -98,6 +104,11 @@ class Load:
         if self.share:
             return f"{self.mix}, open loop, {self.share:.0%}"
         return f"{self.mix}, {self.clients} clients"
+
+    @property
+    def seconds(self) -> float:
+        """That are measured."""
+        return max(OVERLOAD_SECONDS, SECONDS) if self.share and self.share > 1 else SECONDS
 
 
 def systems(
@@ -160,7 +171,7 @@ def loads_of(name: str, crowd: int) -> list[Load]:
     if name.startswith("limit"):
         return [*alone, *every]
     if name in page.REFUSING:
-        return [Load("mixed", crowd), arrivals[-1]]
+        return [arrivals[-1]]
     if name not in page.LIMIT:
         alone = [Load("mixed", 1)]
     fewer = [Load("mixed", n) for n in CLIENTS if 1 < n < crowd]
@@ -212,7 +223,7 @@ def send(
     """What a load on a system gave, and what it cost the system."""
     command: list[str | Path] = [make_environment("mmtl") / "mmtl", "bench"]
     command += [f"http://127.0.0.1:{process.port}", *files, "--clients", str(load.clients)]
-    command += ["--json", "--seconds", str(SECONDS), "--seed", str(seed)]
+    command += ["--json", "--seconds", str(load.seconds), "--seed", str(seed)]
     command += ["--rate", str(rate)] if rate else []
     command += ["--reconnect-every", "1"] if process.system.many else []
     with process.watched() as watched:
@@ -322,9 +333,14 @@ def measure(
             running[name].stop()
             start(name)
             anew.add(name)
-        closed = found[name]["loads"].get(f"{load.mix}, {crowd} clients")
-        rate = max(load.share * closed["images_per_second"], 0.1) if load.share else None
+            give(name, Load(load.mix, crowd))  # else, what it learns from would be of this load
+        rate = None
+        if load.share:
+            closed = found[page.SHIPPED if name in page.REFUSING else name]["loads"]
+            answered = closed[f"{load.mix}, {crowd} clients"]["images_per_second"]
+            rate = max(load.share * answered, 0.1)
         running[name].resume()
+        running[name].settle(_LOOKS)
         try:
             return send(running[name], load, mixes[load.mix], rate, repeat)
         finally:
@@ -360,6 +376,7 @@ def conditions(bundle: Bundle, mixes: Mapping[str, Sequence[Path]]) -> dict[str,
         "network": {one.file: one.sha256[:16] for one in bundle.manifest.artifacts},
         "machine": f"{CORES} cores ({processor()}), Python {platform.python_version()}",
         "seconds": SECONDS,
+        "overload_seconds": max(OVERLOAD_SECONDS, SECONDS),
         "refusing": page.REFUSING,
         "method": METHOD,
     }
@@ -420,6 +437,10 @@ def chosen(names: Sequence[str], only: Sequence[str] | None) -> list[str]:
     """
     if unknown := sorted(set(only or ()) - {*names}):
         raise SystemExit(f"There is no system {unknown[0]!r}. There are: {'; '.join(names)}.")
+    if only and page.SHIPPED not in only and (lone := sorted({*only} & {*page.REFUSING})):
+        raise SystemExit(
+            f"{lone[0]!r} is given a share of what {page.SHIPPED!r} answers: ask both."
+        )
     return [name for name in names if name in (only or names)]
 
 

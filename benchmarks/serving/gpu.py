@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from app.settings import PREFIX, Settings
 from benchmarks.serving import compare
 from benchmarks.serving.compare import MIXES
 from benchmarks.serving.page import PEERS, Results, counts, latency, row, span, write_all
@@ -26,10 +27,7 @@ from models.cores import processor
 CROWD = 128
 BATCH = 32
 # Of measuring, as compare.METHOD.
-METHOD = (
-    "one system after the other, open loops after a new start; connections spread; as many "
-    "arrivals as their rate says, limits by the median"
-)
+METHOD = "one system after the other; connections spread; but for that, " + compare.METHOD
 OURS, ALONE, LIMIT, NOTHING = "mmtl", "mmtl, one process", "limit", "nothing"
 
 
@@ -37,8 +35,13 @@ def systems(network: Path, side: int, processes: int) -> dict[str, System]:
     """Everything that is measured over HTTP, each in an environment with CUDA."""
     named = compare.systems(network, side, processes, BATCH)
     ours = {"MMTL_DEVICE": "cuda:0", "MMTL_MAX_BATCH": str(BATCH)}
+    shared = {"MMTL_PROCESSES": str(processes)}
+    # What processes divide among them, each of which must be able to take the largest request.
+    for divided, of_one in (("queue_size", "max_files"), ("max_bytes_in_flight", "max_bytes")):
+        whole, least = (Settings.model_fields[name].default for name in (divided, of_one))
+        shared[f"{PREFIX}{divided.upper()}"] = str(max(whole, least * processes))
     known = {
-        OURS: (named["mmtl, same network"], {**ours, "MMTL_PROCESSES": str(processes)}),
+        OURS: (named["mmtl, same network"], {**ours, **shared}),
         ALONE: (named["mmtl, same network"], ours),
         **{name: (named[name], {"GPU": "1"}) for name in PEERS},
     }
@@ -186,6 +189,10 @@ def _lines(results: Results, names: Sequence[str], bundle: Bundle) -> Iterator[s
         yield row([f"{LIMIT} (one image at a time)", f"{alone:.0f}", "", "", ""])
     rate = f"each system's rate with {CROWD} clients"
     yield f"\n## Arrivals by chance (Poisson), at a share of {rate}\n"
+    yield (
+        "For these, each is started anew, and answers that many clients first. At 120 % (for "
+        f"{facts['overload_seconds']:g} seconds) more and more wait, whatever answers them.\n"
+    )
     yield row(["", "load", "images/s", "p50 / p95 / p99 ms", "refused (503)", "failed", "unsent"])
     yield row(["---"] * 7)
     for name in served:

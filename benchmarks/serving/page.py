@@ -86,11 +86,21 @@ class Results:
         rates, costs = self.each(system, load, "images_per_second"), self.each(system, load, cost)
         return [rate * each / 1000 for rate, each in zip(rates, costs, strict=True)]
 
-    def failed(self, system: str) -> int:
-        """Requests of closed loops that were answered with neither 200 nor 503, in all repeats."""
+    def closed(self, system: str) -> list[str]:
+        """Its closed loops."""
         loads = self.of(system, self.repeats[0])["loads"]
-        closed = [load for load in loads if "open loop" not in load]
-        return sum(sum(self.each(system, load, "failed")) for load in closed)
+        return [load for load in loads if "open loop" not in load]
+
+    def unanswered(self, system: str) -> int:
+        """Requests of closed loops that were not answered with 200, in all repeats."""
+        loads = [(load, why) for load in self.closed(system) for why in ("failed", "refused")]
+        return sum(sum(self.each(system, load, why)) for load, why in loads)
+
+    def peaks(self, system: str) -> list[float]:
+        """The most images a second of its closed loops of mixed images, in every repeat."""
+        loads = [load for load in self.closed(system) if load.startswith("mixed, ")]
+        rates = [self.each(system, load, "images_per_second") for load in loads]
+        return [max(repeat) for repeat in zip(*rates, strict=True)]
 
     def beyond(self, ours: str, load: str, name: str, bare_name: str) -> list[float]:
         """A figure less the bare loop's, in every repeat."""
@@ -183,11 +193,11 @@ def _lines(
         f"{len(results.repeats)} repeats of {facts['seconds']:g} seconds a load after one of "
         "warm-up at least: medians, and in brackets the lowest and highest repeat; of refusals "
         "and failures the sum. In every repeat each load is given to one system after the other, "
-        "while the others are stopped, and they are compared within it. Of a load with fewer than "
-        "a hundred answers, p99 is near the slowest of them. Everything runs on the same cores, "
-        "the load generator included. Peers decode with Pillow and run the fp32 ONNX "
-        "file, configured as their documentation has it (benchmarks/serving/peers), with a worker "
-        "a core; FastAPI in one process with a thread a core, and in several processes. "
+        "that is at rest, while the others are stopped, and they are compared within it. Of a load "
+        "with fewer than a hundred answers, p99 is near the slowest of them. Everything runs on "
+        "the same cores, the load generator included. Peers decode with Pillow and run the fp32 "
+        "ONNX file, configured as their documentation has it (benchmarks/serving/peers), with a "
+        "worker a core; FastAPI in one process with a thread a core, and in several processes. "
         "FastAPI in several processes and BentoML get a new connection for every image: of "
         "connections that stay, one of their processes takes most (the others share images out "
         "themselves). "
@@ -264,6 +274,11 @@ def _lines(
     for name in (SAME, SHIPPED, INT8, *PEERS, SCALED, UNCOPIED):
         yield row([name, *(latency(results, name, f"{mix}, 32 clients") for mix in MIXES)])
     yield "\n## Arrivals by chance (Poisson), at a share of each system's rate with 32 clients\n"
+    yield (
+        "For these, each system is started anew, and answers 32 clients first. At 120 % (for "
+        f"{facts['overload_seconds']:g} seconds) more and more wait, whatever answers them: how "
+        "long is of how long that lasts.\n"
+    )
     yield row(["", "load", "images/s", "p50 / p95 / p99 ms", "refused (503)", "failed", "unsent"])
     yield row(["---"] * 7)
     for name in (SAME, SHIPPED, INT8, *PEERS):
@@ -280,7 +295,7 @@ def _lines(
             )
     yield (
         "\nRefusals take more connections than may wait, or a wait that is too long. mmtl as "
-        "shipped, with other settings, under 120 % of that rate over 128 connections:\n"
+        "shipped, with other settings, under the same 120 % over 128 connections:\n"
     )
     refused = ["refused (503)", "failed", "unsent", "p99 of refusals, ms"]
     yield row(["", "images/s", "p50 / p95 / p99 ms", *refused])
@@ -298,7 +313,8 @@ def _lines(
         )
     yield "\n## What it costs, 32 clients\n"
     costly = [*(f"CPU ms an image, {mix}" for mix in MIXES), "peak MB, full size", "ready, s"]
-    yield row(["", *costly, "failed, closed loops"])
+    yield "Memory is the most that each process had, that of several added up.\n"
+    yield row(["", *costly, "failed or refused, closed loops"])
     yield row(["---"] * 8)
     for name in (SAME, SHIPPED, INT8, *PEERS, SCALED, UNCOPIED):
         costs = [
@@ -307,7 +323,7 @@ def _lines(
         ready = median(results.of(name, repeat)["ready_seconds"] for repeat in results.repeats)
         peak = max(results.each(name, "full size, 32 clients", "peak_megabytes"))
         middle = [*(f"{cost:.1f}" for cost in costs), f"{peak:.0f}", f"{ready:.2f}"]
-        yield row([name, *middle, str(results.failed(name))])
+        yield row([name, *middle, str(results.unanswered(name))])
     for ours in (SAME, SHIPPED):
         costs = [results.median(LIMIT[ours], f"{m}, 32 clients", "cpu_ms_per_image") for m in MIXES]
         yield row([LIMIT[ours], *(f"{cost:.1f}" for cost in costs), "", "", ""])
@@ -367,10 +383,11 @@ def _targets(results: Results) -> Iterator[tuple[str, str, str, bool]]:
     yield what, span(ratios, "{:.2f}x"), "1x", median(ratios) >= 1
     over = f"mixed, open loop, {1.2:.0%}"
     for ours in (SAME, SHIPPED, *REFUSING):
-        peaks = results.each(ours, "mixed, 32 clients", "images_per_second")
+        peaks = results.peaks(SHIPPED if ours in REFUSING else ours)
         rates = results.each(ours, over, "images_per_second")
         kept = [rate / peak for rate, peak in zip(rates, peaks, strict=True)]
-        what = f"{ours}, 120 % load: throughput of its peak"
+        whose = "the peak as shipped" if ours in REFUSING else "its peak"
+        what = f"{ours}, 120 % load: throughput of {whose} (of all closed loops)"
         yield what, span(kept), "0.90", median(kept) >= 0.9
         failed = sum(
             sum(results.each(ours, over, what))
@@ -392,8 +409,8 @@ def _targets(results: Results) -> Iterator[tuple[str, str, str, bool]]:
             later = results.beyond(ours, f"{mix}, 1 clients", "p50_ms", "p50_ms")
             what = f"{ours}, one client, {mix}: p50 over bare decode and infer"
             yield what, span(later, "{:+.1f} ms"), "+3 ms", median(later) <= 3
-        failed = results.failed(ours)
-        yield f"{ours}: failed, closed loops", f"{failed}", "0", not failed
+        unanswered = results.unanswered(ours)
+        yield f"{ours}: failed or refused, closed loops", f"{unanswered}", "0", not unanswered
         peak_mb = max(results.each(ours, "full size, 32 clients", "peak_megabytes"))
         yield f"{ours}: memory, full size", f"{peak_mb:.0f} MB", "350 MB", peak_mb < 350
         ready = [results.of(ours, repeat)["ready_seconds"] for repeat in results.repeats]

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -42,7 +41,10 @@ _MAPPING = re.compile(
     re.MULTILINE,
 )
 _SIZE = re.compile(r"^(Rss|Pss|Anonymous): +(\d+) kB$", re.MULTILINE)
-_ANONYMOUS = re.compile(r"^RssAnon:\s+(\d+) kB$", re.MULTILINE)
+# Of /proc/PID/status: what is resident, and the most that was since that was forgotten, which 5 in
+# /proc/PID/clear_refs does (proc_pid_clear_refs(5)).
+_RESIDENT = re.compile(r"^Vm(HWM|RSS):\s+(\d+) kB$", re.MULTILINE)
+_FORGET_MOST = "5"
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,13 @@ def _stat(process: Path) -> list[str]:
     return (process / "stat").read_text().rpartition(")")[2].split()
 
 
-def _anonymous_megabytes(pids: list[int]) -> float:
-    total = 0
-    for pid in pids:
-        with suppress(OSError):
-            total += int(_ANONYMOUS.findall(Path(f"/proc/{pid}/status").read_text())[0])
-    return 1.024e-3 * total
+def _given_back_megabytes(pid: int) -> float:
+    """How much less a process has now than it had at most."""
+    try:
+        found = dict(_RESIDENT.findall(Path(f"/proc/{pid}/status").read_text()))
+    except OSError:  # it has ended
+        return 0.0
+    return 1.024e-3 * (int(found["HWM"]) - int(found["RSS"])) if found else 0.0
 
 
 def _wait_for_port(system: System) -> None:
@@ -229,9 +232,13 @@ class Process:
                 raise SystemExit(f"A system did not start: see {self.log.name}.")
             time.sleep(0.02)
 
-    def settle(self) -> None:
-        """Wait until it rests: where one of its workers answers, others may still be starting."""
-        for _ in range(_LOOKS):
+    def settle(self, most: int = _LOOKS) -> None:
+        """Wait until it rests: where one of its workers answers, others may still be starting.
+
+        Args:
+            most: Times that it is looked at.
+        """
+        for _ in range(most):
             before = self.cpu_seconds()
             time.sleep(_LOOK_SECONDS)
             if self.cpu_seconds() - before < _RESTS * _LOOK_SECONDS:
@@ -239,29 +246,23 @@ class Process:
 
     @contextmanager
     def watched(self) -> Iterator[dict[str, float]]:
-        """CPU seconds and the most memory, of the time that the block takes."""
+        """CPU seconds and the most memory, of the time that the block takes.
+
+        Of several processes, the most that each had is added up, though they may not have had it at
+        one time.
+        """
         found: dict[str, float] = {}
-        over = threading.Event()
         pids = list(self.pids())
-        highest = 0.0
-
-        def watch() -> None:
-            nonlocal highest
-            # Only what costs the cores next to nothing: to count it all is for later.
-            while not over.wait(0.5):
-                highest = max(highest, _anonymous_megabytes(pids))
-
-        watcher = threading.Thread(target=watch)
+        for pid in pids:
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended just now
+                Path(f"/proc/{pid}/clear_refs").write_text(_FORGET_MOST)
         before = self.cpu_seconds()
-        watcher.start()
         try:
             yield found
         finally:
-            over.set()
-            watcher.join()
             found["cpu_seconds"] = self.cpu_seconds() - before
-            more = highest - _anonymous_megabytes(pids)
-            found["peak_megabytes"] = self.megabytes() + max(more, 0.0)
+            more = sum(map(_given_back_megabytes, pids))
+            found["peak_megabytes"] = self.megabytes() + more
 
     def pause(self) -> None:
         """Stop all of them where they are, so that nothing of theirs runs."""

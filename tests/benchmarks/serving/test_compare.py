@@ -40,11 +40,62 @@ def test_open_loops_are_shares_of_what_was_measured_before() -> None:
     assert len(set(loads)) == len(loads)
 
 
+class Served:
+    """Stands in for a system's process: notes what becomes of it."""
+
+    def __init__(self, system: System, log: Path):
+        self.system = system
+        self.done: list[str] = []
+
+    def wait(self, image: bytes) -> tuple[float, Any]:
+        return 1.0, {"age": [1.0]}
+
+    def __getattr__(self, what: str) -> Any:
+        return lambda *_: self.done.append(what)
+
+
+def test_what_a_system_is_given_and_after_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, list[tuple[str, float | None]]] = {}
+    names = {8001: page.SHIPPED, 8002: page.DEADLINE}
+
+    def send(process: Served, load: Load, files: Any, rate: Any = None, seed: int = 0) -> Any:
+        assert process.done[-2:] == ["resume", "settle"]
+        port = process.system.port
+        given.setdefault(names[port], []).append((load.name, rate))
+        return {"images_per_second": {8001: 100.0, 8002: 10.0}[port]}
+
+    monkeypatch.setattr(compare, "Process", Served)
+    monkeypatch.setattr(compare, "send", send)
+    image = tmp_path / "a.jpg"
+    image.write_bytes(b"")
+    served = {name: System("mmtl", (), port=port) for port, name in names.items()}
+    found = compare.measure(served, {}, {mix: [image] for mix in compare.MIXES}, tmp_path, 0)
+    # Started anew for open loops, each answers a closed one first, which is not counted.
+    warm, over = ("mixed, 32 clients", None), ("mixed, open loop, 120%", pytest.approx(120.0))
+    assert given[page.DEADLINE] == [warm, over]
+    assert found[page.DEADLINE]["loads"].keys() == {"mixed, open loop, 120%"}
+    opened = [name for name, _ in given[page.SHIPPED]].index("mixed, open loop, 50%")
+    assert given[page.SHIPPED][opened - 1] == warm
+    assert given[page.SHIPPED][-1] == over
+
+
+def test_an_overload_lasts_longer() -> None:
+    seconds = {load.name: load.seconds for load in loads_of(page.SAME, 32)}
+    assert seconds.pop("mixed, open loop, 120%") == compare.OVERLOAD_SECONDS > compare.SECONDS
+    assert set(seconds.values()) == {compare.SECONDS}
+
+
 def test_only_systems_that_there_are_can_be_asked_for() -> None:
     assert chosen(["a", "b", "c"], None) == ["a", "b", "c"]
     assert chosen(["a", "b", "c"], ["c", "a"]) == ["a", "c"]
     with pytest.raises(SystemExit, match=r"no system 'd'\. There are: a; b; c"):
         chosen(["a", "b", "c"], ["a", "d"])
+    both = [page.DEADLINE, page.SHIPPED]
+    assert chosen(both, both) == both
+    with pytest.raises(SystemExit, match="is given a share of what 'mmtl, as shipped' answers"):
+        chosen(both, [page.DEADLINE])
 
 
 def test_the_order_rotates() -> None:

@@ -1,3 +1,4 @@
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -46,6 +47,33 @@ def test_what_is_watched_is_what_is_taken_meanwhile(running: Process) -> None:
         time.sleep(0.1)
     assert watched["cpu_seconds"] < 0.4  # what the child took before is not in it
     assert watched["peak_megabytes"] > 5
+
+
+def test_the_most_memory_is_seen_however_short_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    briefly = "bytearray(60_000_000); print('had', flush=True); input()"
+    told = f"import sys; input(); {briefly}"
+    program = Path(sys.executable)
+    monkeypatch.setattr(process, "make_environment", lambda _: program.parent)
+    fifo = tmp_path / "go"
+    os.mkfifo(fifo)
+    command = ("-c", f"import sys; sys.stdin = open({str(fifo)!r}); {told}")
+    one = Process(System("own", (program.name, *command), port=1), tmp_path / "log")
+    try:
+        with fifo.open("w") as go:
+            with one.watched() as before:
+                time.sleep(0.1)
+            with one.watched() as watched:
+                print(file=go, flush=True)
+                until = time.monotonic() + 30
+                while "had" not in (tmp_path / "log").read_text():
+                    assert time.monotonic() < until
+                    time.sleep(0.02)
+            assert watched["peak_megabytes"] > before["peak_megabytes"] + 50
+            assert one.megabytes() < before["peak_megabytes"] + 10
+    finally:
+        one.stop()
 
 
 def test_a_system_settles_when_none_of_its_processes_works(

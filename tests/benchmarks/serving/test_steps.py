@@ -51,8 +51,27 @@ def test_in_an_overload_each_service_is_asked_for_more_than_it_can_and_goes_firs
     assert rows[0][2:] == [f"{n} ({n} to {n})" for n in (200, 200, 1, 10)]
     open_loops = [(number, rate) for number, rate in services.asked if rate is not None]
     assert [number for number, _ in open_loops] == [0, 1, 2, 1, 2, 0, 2, 0, 1]
-    assert dict(open_loops) == pytest.approx({0: 240.0, 1: 120.0, 2: 60.0})
+    # Of what the first answers, whatever the others do.
+    assert dict(open_loops) == pytest.approx({0: 240.0, 1: 240.0, 2: 240.0})
     assert not services.running
+
+
+def test_where_none_was_refused_there_is_no_time_of_refusals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    services = Services([200, 100, 50])
+    turns = iter([[0.01], [], [], [], [], [], [0.03], [], []])  # of 0, 1, 2, 1, 2, 0, 2, 0, 1
+    run = services.run
+
+    def run_some(*arguments: Any) -> Measured:
+        found = run(*arguments)
+        if arguments[4:]:
+            found.refusals = next(turns)
+        return found
+
+    monkeypatch.setattr(services, "run", run_some)
+    times = [row[-1] for row in overload(services, monkeypatch)]
+    assert times == ["10", "none", "30"]
 
 
 def test_an_overload_with_an_answer_that_is_neither_good_nor_a_refusal_is_no_measurement(
