@@ -72,7 +72,7 @@ benchmark: $(VENV)/.dev
 		--weights-dir "$(WEIGHTS)" --weights-notes docs/benchmark/weights.toml \
 		--finetune 3 --run runs/benchmark --out docs/benchmark
 
-## mmtl beside LitServe, BentoML, Ray Serve and FastAPI (an hour, Linux, 12 GB of memory; installs each on its own).
+## mmtl beside LitServe, BentoML, Ray Serve and FastAPI (an hour and a half, Linux, 12 GB of memory; installs each on its own).
 bench-serve: $(VENV)/.dev
 	$(VENV)/bin/python -m benchmarks.serving.compare "$(DATA)"
 

@@ -140,7 +140,8 @@ What was tried: other imbalance, augmentation, mixing and balance of tasks ([swe
 short fits of a smaller backbone); balanced sampling for longer, whose lead is gone then
 ([sweep-longer.md](sweep-longer.md)); more sources ([sweep-sources.md](sweep-sources.md), which is
 what ships); going on, with teachers and with pseudo-labels ([sweep-teachers.md](sweep-teachers.md),
-which only loses); a student of two networks that shipped before (configs/distilled.toml, which fell
+which is behind on images that chose the
+first); a student of two networks that shipped before (configs/distilled.toml, which fell
 behind and was stopped). Not tried: a student of an ensemble, larger images, larger backbones;
 balanced sampling with the backbone that ships.
 """)

@@ -25,10 +25,9 @@ from training.data.splits import assign_fixed, hold_out, is_published_test
 from training.data.vocabulary import LEARNED, Split
 from training.distillation import open_teachers
 from training.feature_maps import build_feature_map
-from training.folds import fitted, parts
+from training.folds import check_unfitted, fitted, fitted_to_other_data
 from training.lineage import Inheritance, check_fitted, inheritance, keep_inheritance
 from training.run import Run, rows, to_learn_from
-from training.state import belongs, identity_of, load_tensors
 
 
 def prepare(data: Path, run: Run, config: Config) -> Counter[tuple[str, str]]:
@@ -138,15 +137,25 @@ def prepare_manifest(
 def _build_cache(run: Run, config: Config, records: Sequence[Record]) -> Pixels:
     """Cache the pixels; from where others give way until the new manifest is there, none is.
 
-    Pixels and labels of two preparations never meet.
+    Pixels and labels of two preparations never meet. The manifest of a run that is fitted stays,
+    where it is of the same images, row by row: what was learned from is not known without it.
     """
-    return build_cache(
-        run.cache,
-        records,
-        config.size,
-        config.size,
-        on_replace=lambda: run.manifest.unlink(missing_ok=True),
-    )
+
+    def replace_others() -> None:
+        if fitted(run, config):
+            tqdm.write(
+                f"Caution: the pictures have been decoded anew, as files or the decoder have "
+                f"changed; {run.folder} was fitted to them as they were."
+            )
+            if run.manifest.is_file() and _names(load_manifest(run.manifest)) == _names(records):
+                return
+        run.manifest.unlink(missing_ok=True)
+
+    return build_cache(run.cache, records, config.size, config.size, replace_others)
+
+
+def _names(records: Sequence[Record]) -> list[tuple[str, str]]:
+    return [(record.dataset, record.image) for record in records]
 
 
 def _keep_inheritance(run: Run, config: Config, known: Inheritance) -> None:
@@ -167,29 +176,7 @@ def check_same_images(run: Run, config: Config, records: Sequence[Record]) -> No
             for those in (load_manifest(run.manifest), records)
         )
         if ours != given:
-            raise _fitted_to_other_data(run)
-
-
-def check_unfitted(run: Run, config: Config, records: Sequence[Record]) -> None:
-    """Whether a run was not fitted to other data before: what it has learned from would be lost.
-
-    Raises:
-        DataError: It was.
-    """
-    if not fitted(run, config):
-        return
-    for member, its_config, its_records in parts(run, config, records):
-        if member.checkpoint.is_file() and not belongs(
-            load_tensors(member.checkpoint), identity_of(its_config, its_records)
-        ):
-            raise _fitted_to_other_data(member)
-
-
-def _fitted_to_other_data(run: Run) -> DataError:
-    return DataError(
-        f"{run.folder} was fitted to other data. Choose another folder with --run, or delete "
-        "its checkpoint.pt and best.pt (of an ensemble, its folders fold-N)."
-    )
+            raise fitted_to_other_data(run)
 
 
 def check_splits(records: list[Record], config: Config) -> None:

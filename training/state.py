@@ -130,6 +130,10 @@ def _average(
     The first steps' weights would be most of the average for a thousand steps, which a small
     dataset never takes: as in TensorFlow's ExponentialMovingAverage, few steps decay faster.
     """
+    if not averages[0].is_floating_point():  # indices, of Swin's windows for one: no means of them
+        for average, weight in zip(averages, weights, strict=True):
+            average.copy_(weight)
+        return
     decay = min(decay, (1 + float(steps)) / (10 + float(steps)))
     get_ema_multi_avg_fn(decay)(averages, weights, steps)  # type: ignore[no-untyped-call]  # torch's own gap
 

@@ -16,7 +16,7 @@ import pytest
 from fastapi import FastAPI
 
 from app import cli
-from app.load import Measured
+from app.load import LoadError, Measured
 from app.main import create_app
 from app.networks import Networks
 from app.processes import Place
@@ -334,6 +334,27 @@ def test_who_answers_no_client_is_not_asked_by_more(run, monkeypatch: pytest.Mon
     status, _, told = run("bench", "http://127.0.0.1:9")
     assert (status, told) == (2, "mmtl: No request was answered with 200: 3 x 404.\n")
     assert asked == [1]
+
+
+def test_what_was_measured_is_told_where_a_later_load_finds_nobody(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(_: object, clients: int, *__: object, **___: object) -> Measured:
+        if clients > 1:
+            raise LoadError("Nobody answers at 127.0.0.1:9: Connection refused.")
+        return Measured(1.0, 7, latencies=[0.01] * 7, statuses=Counter({"200": 7}))
+
+    monkeypatch.setattr("app.load.run", answer)
+    said = "mmtl: With 8 clients: Nobody answers at 127.0.0.1:9: Connection refused.\n"
+    status, output, told = run("bench", "http://127.0.0.1:9", "--json")
+    assert (status, told) == (2, said)
+    assert {
+        clients: found["images_per_second"] for clients, found in json.loads(output).items()
+    } == {"1": 7.0}
+    status, output, told = run("bench", "http://127.0.0.1:9")
+    assert (status, "7.0" in output, told) == (2, True, said)
+    status, output, told = run("bench", "http://127.0.0.1:9", "--clients", "8")
+    assert (status, output, told) == (2, "", said.replace("With 8 clients: ", ""))
 
 
 def test_check_validates_and_exits(run, monkeypatch: pytest.MonkeyPatch) -> None:

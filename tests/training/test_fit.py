@@ -328,6 +328,15 @@ def test_a_task_s_loss_is_the_mean_over_the_batches_that_have_its_labels() -> No
     assert "train_age" not in losses
 
 
+def test_indices_are_not_averaged() -> None:
+    """As Swin keeps them; each would slip by one, where the mean of it and itself is rounded."""
+    index = torch.arange(169)
+    averages = [index.clone()]
+    for step in range(100):
+        _average(0.998, averages, [index], torch.tensor(step))
+    assert averages[0].equal(index)
+
+
 def test_the_average_forgets_the_first_weights_of_a_short_run() -> None:
     averages, weights = [torch.zeros(3)], [torch.ones(3)]
     for step in range(1, 90):

@@ -1,6 +1,7 @@
 """Preparing a run again: what is fitted is not lost, and not taken for something else."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests.training.folders import draw_ham10000
 from training.cli import cli
 from training.config import Config
 from training.data.manifest import DataError, load_manifest
+from training.data.splits import hold_out
 from training.data.vocabulary import Split
 from training.fit import fit
 from training.prepare import prepare, prepare_manifest
@@ -67,6 +69,26 @@ def test_a_fitted_run_is_whole_after_other_data_is_refused(tmp_path: Path) -> No
     assert not list(run.folder.glob("*.part*"))
 
 
+def test_what_a_run_was_fitted_to_is_known_after_other_tables_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fitted(tmp_path / "run", tmp_path / "data")
+    before = content(run)
+    one, other = [r for r in load_manifest(run.manifest) if r.split is Split.TRAIN][:3:2]
+    assert one.component != other.component
+    links = tmp_path / "data" / "links"
+    links.mkdir()
+    rows = [f"{record.image},P1,{int(record.melanoma or 0)}" for record in (one, other)]
+    (links / "cases.csv").write_text("\n".join(["image,patient,melanoma", *rows]))
+    with small(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("PIL.__version__", "99")  # whose pixels are decoded anew
+        with pytest.raises(DataError, match="was fitted to other data"):
+            prepare(tmp_path / "data", run, ONE_EPOCH)
+    assert "the pictures have been decoded anew" in capsys.readouterr().out
+    assert content(run)["manifest.csv"] == before["manifest.csv"]
+    assert content(run)["best.pt"] == before["best.pt"]
+
+
 def test_an_ensemble_that_is_fitted_keeps_its_data(tmp_path: Path) -> None:
     config = ONE_EPOCH.model_copy(update={"folds": 2})
     run = fitted(tmp_path / "run", tmp_path / "data", config, 320)
@@ -80,6 +102,15 @@ def test_an_ensemble_that_is_fitted_keeps_its_data(tmp_path: Path) -> None:
     with small():
         prepare(tmp_path / "data", run, config)
         fit(run, workers=0)
+    assert content(run)["fold-2/manifest.csv"] == before["fold-2/manifest.csv"]
+    with small(), pytest.MonkeyPatch.context() as patch:
+        # As another version of scikit-learn may part them.
+        otherwise = partial(hold_out, seed=1)
+        patch.setattr(
+            "training.folds.hold_out", lambda records, folds, _: otherwise(records, folds)
+        )
+        with pytest.raises(DataError, match=r"fold-\d was fitted to other data"):
+            fit(run, workers=0)
     assert content(run)["fold-2/manifest.csv"] == before["fold-2/manifest.csv"]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.files import write_atomically
-from training.data.components import Bond, components, key_of, linked
+from training.data.components import Bond, bare_ids, components, linked
 from training.data.layouts import Dataset, name_of
 from training.data.manifest import Record, open_table
 
@@ -225,18 +225,7 @@ def _partners(side: NDArray[np.int64], pairs: Sequence[tuple[int, int]]) -> dict
 
 def _bare_in_both(a: Sequence[Record], b: Sequence[Record]) -> int:
     """Lesion and patient ids that are equal on both sides, in datasets of other names."""
-    bonds: tuple[Bond, ...] = ("lesion", "patient")
-
-    def bare(records: Sequence[Record]) -> dict[tuple[str, str], set[str]]:
-        found: dict[tuple[str, str], set[str]] = {}
-        for record in records:
-            for bond in bonds:
-                key = key_of(record, bond)
-                if key is not None and len(key) == 3:
-                    found.setdefault((bond, key[2]), set()).add(key[1])
-        return found
-
-    ours, theirs = bare(a), bare(b)
+    ours, theirs = bare_ids(a), bare_ids(b)
     return sum(not ours[key] & theirs[key] for key in ours.keys() & theirs.keys())
 
 

@@ -190,7 +190,7 @@ def split(
     """
     from training.data import splits
     from training.data.check import find_strays
-    from training.data.components import components, linked
+    from training.data.components import bare_ids, components, linked
     from training.data.duplicates import pair_up
     from training.data.layouts.isic_cli import NOT_DERMOSCOPIC
 
@@ -206,6 +206,14 @@ def split(
             print(
                 f"Left out: {others:,} images of {dataset.place.name} that its table calls not "
                 "dermoscopic (image_type).",
+                file=sys.stderr,
+            )
+        several = sum(len(names) > 1 for names in bare_ids(dataset.records).values())
+        if several and not same_ids:
+            print(
+                f"Caution: {several:,} ids of patients or lesions stand under several names of the "
+                f"column dataset in {dataset.place.name}, and are taken for one of each. Where "
+                "they are the same, give --same-ids.",
                 file=sys.stderr,
             )
     own = sum(record.split is not None for record in records)

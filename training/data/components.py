@@ -80,6 +80,18 @@ def key_of(record: Record, bond: Bond, same_ids: bool = False) -> tuple[str, ...
     return (bond, record.dataset, value)
 
 
+def bare_ids(records: Iterable[Record]) -> dict[tuple[Bond, str], set[str]]:
+    """Lesion and patient ids that mean something in their own dataset alone: in which they are."""
+    found: dict[tuple[Bond, str], set[str]] = {}
+    bonds: tuple[Bond, ...] = ("lesion", "patient")
+    for record in records:
+        for bond in bonds:
+            key = key_of(record, bond)
+            if key is not None and len(key) == 3:
+                found.setdefault((bond, key[2]), set()).add(key[1])
+    return found
+
+
 def names_of(records: Sequence[Record], labels: NDArray[np.int32]) -> list[str]:
     """The name of each record's component: its smallest image id (with dataset, if not ISIC's)."""
     names: dict[int, str] = {}

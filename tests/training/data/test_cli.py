@@ -134,6 +134,19 @@ def test_audit_answers_as_a_table_and_as_json(folder: Path, capsys) -> None:
     assert (status, "'old' is not an age" in err) == (2, True)
 
 
+def test_patients_that_a_table_names_under_several_datasets_are_told_of(
+    tmp_path: Path, capsys
+) -> None:
+    rows = [f"{n}.jpg,{n // 2},camera {n % 2},{n % 5 == 0:d}" for n in range(60)]
+    (tmp_path / "cases.csv").write_text("\n".join(["image,patient,dataset,melanoma", *rows]))
+    arguments = ("split", tmp_path, "-o", tmp_path / "out.csv", "--no-pixels")
+    status, _, err = run(capsys, *arguments)
+    assert status == 0
+    assert "Caution: 30 ids of patients or lesions stand under several names" in err
+    status, _, err = run(capsys, *arguments, "--same-ids")
+    assert (status, "Caution" in err) == (0, False)
+
+
 def test_a_manifest_that_split_wrote_is_read_back_and_audited_within(folder: Path, capsys) -> None:
     rows = [{"image": isic(n), "patient": str(n // 2), "melanoma": str(n % 2)} for n in range(100)]
     for name in ("one", "two"):

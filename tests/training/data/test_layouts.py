@@ -471,6 +471,20 @@ def test_patients_of_a_table_that_is_like_ham10000s_are_read(tmp_path: Path) -> 
     assert [record.patient for record in found.records] == ["P1", "P1"]
 
 
+def test_harvards_copy_of_ham10000_says_where_an_image_was_made(tmp_path: Path) -> None:
+    header = "lesion_id,image_id,dx,dx_type,age,sex,localization,dataset"
+    row = "HAM_0000118,ISIC_0027419,bkl,histo,80.0,male,scalp,vidir_modern"
+    (record,) = clinic(tmp_path / "harvard", header, row).records
+    assert (record.dataset, record.lesion, record.image) == (
+        "HAM10000",
+        "HAM_0000118",
+        "ISIC_0027419",
+    )
+    own = header.replace("dx_type,", "")
+    (record,) = clinic(tmp_path / "own", own, row.replace("histo,", "")).records
+    assert record.dataset == "vidir_modern"
+
+
 def test_columns_are_found_however_their_words_are_joined(tmp_path: Path) -> None:
     header = "Image,Patient ID,Lesion-ID,melanoma,Age (years),Gender,Ward"
     found = clinic(tmp_path / "own", header, "a,P1,L1,0,40,m,7")

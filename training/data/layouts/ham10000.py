@@ -1,5 +1,6 @@
 """HAM10000 (Tschandl et al. 2018): `HAM10000_metadata` and one or two folders of images."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from training.data.layouts import Place, image_of
@@ -11,8 +12,10 @@ TITLE = "HAM10000"
 LICENCE = "CC BY-NC 4.0"
 URL = "https://doi.org/10.7910/DVN/DBW86T"
 _COLUMNS = {"lesion_id", "image_id", "dx", "age", "sex", "localization"}
-# Columns that make it a plain table, which reads them.
+# Columns that make it a plain table, which reads them; but for where an image was made (Harvard's
+# copy has it, Kaggle's has not), which stands beside how its diagnosis was found.
 _OF_OTHERS = {"melanoma", "split", "dataset"}
+_MADE_AT, _FOUND_BY = "dataset", "dx_type"
 
 
 def recognise(place: Place) -> bool:
@@ -46,4 +49,8 @@ def read(place: Place, faults: Faults) -> list[Record]:
 
 
 def _tables(place: Place) -> list[Path]:
-    return [path for path in place.tables_with(*_COLUMNS) if not place.tables[path] & _OF_OTHERS]
+    def is_own(columns: Collection[str]) -> bool:
+        others = _OF_OTHERS - {_MADE_AT} if _FOUND_BY in columns else _OF_OTHERS
+        return others.isdisjoint(columns)
+
+    return [path for path in place.tables_with(*_COLUMNS) if is_own(place.tables[path])]
