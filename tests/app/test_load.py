@@ -169,33 +169,33 @@ async def test_a_connection_that_breaks_is_a_failure_and_another_is_opened() -> 
     assert len(bodies) > 1
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-async def test_an_answer_may_end_with_its_connection(version: str) -> None:
+@asynccontextmanager
+async def closing(*pieces: bytes) -> AsyncIterator[str]:
+    """Reads a request, answers in pieces, and ends the connection."""
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         await reader.readexactly(int(head.split(b"Content-Length: ")[1].split(b"\r\n")[0]))
-        for piece in (f"HTTP/{version} 200 OK\r\nServer: old\r\n\r\n", "{", "}"):
-            writer.write(piece.encode())
+        for piece in pieces:
+            writer.write(piece)
             await writer.drain()
         writer.close()
 
     listening = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with listening:
-        url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+async def test_an_answer_may_end_with_its_connection(version: bytes) -> None:
+    async with closing(b"HTTP/%b 200 OK\r\nServer: old\r\n\r\n" % version, b"{", b"}") as url:
         found = await run_load(Target(url, [b"x"]), 2, 0.2, 0.05)
     assert found.statuses.keys() == {"200"}
 
 
-@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nServ", OK[:-1]], ids=["head", "body"])
-async def test_an_answer_that_is_cut_off_is_none(head: bytes) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(head)
-        writer.close()
-
-    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with listening:
-        url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nServ", OK[:-1]], ids=["head", "body"])
+async def test_an_answer_that_is_cut_off_is_none(answer: bytes) -> None:
+    async with closing(answer) as url:
         found = await run_load(Target(url, [b"x"]), 1, 0.1, 0.0)
     assert found.statuses.keys() == {"broken"}
 
