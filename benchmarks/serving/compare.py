@@ -75,9 +75,10 @@ PEER_BATCH = 8
 _ALIKE = 0.1
 # Of measuring: figures of another one do not belong beside these.
 METHOD = (
-    "each load to all systems in turn, at rest before it, open loops after a new start and a "
-    "closed loop, all connections anew where some are, overloads longer and of the rate as "
-    "shipped, as many arrivals as their rate says, limits by the median, the kernel's most memory"
+    "each load to all systems in turn, at rest before it, open loops after a new start, each of a "
+    "closed loop's rate just before it, all connections anew where some are, overloads longer and "
+    "of the rate as shipped, as many arrivals as their rate says, limits by the median, the "
+    "kernel's most memory"
 )
 _T = TypeVar("_T")
 
@@ -89,9 +90,9 @@ class Load:
     Attributes:
         mix: Of images.
         clients: At once; each waits for its answer.
-        share: Instead, images by chance (Poisson) at this share of what the system answers to the
-            crowd (as it is shipped, where it has other settings alone), over as many connections as
-            there are clients.
+        share: Instead, images by chance (Poisson) at this share of what the system answered to the
+            crowd just before (as it is shipped, where it has other settings alone), over as many
+            connections as there are clients.
     """
 
     mix: str
@@ -161,7 +162,7 @@ def loads_of(name: str, crowd: int) -> list[Load]:
 
     One client with every mix is for mmtl and its limits.
 
-    The open loops come last, on systems that are started anew: they are shares of a closed one.
+    The open loops come last, on systems that are started anew.
     """
     every = [Load(mix, crowd) for mix in MIXES]
     arrivals = [Load("mixed", OPEN_CLIENTS, share) for share in OPEN_LOADS]
@@ -329,16 +330,23 @@ def measure(
     def give(name: str, load: Load) -> dict[str, Any]:
         if name in bare:
             return run_bare(bare[name], load, mixes[load.mix], batch)
-        if load.share and name not in anew:
+        if load.share is None:
+            return ask(name, load)
+        if name not in anew:
             running[name].stop()
             start(name)
             anew.add(name)
-            give(name, Load(load.mix, crowd))  # else, what it learns from would be of this load
-        rate = None
-        if load.share:
-            closed = found[page.SHIPPED if name in page.REFUSING else name]["loads"]
-            answered = closed[f"{load.mix}, {crowd} clients"]["images_per_second"]
-            rate = max(load.share * answered, 0.1)
+        # What it learns from is of a closed loop, too, and not of this one alone.
+        closed = ask(name, Load(load.mix, crowd))
+        if name in page.REFUSING:
+            closed = ask(page.SHIPPED, Load(load.mix, crowd))
+        answered = closed["images_per_second"]
+        return {
+            **ask(name, load, max(load.share * answered, 0.1)),
+            "closed_images_per_second": answered,
+        }
+
+    def ask(name: str, load: Load, rate: float | None = None) -> dict[str, Any]:
         running[name].resume()
         running[name].settle(_LOOKS)
         try:

@@ -190,7 +190,7 @@ def _lines(results: Results, names: Sequence[str], bundle: Bundle) -> Iterator[s
     rate = f"each system's rate with {CROWD} clients"
     yield f"\n## Arrivals by chance (Poisson), at a share of {rate}\n"
     yield (
-        "For these, each is started anew, and answers that many clients first. At 120 % (for "
+        "For these, each is started anew, and answers that many clients just before. At 120 % (for "
         f"{facts['overload_seconds']:g} seconds) more and more wait, whatever answers them.\n"
     )
     yield row(["", "load", "images/s", "p50 / p95 / p99 ms", "refused (503)", "failed", "unsent"])

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from benchmarks.serving import page
-from benchmarks.serving.compare import loads_of
+from benchmarks.serving.compare import Load, loads_of
 from benchmarks.serving.page import (
     DEADLINE,
     INT8,
@@ -23,7 +23,7 @@ Figures = dict[str, Any]
 OVER = "mixed, open loop, 120%"
 
 
-def loaded(system: str) -> Figures:
+def loaded(system: str, load: Load) -> Figures:
     """What meets every target, if barely."""
     rates = {SAME: 90.0, SHIPPED: 135.0, **dict.fromkeys(LIMIT.values(), 98.0)}
     found = {
@@ -40,6 +40,8 @@ def loaded(system: str) -> Figures:
     }
     if system in LIMIT.values():
         found |= {"p50_ms": 10.5, "cpu_ms_per_image": 10.5}
+    if load.share:
+        found["closed_images_per_second"] = rates.get(system, 135.0)
     if system in REFUSING:
         found |= {"refused_p99_ms": 5.0, "images_per_second": 130.0}
     return found
@@ -51,7 +53,7 @@ def rows(change: Callable[[str, str, Figures], None] = lambda *_: None) -> list[
     found = []
     for repeat in range(3):
         for system in names:
-            loads = {load.name: loaded(system) for load in loads_of(system, 32)}
+            loads = {load.name: loaded(system, load) for load in loads_of(system, 32)}
             for load, figures in loads.items():
                 change(system, load, figures)
             found.append(
@@ -86,8 +88,8 @@ def test_a_service_that_meets_every_target() -> None:
         (SHIPPED, "full size, 1 clients", "p50_ms", 13.6, ["one client, full size"]),
         (SAME, "mixed, 128 clients", "failed", 1, ["failed or refused, closed loops"]),
         (SHIPPED, "mixed, 128 clients", "refused", 1, ["failed or refused, closed loops"]),
-        # Of any closed loop, and what refuses is held against what does not.
-        (SAME, "mixed, 128 clients", "images_per_second", 101.0, ["throughput of its peak"]),
+        # Of what it answered just before.
+        (SAME, OVER, "closed_images_per_second", 101.0, ["throughput of its peak"]),
         (DEADLINE, OVER, "images_per_second", 120.0, ["throughput of the peak as shipped"]),
         (SAME, "full size, 32 clients", "peak_megabytes", 351.0, ["memory"]),
     ],
