@@ -13,6 +13,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from math import ceil
@@ -23,12 +24,15 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.files import write_atomically
+from models.threads import begin
 
 Scope = Literal["predict", "metrics", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 _PREFIX = "mmtl"
 # How often the file is looked at for keys that are new or revoked.
 _FRESH_SECONDS = 1.0
+# That a look at it is waited for; then the keys that were read last hold until it has ended.
+_PATIENCE_SECONDS = 0.5
 log = structlog.get_logger()
 
 
@@ -165,9 +169,9 @@ def _alone(path: Path) -> Iterator[None]:
 def _save(path: Path, keys: tuple[Key, ...]) -> None:
     with write_atomically(path) as temporary:
         temporary.touch(mode=0o600)
+        temporary.write_text(KeyFile(keys=keys).model_dump_json(indent=2) + "\n")
         if path.exists():  # an operator may have let the service's user read it
             _take_owner(temporary, path)
-        temporary.write_text(KeyFile(keys=keys).model_dump_json(indent=2) + "\n")
 
 
 def _take_owner(made: Path, before: Path) -> None:
@@ -206,6 +210,7 @@ class Keys:
         self._seen = self._mark()
         self._keys = {key.id: key for key in read_keys(path)}
         self._looked = time.monotonic()
+        self._looking: Future[None] | None = None
         # The mark of a file that could not be read, which is said once; none is like `()`.
         self._refused: tuple[int, ...] | None = ()
         self._stale = False
@@ -245,23 +250,39 @@ class Keys:
             return bucket.take(time.monotonic()) if seconds is None else seconds
 
     def _refresh(self) -> None:
-        now = time.monotonic()
-        if now - self._looked < _FRESH_SECONDS:
-            return
+        """Look at the file, in a thread of its own: a file system may hang, and callers would."""
         with self._lock:
-            self._looked = now
-            mark = self._mark()
-            if mark == self._seen:
-                self._stale, self._refused = False, ()
+            ended = self._looking is None or self._looking.done()
+            if not ended or time.monotonic() - self._looked < _FRESH_SECONDS:
                 return
+            self._looked = time.monotonic()
             try:
-                self._keys = {key.id: key for key in read_keys(self._path)}
-            except KeysError as error:  # those that were read last still hold
-                if mark != self._refused:
-                    log.error("key file not read again", reason=str(error))
-                self._refused, self._stale = mark, True
-            else:
-                self._seen, self._stale, self._refused = mark, False, ()
+                looking = self._looking = begin(self._look)
+            except RuntimeError as error:  # no thread is to be had just now
+                self._missed(str(error))
+                return
+        try:
+            looking.result(_PATIENCE_SECONDS)
+        except TimeoutError:
+            self._missed("its file system does not answer")
+
+    def _missed(self, reason: str) -> None:
+        self._stale = True
+        log.error("key file not read again", reason=reason)
+
+    def _look(self) -> None:
+        mark = self._mark()
+        if mark == self._seen:
+            self._stale, self._refused = False, ()
+            return
+        try:
+            self._keys = {key.id: key for key in read_keys(self._path)}
+        except KeysError as error:  # those that were read last still hold
+            if mark != self._refused:
+                log.error("key file not read again", reason=str(error))
+            self._refused, self._stale = mark, True
+        else:
+            self._seen, self._stale, self._refused = mark, False, ()
 
     def _mark(self) -> tuple[int, ...] | None:
         try:

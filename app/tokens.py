@@ -79,6 +79,7 @@ class Tokens:
         self._keys: dict[_Name, PyJWK] = {}
         self._asked = self._got = -_STALE_SECONDS
         self._asking: asyncio.Task[None] | None = None
+        self._next: asyncio.TimerHandle | None = None
 
     async def find(self, presented: str) -> Bearer | None:
         """Who presents a token, where it is one and holds now.
@@ -149,6 +150,11 @@ class Tokens:
             self._got = began
         except (OSError, ValueError, HTTPException, RuntimeError) as error:  # those at hand hold
             log.error("identity provider's keys", error=type(error).__name__, reason=str(error))
+        finally:
+            # Whether or not somebody presents a token: a key that was withdrawn would hold for him.
+            if self._next is not None:
+                self._next.cancel()
+            self._next = asyncio.get_running_loop().call_later(_STALE_SECONDS, self._ask)
 
 
 def tokens_of(settings: Settings) -> Tokens | None:

@@ -175,7 +175,8 @@ def save_recalibrated(bundle: Bundle, folder: Path, manifest: Manifest, how: str
         f"> Recalibrated: {how}. Probabilities, the threshold and what follows from them "
         "differ from what is said below, which is of the bundle before.\n\n"
     )
-    files[CARD] = note.encode() + (card.read_bytes() if card.is_file() else b"")
+    told = card.is_file() and not card.is_symlink()  # which may lead to what its author cannot read
+    files[CARD] = note.encode() + (card.read_bytes() if told else b"")
     return save_bundle(folder, manifest, files)
 
 

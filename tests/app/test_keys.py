@@ -3,14 +3,16 @@ import fcntl
 import json
 import os
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
 from app import keys as module
-from app.keys import Keys, KeysError, create_key, read_keys, revoke_key
+from app.keys import Key, Keys, KeysError, create_key, read_keys, revoke_key
 
 
 @pytest.fixture
@@ -57,6 +59,52 @@ def test_a_revoked_key_is_noticed_without_a_restart(path: Path, clock) -> None:
     third = create_key(path, "a", ("metrics",), None)  # the name is free again
     clock.now += 2
     assert running.find(third)
+
+
+def test_a_file_system_that_hangs_holds_up_nobody(
+    path: Path, clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = create_key(path, "tool", ("predict",), None)
+    running = Keys(path)
+    revoke_key(path, "tool")
+    looks, goes_on = count(), threading.Event()
+
+    def hang(path: Path) -> tuple[Key, ...]:
+        next(looks)
+        assert goes_on.wait(30)
+        return read_keys(path)
+
+    monkeypatch.setattr(module, "read_keys", hang)
+    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.05)
+    with capture_logs() as logged:
+        for _ in range(3):
+            clock.now += 2
+            assert running.find(key)  # nobody can know better
+            assert running.stale
+    assert next(looks) == 1  # one look is enough to wait for
+    assert [line["reason"] for line in logged] == ["its file system does not answer"]
+    goes_on.set()
+    running._looking.result(30)
+    assert not running.stale
+    assert running.find(key) is None
+
+
+def test_without_a_thread_the_keys_that_were_read_hold(
+    path: Path, clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = create_key(path, "tool", ("predict",), None)
+    running = Keys(path)
+
+    def none(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "begin", none)
+        clock.now += 2
+        assert running.find(key)
+        assert running.stale
+    clock.now += 2
+    assert not running.stale
 
 
 def test_a_file_that_is_damaged_meanwhile_leaves_the_keys_that_were_read(path: Path, clock) -> None:
@@ -255,6 +303,24 @@ def test_a_file_that_cannot_be_read_is_logged_once_and_again_when_it_has_changed
         clock.now += 2
         assert running.stale
     assert [line["event"] for line in logged] == 4 * ["key file not read again"]
+
+
+def test_a_file_that_nobody_may_write_is_changed_by_its_owner(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_key(path, "tool", ("predict",), None)
+    path.chmod(0o400)
+    write = Path.write_text
+
+    def as_no_root(self: Path, text: str) -> int:
+        if self.exists() and not self.stat().st_mode & stat.S_IWUSR:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return write(self, text)
+
+    monkeypatch.setattr(Path, "write_text", as_no_root)
+    revoke_key(path, "tool")
+    assert read_keys(path)[0].revoked
+    assert path.stat().st_mode & 0o777 == 0o400
 
 
 def test_who_could_read_the_file_still_can(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,24 @@ def test_old_keys_hold_while_the_provider_is_away_and_it_is_asked_again_soon(
     assert provider.asked == 3
 
 
+@pytest.mark.anyio
+async def test_keys_that_were_withdrawn_hold_no_longer_though_nobody_presents_a_token(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = Tokens(ISSUER, AUDIENCE, provider.url)
+    monkeypatch.setattr(tokens_module, "_STALE_SECONDS", 0.05)
+    monkeypatch.setattr(tokens_module, "_FRESH_SECONDS", 0.0)
+    assert await tokens.find(token())
+    provider.document = {"keys": [provider.key("three", FOREIGN)]}
+    asked = provider.asked
+    async with asyncio.timeout(30):
+        while provider.asked < asked + 2 or not tokens._asking.done():
+            await asyncio.sleep(0.01)
+    monkeypatch.undo()
+    assert await tokens.find(token()) is None
+    assert await tokens.find(token(FOREIGN, "three"))
+
+
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition():

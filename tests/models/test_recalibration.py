@@ -105,6 +105,19 @@ def test_the_new_bundle_says_so_and_the_old_one_stays(bundle_folder: Path, tmp_p
     assert not any("sha256" in name for name in found)
 
 
+def test_what_a_card_leads_to_is_not_handed_on(bundle_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle_folder, tmp_path / "theirs")
+    (tmp_path / "secret").write_text("of who recalibrates it")
+    (tmp_path / "theirs" / "MODEL_CARD.md").unlink(missing_ok=True)
+    (tmp_path / "theirs" / "MODEL_CARD.md").symlink_to(tmp_path / "secret")
+    bundle = load_bundle(tmp_path / "theirs")
+    changed = change_prevalence(bundle.manifest, 0.2)
+    saved = save_recalibrated(bundle, tmp_path / "ours", changed, "to 20 %")
+    card = (saved.folder / "MODEL_CARD.md").read_text()
+    assert card.startswith("> Recalibrated: to 20 %.")
+    assert "of who recalibrates it" not in card
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
