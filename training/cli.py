@@ -111,8 +111,9 @@ def prepare(
     tasks -= {"melanoma", *TAUGHT} if frozen.teachers else set()
     if tasks and not frozen.start_from:
         print(
-            f"Caution: no training image has a label of {', '.join(sorted(tasks))}: the network "
-            "will find every class, or year of age, equally probable."
+            f"Caution: no training image has a label of {', '.join(sorted(tasks))}, or all have "
+            "the same one (of the diagnosis: melanoma, or another): the network will find every "
+            "class, or year of age, equally probable."
         )
     for split, others in ((Split.VALIDATION, [Split.TRAIN]), (Split.TEST, list(LEARNED))):
         if known := shared(records, split, others):
@@ -294,7 +295,9 @@ def evaluate(
         if value is not None and (table is None or table.is_dir()):
             raise DataError(f"{option} is of a table of predictions; a bundle has its own.")
     records = load_manifest(manifest or Run(run).manifest)
-    tested = held_out(records, split)
+    # What was predicted elsewhere needs no files here.
+    images = predictions is None or (against is not None and against.is_dir())
+    tested = held_out(records, split, images)
     # Before every image is predicted:
     check_size(tested)
     if data is not None:

@@ -151,6 +151,8 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
     if teachers:
         with team.leader_first():
             targets = replace(targets, soft=soft_targets(run, teachers, records, pixels, train))
+    left_out = set(untaught([records[row] for row in train])) - set(targets.soft)
+    targets = targets.without(left_out)
     loss = MultiTaskLoss(config, targets.take(torch.tensor(train)))
     resumes = run.checkpoint.is_file()  # which holds all weights: where they came from may be gone
     network = build_network(config, pretrained and not resumes)
@@ -159,7 +161,7 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
         check_inherited(run, before)
         start(network, before)
     elif not resumes:
-        network.leave_out(set(untaught([records[row] for row in train])) - set(targets.soft))
+        network.leave_out(left_out)
     check_shareable(network, config, len(train), team)
     state = State(network, loss, config, len(train), team.device)
     if config.compile:

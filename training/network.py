@@ -12,16 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.bundle import AGE_GRID
-from training.data.vocabulary import Diagnosis
 from training.feature_maps import last_and_middle
 from training.ood import FeatureDistance
-from training.tasks import DIAGNOSES, TASKS
+from training.tasks import MELANOMA, TASKS
 
 # Of the dihedral group: whether rows and columns are exchanged, and which are mirrored then.
 VIEWS = tuple(
     (transposed, flipped) for transposed in (False, True) for flipped in ((), (0,), (1,), (0, 1))
 )
-MELANOMA = DIAGNOSES.index(Diagnosis.MEL)
 _DROPOUT = 0.2
 
 

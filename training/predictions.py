@@ -14,7 +14,7 @@ from tqdm import tqdm
 from models.bundle import Bundle, Precision, melanoma_probability
 from models.files import write_atomically
 from models.images import ImageError, decode
-from models.recalibration import LOGIT, PROBABILITY
+from models.recalibration import LOGIT, PROBABILITY, fitted_to_outcomes
 from training.data.layouts import name_of, without_suffix
 from training.data.manifest import DataError, Record, isic_id, open_table
 from training.data.tables import Faults, Row, read_rows
@@ -51,6 +51,7 @@ class Predictions:
         sha256: Of the artifact.
         trained_on: Names of the datasets that the model was learned from, where they are known.
         data_fingerprint: Of the manifest that it was fitted with, where that is known.
+        fitted_to_outcomes: Whether its bundle was recalibrated on outcomes, as far as is known.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Predictions:
     sha256: str | None = None
     trained_on: tuple[str, ...] = ()
     data_fingerprint: str | None = None
+    fitted_to_outcomes: bool = False
 
 
 def predict(
@@ -124,6 +126,7 @@ def predict(
         sha256=artifact.sha256,
         trained_on=tuple(source.name for source in manifest.training_data.sources),
         data_fingerprint=manifest.training_data.fingerprint,
+        fitted_to_outcomes=fitted_to_outcomes(manifest),
     )
 
 

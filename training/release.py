@@ -5,7 +5,6 @@ from math import isfinite
 from pathlib import Path
 
 from models.bundle import Bundle, Metric
-from models.recalibration import fitted_to_outcomes
 from training import paper
 from training.data.components import shared
 from training.data.layouts import Dataset, balanced, ham10000, image_files, read_datasets
@@ -17,15 +16,23 @@ from training.robustness import compare_sizes, flagged_shares
 from training.tasks import untaught
 
 
-def held_out(records: Sequence[Record], split: Split) -> list[Record]:
+def held_out(records: Sequence[Record], split: Split, images: bool = True) -> list[Record]:
     """The records that can be evaluated: of the split, and with pixels.
+
+    Args:
+        records: The manifest.
+        split: Of it.
+        images: Whether their files are needed, as they are to be predicted.
 
     Raises:
         DataError: There is none.
     """
-    found = [record for record in records if record.split is split and record.path]
-    if not found:
+    asked = [record for record in records if record.split is split]
+    if not asked:
         raise DataError(f"The manifest has no images of the split {split}: choose another --split.")
+    found = [record for record in asked if record.path] if images else asked
+    if not found:
+        raise DataError(f"None of the manifest's {len(asked):,} images of {split} has a file here.")
     return found
 
 
@@ -74,11 +81,13 @@ def evaluate_model(
             f"Whether {against.model} has learned from these images, or from the same lesions, is "
             "not known. Where it has, differences are worse than they would be on others."
         )
+    if against is not None and against.fitted_to_outcomes:
+        report["cautions"].append(_fitted(f"{against.model}'s"))
     if published is not None and rows:
         evaluated = [tested[row] for row in rows]
         report["paper"] = paper.describe(published, clean, evaluated, predictions, known)
     if bundle is not None:
-        report |= _robustness(bundle, predictions, records, datasets, data)
+        report |= _robustness(bundle, predictions, records, split, datasets, data)
     return report
 
 
@@ -114,6 +123,7 @@ def _robustness(
     bundle: Bundle,
     predictions: Predictions,
     records: Sequence[Record],
+    split: Split,
     datasets: Sequence[Dataset],
     data: Path | None,
 ) -> Report:
@@ -126,8 +136,18 @@ def _robustness(
         report["originals"] = compare_sizes(bundle, originals)
     learned = [record for record in records if record.split in LEARNED]
     known = [record for dataset in datasets for record in dataset.records]
-    report["out of distribution"] = flagged_shares(bundle, predictions, learned, known, other)
+    report["out of distribution"] = flagged_shares(
+        bundle, predictions, split, learned, known, other
+    )
     return report
+
+
+def _fitted(whose: str) -> str:
+    return (
+        f"{whose} calibration and threshold were fitted to outcomes: whether these images are "
+        "among them is not known, and where they are, what follows from the threshold and the "
+        "calibration is better than it would be on others."
+    )
 
 
 def _cautions(
@@ -139,11 +159,11 @@ def _cautions(
 ) -> list[str]:
     """What a reader must know of every figure; the bundle was fitted to these records, if `own`."""
     cautions = []
-    asked = len(held_out(records, split))
+    asked = len(held_out(records, split, images=False))
     if len(predictions.records) < asked:
         cautions.append(
             f"Only {len(predictions.records):,} of the {asked:,} images of this split have a "
-            "prediction."
+            "prediction, or a file to predict."
         )
     if bundle is None:
         cautions.append(
@@ -163,6 +183,11 @@ def _cautions(
                 "a picture that the network has learned from, or that stopped and calibrated it: "
                 "the figures are better than they would be on others."
             )
+    elif split is Split.EXCLUDED:
+        cautions.append(
+            "These are images that were left out, most for what they share with those that the "
+            "network was judged on, or has learned from: figures may be better than on others."
+        )
     else:
         cautions.append(
             f"These are images of the {split} split, which the network, its calibration or its "
@@ -170,15 +195,12 @@ def _cautions(
         )
     if own and (tasks := untaught([r for r in records if r.split is Split.TRAIN])):
         cautions.append(
-            f"None of the images that it was trained on says anything of: {', '.join(tasks)}. What "
-            "the bundle answers of that means nothing, unless teachers or a network before it knew."
+            "The images that it was trained on say nothing, or the same of all, of: "
+            f"{', '.join(tasks)}. What the bundle answers of that means nothing, unless teachers "
+            "or a network before it knew."
         )
-    if bundle is not None and fitted_to_outcomes(bundle.manifest):
-        cautions.append(
-            "Its calibration and threshold were fitted to outcomes: whether these images are among "
-            "them is not known, and where they are, what follows from the threshold and the "
-            "calibration is better than it would be on others."
-        )
+    if predictions.fitted_to_outcomes:
+        cautions.append(_fitted("Its"))
     if bundle is not None:
         cautions.append(
             "The melanoma probability is calibrated to a share of "

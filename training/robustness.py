@@ -15,6 +15,7 @@ from models.images import ImageError, decode
 from training.data.components import with_components
 from training.data.layouts import image_files
 from training.data.manifest import DataError, Record
+from training.data.vocabulary import Split
 from training.predictions import Predictions, predict
 from training.runners import onnx_runner
 from training.statistics import Clusters, Estimate, bounded
@@ -69,6 +70,7 @@ def thumbnail(data: bytes) -> bytes:
 def flagged_shares(
     bundle: Bundle,
     predictions: Predictions,
+    split: Split,
     learned: Sequence[Record],
     known: Sequence[Record],
     other: Path | None,
@@ -77,7 +79,8 @@ def flagged_shares(
 
     Args:
         bundle: With its threshold.
-        predictions: Its predictions of held-out images.
+        predictions: Its predictions.
+        split: Of whose images.
         learned: What it was fitted to and tuned on.
         known: Images of any dataset; of those whose dataset was not learned from, the ones that no
             learned or held-out dataset holds as well are looked at.
@@ -98,7 +101,8 @@ def flagged_shares(
             values.append(flag)
             names.append(record.component)
 
-    note(predictions, [f"held out: {record.dataset}" for record in predictions.records])
+    kind = "held out" if split is Split.TEST else split
+    note(predictions, [f"{kind}: {record.dataset}" for record in predictions.records])
     datasets = {source.name for source in bundle.manifest.training_data.sources}
     datasets |= {record.dataset for record in predictions.records}
     seen = {record.image for record in (*learned, *predictions.records)}

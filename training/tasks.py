@@ -1,7 +1,7 @@
 """What the network learns: one table entry a task."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from training.data.vocabulary import Diagnosis, Sex, Site
 MISSING = -1
 # The seven classes of HAM10000, which has no invasive squamous cell carcinoma.
 DIAGNOSES = tuple(diagnosis for diagnosis in Diagnosis if diagnosis is not Diagnosis.SCC)
+MELANOMA = DIAGNOSES.index(Diagnosis.MEL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,14 @@ class Targets:
     soft: dict[str, Tensor] = field(default_factory=dict)
     weights: Tensor | None = None
 
+    def without(self, tasks: Collection[str]) -> "Targets":
+        """The same, as if no label of these tasks were known."""
+        left = {
+            task: torch.full_like(values, MISSING) if task in tasks else values
+            for task, values in self.classes.items()
+        }
+        return replace(self, classes=left)
+
     def take(self, indices: Tensor) -> "Targets":
         """The targets of some of the images."""
         return self._each(lambda values: values[indices])
@@ -89,8 +98,17 @@ class Targets:
 
 
 def untaught(records: Sequence[Record]) -> list[str]:
-    """Tasks of which none of some images has a label."""
-    return [task.name for task in TASKS if all(task.read(record) is None for record in records)]
+    """Tasks that some images do not teach: they have no labels of it, or nothing to tell apart.
+
+    That the only diagnosis known is melanoma (folders `melanoma` and `benign`), or that it alone is
+    not, teaches that every image is one, or none; and the diagnosis is half of the melanoma logit.
+    """
+    return [task.name for task in TASKS if len(_told_apart(task, records)) < 2]
+
+
+def _told_apart(task: Task, records: Sequence[Record]) -> set[int]:
+    found = {label for record in records if (label := task.read(record)) is not None}
+    return {int(label == MELANOMA) for label in found} if task.name == "diagnosis" else found
 
 
 def encode_targets(records: Sequence[Record]) -> Targets:

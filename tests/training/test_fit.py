@@ -30,10 +30,10 @@ from training.fit import (
     validate,
 )
 from training.losses import MultiTaskLoss
-from training.network import MELANOMA, MultiTaskNetwork
+from training.network import MultiTaskNetwork
 from training.run import Run, to_learn_from
 from training.state import State, _average, load_tensors, save_tensors
-from training.tasks import DIAGNOSES, TASKS, Targets, encode_targets
+from training.tasks import DIAGNOSES, MELANOMA, TASKS, Targets, encode_targets
 from training.team import Team
 
 CPU = torch.device("cpu")

@@ -27,13 +27,14 @@ from training.cli import main as run_command_line
 from training.config import Config
 from training.data.manifest import DataError, fingerprint, load_manifest, save_manifest
 from training.data.vocabulary import Split
-from training.export import bundle_name, export
+from training.export import bundle_name, export, load_fitted
 from training.fit import fit
 from training.predictions import predict
 from training.prepare import prepare, prepare_manifest
 from training.quantize import TRUNK_WEIGHT
 from training.release import evaluate_model, held_out
-from training.run import Run, rows
+from training.robustness import flagged_shares
+from training.run import Run, rows, to_calibrate_on
 from training.zoo import load_zoo
 
 pytestmark = pytest.mark.usefixtures("small_backbone")
@@ -123,6 +124,20 @@ def test_there_is_something_to_learn_from(fitted: Run, tmp_path: Path) -> None:
             prepare_manifest(plain, Run(tmp_path / "run"), fitted.load_config())
 
 
+def test_a_diagnosis_known_of_melanomas_alone_says_nothing(fitted: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    config = fitted.load_config().model_copy(update={"epochs": 1})
+    # As folders `melanoma` and `benign` have it: every image would be called a melanoma.
+    records = [
+        record if record.melanoma else replace(record, diagnosis=None)
+        for record in load_manifest(fitted.manifest)
+    ]
+    prepare_manifest(records, run, config)
+    fit(run, workers=0)
+    head = load_fitted(run, load_manifest(run.manifest)).heads["diagnosis"]
+    assert not any(values.any() for values in head.parameters())
+
+
 def test_a_test_split_that_was_learned_from_is_told_of(fitted_bundle: Path, fitted: Run) -> None:
     records = load_manifest(fitted.manifest)
     known = next(r for r in records if r.split is Split.TRAIN)
@@ -209,6 +224,21 @@ def test_a_bundle_is_evaluated_with_its_own_run_only(
         save_figures(bundle, report)
     with pytest.raises(DataError, match="fitted on other data"):
         export(other, tmp_path / "bundle")
+
+
+def test_prevalence_and_thresholds_are_of_the_images_that_it_is_calibrated_on(
+    fitted: Run, fitted_bundle: Path
+) -> None:
+    records, _ = fitted.load_data()
+    seen = [records[row] for row in to_calibrate_on(records, fitted.load_config())]
+    bundle = load_bundle(fitted_bundle)
+    found = predict(bundle, seen)
+    share = np.mean([bool(record.melanoma) for record in seen])
+    assert bundle.manifest.prevalence == pytest.approx(share)
+    assert found.probability.mean() == pytest.approx(share, abs=0.01)
+    assert found.ood_score is not None
+    passed = found.ood_score <= bundle.artifact("onnx").ood_threshold
+    assert passed.mean() == pytest.approx(0.99, abs=1 / len(seen))
 
 
 def test_every_artifact_is_written_and_verified(fitted_bundle: Path) -> None:
@@ -439,6 +469,42 @@ def test_what_was_fitted_to_outcomes_is_told_and_not_published(
     assert any("were fitted to outcomes" in line for line in report["cautions"])
     with pytest.raises(DataError, match="was recalibrated on outcomes"):
         cli([*told, "--publish"], standalone_mode=False)
+    # Nor does it go unsaid where it is the other one.
+    told[told.index(str(clinic))] = str(fitted_bundle)
+    cli([*told, "--against", str(clinic)], standalone_mode=False)
+    cautions = json.loads((tmp_path / "report" / "report.json").read_text())["cautions"]
+    assert any("'s calibration and threshold were fitted to outcomes" in each for each in cautions)
+
+
+def test_only_what_was_held_out_is_called_so(fitted: Run, fitted_bundle: Path) -> None:
+    records, bundle = load_manifest(fitted.manifest), load_bundle(fitted_bundle)
+    for split, kind in ((Split.TEST, "held out"), (Split.VALIDATION, "validation")):
+        found = predict(bundle, [r for r in records if r.split is split][:20])
+        flagged = flagged_shares(bundle, found, split, [], [], None)["flagged"]
+        assert {name.split(":")[0] for name in flagged} == {kind}
+
+
+def test_what_was_predicted_elsewhere_needs_no_files(
+    fitted: Run, fitted_bundle: Path, tmp_path: Path
+) -> None:
+    records = load_manifest(fitted.manifest)
+    save_manifest(tmp_path / "table.csv", [replace(record, path="") for record in records])
+    with pytest.raises(
+        DataError, match=r"None of the manifest's \d+ images of test has a file here"
+    ):
+        cli(
+            ["evaluate", "--manifest", str(tmp_path / "table.csv"), "--bundle", str(fitted_bundle)],
+            standalone_mode=False,
+        )
+    told = ["--manifest", str(tmp_path / "table.csv"), "-o", str(tmp_path / "report")]
+    told += ["--predictions", str(fitted.folder / "report" / "predictions.csv")]
+    cli(["evaluate", *told], standalone_mode=False)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    ours = json.loads((fitted_bundle / "metrics.json").read_text())
+    assert report["sets"].keys() == ours["sets"].keys()
+    for name, figures in report["sets"].items():
+        assert figures["images"] == ours["sets"][name]["images"]
+    assert not any("have a prediction" in each for each in report["cautions"])
 
 
 def test_too_few_lesions_are_told_before_any_image_is_predicted(

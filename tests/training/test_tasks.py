@@ -57,10 +57,26 @@ def test_an_age_is_that_of_the_grid_at_or_below_it(age: float, place: int) -> No
     assert found == place
 
 
-def test_a_task_is_untaught_where_no_image_has_a_label_of_it() -> None:
+def test_a_task_is_untaught_where_no_images_have_labels_to_tell_apart() -> None:
     records = [
-        Record("a", "", "d", melanoma=True),
+        Record("a", "", "d", melanoma=True, age=30.0, sex=Sex.MALE),
         Record("b", "", "d", melanoma=False, diagnosis=Diagnosis.SCC),  # which is no class
-        Record("c", "", "d", age=40.0),
+        Record("c", "", "d", age=40.0, sex=Sex.MALE),
     ]
     assert untaught(records) == ["diagnosis", "site", "sex"]
+
+
+@pytest.mark.parametrize(
+    ("known", "told_apart"),
+    [
+        ([], False),
+        ([Diagnosis.MEL], False),  # folders `melanoma` and `benign`
+        ([Diagnosis.NV, Diagnosis.BCC], False),
+        ([Diagnosis.NV, Diagnosis.MEL], True),
+    ],
+)
+def test_a_diagnosis_that_says_the_same_of_melanoma_everywhere_is_untaught(
+    known: list[Diagnosis], told_apart: bool
+) -> None:
+    records = [Record(str(n), "", "d", diagnosis=each) for n, each in enumerate(known)]
+    assert ("diagnosis" not in untaught([*records, Record("none", "", "d")])) is told_apart

@@ -364,7 +364,11 @@ def test_labels_that_were_added_to_the_archive_s_table_are_read(tmp_path: Path) 
 
 def test_usual_spellings_of_a_plain_table_are_read(tmp_path: Path) -> None:
     row = {"image": "a", "label": "nv", "Gender": "F", "Location": "back", "split": "val"}
-    write(tmp_path / "mine.csv", [row, row | {"image": "b", "label": "melanocytic naevi"}])
+    others = {"b": "melanocytic naevi", "c": "mel", "d": "Melanoma"}
+    write(
+        tmp_path / "mine.csv",
+        [row, *({**row, "image": image, "label": label} for image, label in others.items())],
+    )
     (dataset,) = read_datasets([tmp_path])
     assert dataset.records[0] == Record(
         image="a",
@@ -376,7 +380,9 @@ def test_usual_spellings_of_a_plain_table_are_read(tmp_path: Path) -> None:
         site=Site.TORSO,
         split=Split.VALIDATION,
     )
-    assert dataset.records[1].diagnosis is Diagnosis.NV
+    nevus, *melanomas = dataset.records[1:]
+    assert nevus.diagnosis is Diagnosis.NV
+    assert [(r.diagnosis, r.melanoma) for r in melanomas] == [(Diagnosis.MEL, True)] * 2
     (tmp_path / "mine.csv").write_text("image;age;melanoma\na;45,5;1\nb;1,000;0\n")
     (dataset,) = read_datasets([tmp_path])
     assert [record.age for record in dataset.records] == [45.5, None]

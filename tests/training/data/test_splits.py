@@ -35,6 +35,13 @@ def test_the_test_split_is_the_fixed_one() -> None:
     assert [n for n in range(20) if in_test_split(f"HAM_{n:07d}")] == [2, 5, 9, 11, 16, 17, 18]
 
 
+def test_what_validates_in_the_fixed_split_is_fixed_too() -> None:
+    records = [Record(f"ISIC_{n:07d}", "", "HAM10000", f"HAM_{n:07d}") for n in range(60)]
+    done = assign_fixed(records, components(records))
+    held = [n for n, record in enumerate(done) if record.split is Split.VALIDATION]
+    assert held == [19, 23, 26, 31, 42, 47]
+
+
 @given(rows, rows)
 def test_the_fixed_split_keeps_components_apart(ours: list, theirs: list) -> None:
     records = [Record(f"ISIC_{i:07d}", "", "HAM10000", f"HAM_{lesion}") for lesion, i in ours]

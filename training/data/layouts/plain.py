@@ -67,7 +67,7 @@ def _record(row: Row, image: str, place: Place) -> Record:
     term = row.diagnosis(*_DIAGNOSIS)
     said = (row.text(*_MELANOMA) or "").lower()
     called = diagnosis_of(said)
-    if said not in TRUTHS and called.known:  # a `label` of `nv`
+    if called.known:  # a `label` of `nv`, or of `mel`
         melanoma = called.melanoma
         term = term if row.text(*_DIAGNOSIS) else called
     else:
