@@ -7,9 +7,11 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from math import ceil
+from pathlib import Path
 from socket import socket
 from types import FrameType, NoneType
 from typing import Any
@@ -37,6 +39,8 @@ _LINGER_SECONDS = 2.0
 _LINGERING, _LINGERING_SHARE = 4, 0.02
 # Open files beside connections: a bundle that is loaded, logs, other processes.
 _OWN_FILES = 200
+# Which memory a core dump holds (core(5)).
+_DUMPED = Path("/proc/self/coredump_filter")
 # Answered on such a connection, too: who holds all others would make this service look dead, and
 # have it started anew.
 _ALWAYS_ANSWERED = (b"/health/live", b"/health/ready", b"/metrics")
@@ -406,11 +410,14 @@ def keep_no_core() -> None:
     """Let this process leave no core dump, which would hold pictures and keys.
 
     A limit of 1 byte is less than any file, and Linux gives none to a program that collects dumps
-    then, either (core(5), `fs/coredump.c`), which it does with 0.
+    then, either (core(5), `fs/coredump.c`), which it does with 0. Where no more than that may be
+    set, a dump has at least no memory in it.
     """
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
     soft = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
     resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+    with suppress(OSError):  # of another system than Linux
+        _DUMPED.write_text("0")
 
 
 class Server(uvicorn.Server):

@@ -54,6 +54,10 @@ for absent in gcc cc make pip pip3 curl git; do
     ! chroot "$root" sh -c "PATH=/opt/mmtl/bin:\$PATH; command -v $absent" || { echo "$absent is in the image"; exit 1; }
 done
 [ -z "$(ls -A "$root/var/lib/apt/lists" 2> /dev/null)" ]
+# Of Python's own venv: neither `make audit` nor `make sbom` knows of them.
+for absent in pip pkg_resources setuptools; do
+    ! ls -d "$root"/opt/mmtl/lib/python3*/site-packages/"$absent" 2> /dev/null || { echo "$absent is in the image"; exit 1; }
+done
 writable=$(chroot --userspec=10001:10001 "$root" find / -xdev -type f -writable -not -path '/proc/*' 2> /dev/null || true)
 [ -z "$writable" ] || { echo "its user may write $writable"; exit 1; }
 # Else no identity provider could be asked by HTTPS.

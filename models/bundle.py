@@ -451,7 +451,8 @@ def save_bundle(folder: Path, manifest: Manifest, files: Mapping[str, bytes | Pa
                 shutil.copyfile(content, new / name)
             else:
                 (new / name).write_bytes(content)
-        (new / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        # What is not used is not written: a version that does not know it reads the bundle, too.
+        (new / MANIFEST).write_text(manifest.model_dump_json(indent=2, exclude_none=True) + "\n")
         read = load_bundle(new)
         for file in new.iterdir():
             file.chmod(0o644)  # as its folder: who makes a bundle is seldom who serves it

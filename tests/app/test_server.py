@@ -36,15 +36,16 @@ VIEWER = "https://viewer.example"
 
 
 @pytest.fixture
-def server(settings: Settings) -> Iterator[Server]:
+def server(settings: Settings, request: pytest.FixtureRequest) -> Iterator[Server]:
+    seconds = getattr(request, "param", 0.3)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
     limited = settings.model_copy(
         update={
             "port": number,
-            "header_seconds": 0.3,
-            "upload_seconds": 0.3,
+            "header_seconds": seconds,
+            "upload_seconds": seconds,
             "max_header_bytes": 2048,
             "max_connections": 5,
             "cors_origins": (VIEWER,),
@@ -59,6 +60,10 @@ def server(settings: Settings) -> Iterator[Server]:
     server.should_exit = True
     thread.join(10)
     assert not thread.is_alive()
+
+
+# For those who send nothing, or read nothing, and are to stay for as long as a test needs.
+patient = pytest.mark.parametrize("server", [20.0], indirect=True)
 
 
 @pytest.fixture
@@ -300,22 +305,24 @@ def test_a_body_that_never_ends_is_cut_off_where_nobody_reads_it(port: int) -> N
         assert time.monotonic() - began < 2
 
 
-def test_connections_are_counted(port: int) -> None:
+@patient
+def test_connections_are_counted(server: Server, port: int) -> None:
     taken = [connect(port) for _ in range(5)]
-    time.sleep(0.05)
+    until(lambda: len(server.server_state.connections) == 5)
     with connect(port) as one_more:
         answer = read_answer(one_more)
         assert (status(answer), problem_of(answer)) == (503, "saturated")
         assert b"retry-after: 1" in answer
     for connection in taken:
         connection.close()
-    time.sleep(0.05)
+    until(lambda: not server.server_state.connections)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     connection.request("GET", "/health/live")
     assert connection.getresponse().status == 200
     connection.close()
 
 
+@patient
 def test_who_sends_on_a_connection_too_many_gets_to_read_why(server: Server, port: int) -> None:
     body = bytes(2_000_000)
     with ExitStack() as held:
@@ -383,6 +390,7 @@ def test_a_connection_that_rests_makes_room_for_a_new_one(server: Server, port: 
     assert refusals(server, "saturated") == 0
 
 
+@patient
 def test_who_has_not_read_an_answer_makes_no_room(
     server: Server, port: int, little_room: None
 ) -> None:
@@ -411,6 +419,7 @@ def test_who_is_answered_before_the_body_has_come_makes_room(server: Server, por
         assert status(read_answer(client)) == 200
 
 
+@patient
 def test_a_request_that_has_begun_is_not_taken_for_rest(server: Server, port: int) -> None:
     with ExitStack() as stack:
         begun = [stack.enter_context(connect(port)) for _ in range(5)]
@@ -532,12 +541,18 @@ def test_there_may_be_a_file_for_each_connection(
     )
 
 
-def test_a_process_that_fails_leaves_no_core_dump(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("hard", "soft"), [(INFINITY, 1), (4096, 1), (1, 1), (0, 0)])
+def test_a_process_that_fails_leaves_no_core_dump(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hard: int, soft: int
+) -> None:
     limits: list[tuple[int, tuple[int, int]]] = []
-    monkeypatch.setattr("resource.getrlimit", lambda _: (INFINITY, INFINITY))
+    monkeypatch.setattr("resource.getrlimit", lambda _: (hard, hard))
     monkeypatch.setattr("resource.setrlimit", lambda which, both: limits.append((which, both)))
+    monkeypatch.setattr("app.server._DUMPED", tmp_path / "coredump_filter")
     keep_no_core()
-    assert limits == [(resource.RLIMIT_CORE, (1, INFINITY))]
+    assert limits == [(resource.RLIMIT_CORE, (soft, hard))]
+    # What collects dumps gets one in spite of a limit of 0.
+    assert (tmp_path / "coredump_filter").read_text() == "0"
 
 
 def test_a_byte_between_two_requests_gains_no_time(port: int) -> None:

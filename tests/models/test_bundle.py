@@ -71,6 +71,16 @@ def test_what_fits_another_manifest_is_neither_a_manifest_nor_a_stranger_s_file(
     assert set(bundle.files("note.md")) == {"model.onnx", "model_card.md"}
 
 
+def test_what_is_not_used_is_not_written_so_that_an_earlier_version_reads_the_rest(
+    tmp_path: Path,
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    assert bundle.manifest.artifacts[0].operating_point is None
+    text = (bundle.folder / "bundle.json").read_text()
+    assert "null" not in text
+    assert "operating_point" not in json.loads(text)["artifacts"][0]
+
+
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"):
         load_bundle(tmp_path)
