@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import time
@@ -33,6 +34,16 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def _one_large_image_at_a_time() -> None:
     """Whatever the machine has cores and memory for."""
     allow_at_once(1)
+
+
+@pytest.fixture(autouse=True)
+def _as_the_process_was() -> Iterator[None]:
+    """What commands set for the whole process, which is their own."""
+    objects, set_objects, root = gc.get_threshold(), gc.set_threshold, logging.getLogger()
+    level = root.level
+    yield
+    set_objects(*objects)
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 import errno
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ def test_where_there_are_keys_one_is_asked_for(tmp_path: Path, path: Path) -> No
         assert client.get("/model", headers=bearer).status_code == 200
         assert client.get("/health/ready").status_code == 200
         assert client.get("/health/live").status_code == 200
+
+
+def test_a_key_file_that_is_damaged_is_told_by_the_metrics(tmp_path: Path, path: Path) -> None:
+    key = create_key(path, "prometheus", ("metrics",), None)
+    bearer = {"Authorization": f"Bearer {key}"}
+    with started(settings(tmp_path, keys=path)) as client:
+        assert "mmtl_keys_stale 0.0" in client.get("/metrics", headers=bearer).text
+        path.write_text("{")
+        until = time.monotonic() + 30  # it is looked at once a second
+        while "mmtl_keys_stale 1.0" not in client.get("/metrics", headers=bearer).text:
+            assert time.monotonic() < until
+            time.sleep(0.05)
 
 
 def test_a_body_is_not_read_without_a_key(tmp_path: Path, path: Path) -> None:

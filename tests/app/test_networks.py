@@ -78,6 +78,16 @@ def test_a_reload_serves_the_new_bundle(client: TestClient, folder: Path) -> Non
     assert metric(client, "mmtl_ready") == 1
 
 
+def test_what_is_admitted_to_a_network_that_retires_is_in_the_queue_still(
+    client: TestClient, folder: Path
+) -> None:
+    with client.app.state.networks.current.batcher.reserve(2):
+        make_bundle(folder, version="1.3.0")
+        assert client.post("/admin/reload").json()["version"] == "1.3.0"
+        assert metric(client, "mmtl_queue_depth") == 2
+    assert metric(client, "mmtl_queue_depth") == 0
+
+
 def test_no_request_fails_while_networks_change(client: TestClient, folder: Path) -> None:
     stop = threading.Event()
 

@@ -7,6 +7,7 @@ from fastapi import HTTPException
 from fastapi.testclient import TestClient
 
 from app.main import create_app
+from app.problems import Problem
 from app.settings import Settings
 from tests.conftest import started
 from tests.lesions import flat
@@ -116,3 +117,14 @@ def test_an_unexpected_failure_is_a_problem_too(
     assert answer.json()["type"] == "urn:mmtl:problem:internal"
     assert "secret" not in answer.text
     assert answer.headers["X-Request-ID"]
+
+
+def test_bytes_in_memory_are_limited_as_the_settings_say(settings: Settings) -> None:
+    few = settings.model_copy(update={"max_bytes": 1_000, "max_bytes_in_flight": 5_000})
+    held = create_app(few).state.held
+    held.take(1_000, declared=False)
+    with pytest.raises(Problem):
+        held.take(1, declared=False)
+    held.take(4_000, declared=True)
+    with pytest.raises(Problem):
+        held.take(1, declared=True)

@@ -113,6 +113,7 @@ def test_two_processes_tell_the_metrics_of_both_and_reload_together(
         for client in (first, second):
             text = client.get("/metrics").text
             assert 'mmtl_images_total{process="0",outcome="ok"} 1.0' in text
+            assert 'mmtl_processes{process="0"} 2.0' in text
             assert 'mmtl_images_total{process="1",outcome="ok"} 2.0' in text
         before = [app.state.networks.current for app in apps]
         asked = apps[0].state.siblings.ask("reload", "", 30)

@@ -148,7 +148,12 @@ def test_logs_tell_what_happened_and_nothing_of_the_patient(
             files={"files": ("Jane-Doe-1970.tiff", encode(draw_lesion(0), "TIFF", exif=exif))},
             headers={"X-Request-ID": "abc"},
         )
+        client.head("/health/live")
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    told = {(each["method"], each["route"]) for each in lines if each["event"] == "request"}
+    assert ("POST", "/predict") in told
+    for probe in (("GET", "/health/ready"), ("HEAD", "/health/live")):
+        assert (probe in told) == (level == "DEBUG")
     line = next(line for line in lines if line.get("request_id") == "abc")
     assert (line["route"], line["status"], line["images"]) == ("/predict", 200, 1)
     assert {"decode_ms", "queue_ms", "inference_ms", "milliseconds"} <= line.keys()
