@@ -17,12 +17,12 @@ from training.tasks import untaught
 
 
 def held_out(records: Sequence[Record], split: Split, images: bool = True) -> list[Record]:
-    """The records that can be evaluated: of the split, and with pixels.
+    """The records of a split that can be evaluated.
 
     Args:
         records: The manifest.
         split: Of it.
-        images: Whether their files are needed, as they are to be predicted.
+        images: Those with image files alone, which can be predicted.
 
     Raises:
         DataError: There is none.
