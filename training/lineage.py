@@ -21,8 +21,8 @@ from training.data.manifest import (
     save_manifest,
 )
 from training.data.origins import origin_of
-from training.data.vocabulary import LEARNED, Split
-from training.run import Run
+from training.data.vocabulary import Split
+from training.run import Run, rows
 from training.state import belongs, identity_of, load_tensors
 
 _SOURCES = TypeAdapter(list[DataSource])
@@ -163,18 +163,23 @@ def _keys(record: Record) -> Iterator[tuple[str, ...]]:
 def learned(run: Run) -> list[Record]:
     """The images that a run's network has seen the labels of, each once, and those inherited.
 
+    Validation images of another dataset than `validate_on` neither stop nor calibrate it.
+
     Raises:
         DataError: What it inherits is not known.
     """
-    records = load_manifest(run.manifest)
-    if run.load_config().start_from:
+    config = run.load_config()
+    own = load_manifest(run.manifest)
+    used = [
+        own[row] for row in rows(own, Split.TRAIN) + rows(own, Split.VALIDATION, config.validate_on)
+    ]
+    if config.start_from:
         if not run.inherited.is_file():
             raise DataError(
                 f"{run.folder} was prepared by an earlier version, which did not note what the run "
                 "that it goes on from has learned from. Run `mmtl-train prepare` again."
             )
-        records += load_manifest(run.inherited)
-    used = [record for record in records if record.split in LEARNED]
+        used += load_manifest(run.inherited)
     return list({(record.dataset, record.image): record for record in reversed(used)}.values())
 
 

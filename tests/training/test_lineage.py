@@ -67,7 +67,10 @@ def names(found: list[Record]) -> list[int]:
 def test_a_run_that_goes_on_keeps_what_was_learned_before(tmp_path: Path) -> None:
     first = fitted(tmp_path / "first", records("ttvTx"))
     second = fitted(
-        tmp_path / "second", records("tv", "isic2017", 10), start_from=str(first.folder)
+        tmp_path / "second",
+        records("tv", "isic2017", 10),
+        start_from=str(first.folder),
+        validate_on="isic2017",
     )
     inherit(second, second.load_config(), load_manifest(second.manifest))
     assert names(learned(second)) == [0, 1, 2, 10, 11]
@@ -79,6 +82,18 @@ def test_a_run_that_goes_on_keeps_what_was_learned_before(tmp_path: Path) -> Non
         ("HAM10000", 4),
         ("isic2017", 2),
     ]
+
+
+def test_images_that_are_set_aside_are_not_learned_from(tmp_path: Path) -> None:
+    own = records("tv") + records("tv", "isic2017", 10) + records("v", "balanced (ISIC2019)", 20)
+    run = fitted(tmp_path / "run", own)
+    assert names(learned(run)) == [0, 1, 10]
+    assert [(source.name, source.images) for source in training_data(run).sources] == [
+        ("HAM10000", 2),
+        ("isic2017", 1),
+    ]
+    of_all = fitted(tmp_path / "of all", own, validate_on="")
+    assert names(learned(of_all)) == [0, 1, 10, 11, 20]
 
 
 def test_what_is_learned_twice_counts_once(tmp_path: Path) -> None:
