@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -38,17 +39,20 @@ def start_service(log_level: str = "ERROR") -> tuple[subprocess.Popen[bytes], in
     started = time.perf_counter()
     log = None if log_level == "ERROR" else subprocess.DEVNULL
     process = subprocess.Popen(command, env=environment, stderr=log)
-    while True:
-        try:
-            connection = http.client.HTTPConnection("127.0.0.1", port)
-            connection.request("GET", "/health/ready")
-            if connection.getresponse().status == 200:
-                return process, port, time.perf_counter() - started
-        except ConnectionRefusedError:
-            pass
-        if process.poll() is not None:
-            raise SystemExit("The service did not start.")
-        time.sleep(0.01)
+    try:
+        while True:
+            with suppress(ConnectionRefusedError):
+                connection = http.client.HTTPConnection("127.0.0.1", port)
+                connection.request("GET", "/health/ready")
+                if connection.getresponse().status == 200:
+                    return process, port, time.perf_counter() - started
+            if process.poll() is not None:
+                raise SystemExit("The service did not start.")
+            time.sleep(0.01)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def measure(port: int, data: bytes, times: int) -> tuple[list[float], list[float]]:

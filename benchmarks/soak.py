@@ -25,6 +25,7 @@ from scipy import stats
 
 from app import load
 from benchmarks.full_size import start_service
+from benchmarks.serving.process import stop_on_signals
 from models.cores import available_cores, processor
 
 Floats = NDArray[np.float64]
@@ -89,6 +90,7 @@ def main() -> int:
     images = [path.read_bytes() for path in arguments.images] or draw()
     sizes = sorted(len(image) for image in images)
     images.append(images[0][: len(images[0]) // 2])
+    stop_on_signals()
     process, port, _ = start_service("INFO")
     samples: list[tuple[int, float]] = []
     sent = 0

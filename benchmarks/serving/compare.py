@@ -15,9 +15,7 @@ import argparse
 import hashlib
 import json
 import platform
-import signal
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,6 +35,7 @@ from benchmarks.serving.process import (
     System,
     fingerprint,
     make_environment,
+    stop_on_signals,
     surroundings,
 )
 from models.bundle import Bundle, load_bundle
@@ -420,8 +419,7 @@ def collect(
                 f"{results} holds figures of another {', '.join(differ)}, which do not belong "
                 "beside new ones: delete it, or give another --run."
             )
-    for each in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, lambda *_: sys.exit(1))
+    stop_on_signals()
     for repeat in range(repeats):
         for group in rotated(groups, repeat):
             old = [row for row in rows if row["repeat"] == repeat and row["system"] in group]

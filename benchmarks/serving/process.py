@@ -111,6 +111,16 @@ def make_environment(name: str) -> Path:
     return folder / "bin"
 
 
+def stop_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this program as an error does: it stops what it has started.
+
+    What is ignored, as `nohup` has it, still is.
+    """
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, lambda *_: sys.exit(1))
+
+
 def surroundings() -> dict[str, str]:
     """This process's environment, without settings of what is measured."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS)}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from app import load
 from benchmarks.serving.compare import CORES, CROWD, make_images
 from benchmarks.serving.page import DEADLINE, REFUSING, row, span
-from benchmarks.serving.process import HERE, PORT, ROOT, Process, System
+from benchmarks.serving.process import HERE, PORT, ROOT, Process, System, stop_on_signals
 from benchmarks.serving.variants import (
     ALL,
     LEFT_OUT,
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--only", nargs="*", choices=ALL, metavar="VARIANT", help="Of variants.py.")
     arguments = parser.parse_args()
+    stop_on_signals()
     files = make_images(arguments.data.resolve(), RUN / "images")
     mixes = {mix: [path.read_bytes() for path in paths] for mix, paths in files.items()}
     mixes["progressive"] = [progressive(path) for path in files["full size"]]

@@ -1,4 +1,6 @@
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +33,42 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Process
         time.sleep(0.02)
     yield found
     found.stop()
+
+
+STOPPED = """
+import signal, sys, time
+from benchmarks.serving.process import stop_on_signals
+if sys.argv[1:] == ["ignored"]:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+stop_on_signals()
+try:
+    print("begun", flush=True)
+    time.sleep(60)
+finally:
+    print("cleared", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_program_that_is_told_to_end_stops_what_it_has_started(number: int) -> None:
+    with subprocess.Popen([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"begun\n"
+        program.send_signal(number)
+        assert program.stdout.read() == b"cleared\n"
+        assert program.wait() == 1
+
+
+def test_a_terminal_that_is_closed_does_not_end_what_nohup_started() -> None:
+    command = [sys.executable, "-c", STOPPED, "ignored"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        program.stdout.readline()
+        program.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            program.wait(0.5)
+        program.terminate()
+        assert program.stdout.read() == b"cleared\n"
 
 
 def test_cpu_time_and_memory_are_those_of_children_too(running: Process) -> None:
