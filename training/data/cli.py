@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from training.data.layouts import Dataset, gather, read_datasets
+from training.data.layouts import Dataset, gather, read_datasets, read_sides
 from training.data.manifest import DataError, Record, save_manifest
 from training.data.vocabulary import Split
 
@@ -94,7 +95,10 @@ def annotate(
 
     own = read_datasets([folder]) if any(find_places(folder)) else []
     sources = read_datasets(metadata)
-    gather([*own, *sources])
+    for dataset in (*own, *sources):
+        dataset.faults.raise_fatal()
+    if own:
+        _print_strays([folder], own)
     found = annotate(folder, own, sources)
     save_manifest(out, found.records)
     print(f"{found.matched:,} of {len(found.records):,} images found in the metadata; wrote {out}.")
@@ -121,9 +125,10 @@ def audit(
     from training.data.audit import audit, save_leaks
     from training.data.duplicates import pair_up
 
-    a, b = _only(read_datasets([first]), split_a), _only(read_datasets([second]), split_b)
-    others = read_datasets(knowing or [])
-    gather([*a, *b, *others])
+    sides = read_sides([first], [second], knowing or [])
+    for dataset in chain(*sides):
+        dataset.faults.raise_fatal()
+    a, b, others = _only(sides[0], split_a), _only(sides[1], split_b), sides[2]
     found = audit(a, b, others, pair_up if pixels else None, same_ids)
     if csv is not None:
         save_leaks(csv, found.leaks)
@@ -189,7 +194,6 @@ def split(
     --folds has no test part, and --paper, --clean and --keep have their own.
     """
     from training.data import splits
-    from training.data.check import find_strays
     from training.data.components import bare_ids, components, linked
     from training.data.duplicates import pair_up
     from training.data.layouts.isic_cli import NOT_DERMOSCOPIC
@@ -198,9 +202,7 @@ def split(
         raise DataError("Choose one of --paper, --clean, --keep and --folds.")
     datasets = read_datasets(paths)
     records, listed = gather(datasets)
-    for path in paths:
-        for folder, count in find_strays(path, datasets).items():
-            print(f"Left out: {count:,} images in {folder}, of no dataset.", file=sys.stderr)
+    _print_strays(paths, datasets)
     for dataset in datasets:
         if others := sum(fault.kind == NOT_DERMOSCOPIC for fault in dataset.faults):
             print(
@@ -264,6 +266,14 @@ def _print_split(records: list[Record], path: Path) -> None:
                 f"{sum(known) / len(known):.1%}" if known else "",
             )
     _show(table)
+
+
+def _print_strays(paths: list[Path], datasets: list[Dataset]) -> None:
+    from training.data.check import find_strays
+
+    for path in paths:
+        for folder, count in find_strays(path, datasets).items():
+            print(f"Left out: {count:,} images in {folder}, of no dataset.", file=sys.stderr)
 
 
 def _print_some(lines: list[str]) -> None:

@@ -13,7 +13,9 @@ from training.data.vocabulary import Term, diagnosis_of
 
 Value = TypeVar("Value")
 SUFFIXES = frozenset({".csv", ".tsv", ".tab"})
-MISSING = frozenset({"", "unknown", "na", "n/a", "nan", "none", "null", "unk"})
+MISSING = frozenset({"", "unknown", "na", "n/a", "#n/a", "nan", "none", "null", "unk", "-"})
+# Of ids: Kaggle's copies of ISIC 2019 name a patient -1 where they know none.
+_NOBODY = frozenset({"-1", "-1.0"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,11 @@ class Row:
             if value.lower() not in MISSING:
                 return value
         return None
+
+    def identity(self, *columns: str) -> str | None:
+        """Likewise, of a lesion or a patient."""
+        value = self.text(*columns)
+        return None if value in _NOBODY else value
 
     def age(self, *columns: str) -> float | None:
         """The cell as an age in years, 0 to 120."""

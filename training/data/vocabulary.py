@@ -99,10 +99,14 @@ _DIAGNOSES: dict[str, Diagnosis | None] = {
     "nv": Diagnosis.NV,
     "scc": Diagnosis.SCC,
     "vasc": Diagnosis.VASC,
+    # As HAM10000's authors spell them out
+    "actinic keratosis and intraepithelial carcinoma": Diagnosis.AKIEC,
+    "benign keratosis like lesion": Diagnosis.BKL,
     # ISIC's `diagnosis`, and `diagnosis_3` of its newer tables
     "angiokeratoma": Diagnosis.VASC,
     "angioma": Diagnosis.VASC,
     "hemangioma": Diagnosis.VASC,
+    "lichen planus like keratosis": Diagnosis.BKL,
     "lichenoid keratosis": Diagnosis.BKL,
     "pigmented benign keratosis": Diagnosis.BKL,
     "pyogenic granuloma": Diagnosis.VASC,
@@ -116,7 +120,7 @@ _DIAGNOSES: dict[str, Diagnosis | None] = {
     "lentigo maligna": Diagnosis.MEL,
     # Known, and none of the eight
     "atypical melanocytic proliferation": None,
-    "cafe-au-lait macule": None,
+    "cafe au lait macule": None,
     "lentigo nos": None,
     "other": None,
 }
@@ -132,7 +136,14 @@ _DENIED = re.compile(
 _ORIGIN = re.compile(
     r"\b(arising|developing) (in|from|within) (an? )?(\w+ )?nevus|\bnevus associated"
 )
-_NEVUS = re.compile(r"\bna?ev(us|i)\b")
+# In the plural, and in Europe.
+_SPELLED = {
+    r"\bna?ev(us|i)\b": "nevus",
+    r"keratoses\b": "keratosis",
+    r"\blentigines\b": "lentigo",
+    r"\bseborrhoeic\b": "seborrheic",
+    r"\bhaemangioma": "hemangioma",
+}
 # Names that other words hold: "df", "scc".
 _SHORT = 5
 # Finer terms than the eight, by words that only they contain ("Melanoma in situ, NOS").
@@ -161,12 +172,15 @@ class Term:
 
 
 def diagnosis_of(words: str) -> Term:
-    """Understand a diagnosis as ISIC's tables spell it, in any case."""
-    text = _NEVUS.sub("nevus", words.strip().lower())
-    if text in _DIAGNOSES:
-        found = _DIAGNOSES[text]
-        return Term(found, None if found is None else found is Diagnosis.MEL)
-    text = text.replace("_", " ").replace("-", " ").replace("not otherwise specified", "nos")
+    """Understand a diagnosis as ISIC's tables spell it, in any case, or many of them."""
+    text = re.sub(r"[\s_-]+", " ", words.strip().lower())
+    for spelled, singular in _SPELLED.items():
+        text = re.sub(spelled, singular, text)
+    for term in (text, text.removesuffix("s")):
+        if term in _DIAGNOSES:
+            found = _DIAGNOSES[term]
+            return Term(found, None if found is None else found is Diagnosis.MEL)
+    text = text.replace("not otherwise specified", "nos")
     if _DENIED.search(text):
         return Term(None, None, known=False)
     text = _ORIGIN.sub("", text)

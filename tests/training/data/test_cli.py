@@ -116,6 +116,18 @@ def test_annotate_keeps_what_the_folder_says_and_tells_of_disagreement(
     assert "ISIC_0000000: melanoma is False in balanced (ISIC2019) and before, True" in printed
 
 
+def test_annotate_tells_what_the_folder_s_own_table_does_not_name(folder: Path, capsys) -> None:
+    for number in (0, 3):
+        picture(folder / "own" / f"{isic(number)}.jpg", number)
+    write_table(folder / "own" / "labels.csv", [{"image": isic(0), "melanoma": "1"}])
+    out = folder / "out.csv"
+    _, printed, told = run(
+        capsys, "annotate", folder / "own", "--with", folder / "isic2019", "-o", out
+    )
+    assert "1 of 1 images found in the metadata" in printed
+    assert f"Left out: 1 images in {folder / 'own'}, of no dataset." in told
+
+
 def test_audit_answers_as_a_table_and_as_json(folder: Path, capsys) -> None:
     rows = [{"image": isic(1), "melanoma": "0"}, {"image": isic(50), "melanoma": "0"}]
     (folder / "b").mkdir()

@@ -1,6 +1,8 @@
 """Every layout is recognised, and read into one vocabulary."""
 
 import csv
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.training.data.drawn import LAYOUTS, draw_plain, isic, picture
 from tests.training.folders import draw_balanced, draw_ham10000
-from training.data.layouts import Dataset, gather, name_of, read_datasets
+from training.data.layouts import Dataset, gather, name_of, read_datasets, read_sides
 from training.data.manifest import DataError, Record, save_manifest
 from training.data.vocabulary import Diagnosis, Sex, Site, Split
 
@@ -552,3 +554,105 @@ def test_the_real_folders_are_recognised(shared_data: Path) -> None:
     assert pictures["isic2020"] == 10_897
     faults = [fault for dataset in found.values() for fault in dataset.faults]
     assert [fault.kind for fault in faults] == ["unread column"]  # of originals: width, height
+
+
+def test_nobody_is_no_patient(tmp_path: Path) -> None:
+    LAYOUTS["isic2020-kaggle"][1](tmp_path)
+    table = tmp_path / "train.csv"
+    table.write_text(re.sub(r"IP_\d+", "-1", table.read_text()))
+    (dataset,) = read_datasets([tmp_path])
+    assert {record.patient for record in dataset.records} == {None}
+
+
+def test_a_table_of_one_s_own_says_more_than_folders(tmp_path: Path) -> None:
+    for name in ("benign", "malignant"):
+        picture(tmp_path / name / f"{name}.jpg", 5)
+    rows = [
+        {"image": "benign", "patient": "1", "diagnosis": "nevus"},
+        {"image": "malignant", "patient": "1", "diagnosis": "basal cell carcinoma"},
+    ]
+    write(tmp_path / "labels.csv", rows)
+    for named in (tmp_path, tmp_path / "labels.csv"):
+        (dataset,) = read_datasets([named])
+        assert [(r.melanoma, r.patient) for r in dataset.records] == [(False, "1")] * 2
+    (tmp_path / "labels.csv").unlink()
+    (dataset,) = read_datasets([tmp_path])
+    assert dataset.layout.TITLE == "Kaggle 10k"
+
+
+def test_every_table_of_ham10000_s_is_read(tmp_path: Path) -> None:
+    whole = LAYOUTS["ham10000"][1](tmp_path)
+    with whole.open() as file:
+        rows = list(csv.DictReader(file))
+    write(tmp_path / "train.csv", rows[2:])
+    write(tmp_path / "test.csv", rows[:2])
+    whole.unlink()
+    of_2018 = [{**row, "image_id": row["image_id"].replace("ISIC_0", "ISIC_1")} for row in rows]
+    write(tmp_path / "ISIC2018_Task3_Test_GroundTruth.csv", of_2018[:1])
+    (dataset,) = read_datasets([tmp_path])
+    found = Counter((record.dataset, record.split) for record in dataset.records)
+    assert found == {
+        ("ISIC 2018", Split.TEST): 1,
+        ("HAM10000", Split.TEST): 2,
+        ("HAM10000", Split.TRAIN): len(rows) - 2,
+    }
+
+
+def test_tables_complete_each_other(tmp_path: Path) -> None:
+    write(tmp_path / "truth.csv", [{"image_id": isic(1), "melanoma": "1", "site": "back"}])
+    others = {"image_id": isic(1), "age_approximate": "40", "sex": "male", "site": "back"}
+    write(tmp_path / "people.csv", [others])
+    (dataset,) = read_datasets([tmp_path])
+    assert [(r.melanoma, r.age, r.sex) for r in dataset.records] == [(True, 40, Sex.MALE)]
+    assert not dataset.faults
+    write(tmp_path / "people.csv", [others | {"site": "hand"}])
+    with pytest.raises(DataError, match=r"stands in two rows, which disagree \(site\)"):
+        gather(read_datasets([tmp_path]))
+
+
+@pytest.mark.parametrize("name", ["manifest.csv", "notes.csv"])
+def test_what_lies_in_the_balanced_folders_does_not_make_its_test_images_others(
+    tmp_path: Path, name: str
+) -> None:
+    for part in ("train", "val"):
+        for which in ("mel", "oth"):
+            number = 2 * (part == "val") + (which == "mel")
+            picture(tmp_path / part / which / f"ISIC2019_{number:07d}_{which}.jpg", number)
+    (tmp_path / "notes.csv").write_text("who,what\nme,that\n")
+    (dataset,) = read_datasets([tmp_path])
+    save_manifest(tmp_path / name, dataset.records)
+    (again,) = read_datasets([tmp_path])
+    assert again.records == dataset.records
+    assert {record.split for record in again.records} == {Split.TRAIN, Split.TEST}
+
+
+def test_an_isic_id_is_found_in_whichever_column_names_the_image(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / f"{isic(1)}.jpg", 5)
+    row = {"id": "1", "path": f"images/{isic(1)}.jpg", "melanoma": "0"}
+    write(tmp_path / "mine.csv", [row])
+    ((record,),) = (dataset.records for dataset in read_datasets([tmp_path]))
+    assert record.image == isic(1)
+    assert Path(record.path).is_file()
+
+
+def test_datasets_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for clinic_name in ("a", "b"):
+        (tmp_path / clinic_name).mkdir()
+        row = {"image": "001.jpg", "patient": "1", "melanoma": "0"}
+        write(tmp_path / clinic_name / "labels.csv", [row])
+    tables = [tmp_path / name / "labels.csv" for name in ("a", "b")]
+    records, _ = gather(read_datasets(tables))
+    assert [record.dataset for record in records] == ["a/labels", "b/labels"]
+    (first,), (second,) = read_sides(*([table] for table in tables))
+    assert [first.records, second.records] == [[record] for record in records]
+    (one,), (same,) = read_sides([tables[0]], [tables[0]])
+    assert one.records == same.records
+    assert one.records[0].dataset == "labels"
+
+
+def test_a_dataset_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        LAYOUTS["ham10000"][1](tmp_path / name)
+    with pytest.raises(DataError, match=r"of HAM10000 is in .*/a and in .*/b\. Name one"):
+        gather(read_datasets([tmp_path]))

@@ -46,6 +46,11 @@ class Place:
         files = sorted(file for file in path.iterdir() if _may_be_table(file))
         return cls(path, {file: read_header(file) for file in files}, path.name)
 
+    @property
+    def whole(self) -> Path:
+        """Its path; a table's without the suffix."""
+        return self.folder / self.name if self.alone else self.folder
+
     def tables_with(self, *columns: str) -> list[Path]:
         """The tables that have all of these columns."""
         return [path for path, header in self.tables.items() if set(columns) <= header]
@@ -156,22 +161,54 @@ def read_datasets(paths: Iterable[Path]) -> list[Dataset]:
     Raises:
         DataError: Nothing is found at one of them, or a table cannot be read.
     """
-    datasets = []
-    read: set[tuple[Path, ...]] = set()
-    for path in paths:
-        found = list(find_places(path))
-        if not found:
-            why = "" if path.is_dir() or read_header(path) else " It is empty, or no CSV in UTF-8."
-            raise DataError(
-                f"{path} holds no dataset in a layout that is known here.{why} Known are: "
-                f"{', '.join(layout.TITLE for layout in load_layouts())}."
-            )
-        for layout, place in found:
-            what = (place.folder, *place.tables)
-            if what not in read:  # found below two of the paths
-                datasets.append(read_dataset(layout, place))
-            read.add(what)
+    (datasets,) = read_sides(paths)
     return datasets
+
+
+def read_sides(*sides: Iterable[Path]) -> list[list[Dataset]]:
+    """Likewise, of several sides that are compared: what is on two of them is read for each.
+
+    Raises:
+        DataError: Likewise.
+    """
+    found: list[dict[tuple[Path, ...], tuple[Layout, Place]]] = []
+    for paths in sides:
+        found.append({})
+        for path in paths:
+            here = list(find_places(path))
+            if not here:
+                empty = (
+                    ""
+                    if path.is_dir() or read_header(path)
+                    else " It is empty, or no CSV in UTF-8."
+                )
+                raise DataError(
+                    f"{path} holds no dataset in a layout that is known here.{empty} Known are: "
+                    f"{', '.join(layout.TITLE for layout in load_layouts())}."
+                )
+            for layout, place in here:  # once, where it is below two of the paths
+                found[-1].setdefault((place.folder, *place.tables), (layout, place))
+    names = _names(place for side in found for _, place in side.values())
+    return [
+        [
+            read_dataset(layout, replace(place, name=names[place.whole]))
+            for layout, place in side.values()
+        ]
+        for side in found
+    ]
+
+
+def _names(places: Iterable[Place]) -> dict[Path, str]:
+    """What datasets are called: by as much of their paths as tells them from each other."""
+    wholes = {place.whole: place.name for place in places}
+    names = {}
+    for whole, name in wholes.items():
+        others = [other for other, same in wholes.items() if same == name and other != whole]
+        parts = 1
+        while any(other.parts[-parts:] == whole.parts[-parts:] for other in others):
+            parts += 1
+        names[whole] = "/".join(whole.parts[-parts:]) if parts > 1 else name
+    return names
 
 
 def read_dataset(layout: Layout, place: Place) -> Dataset:
@@ -213,28 +250,42 @@ def gather(datasets: Iterable[Dataset]) -> tuple[list[Record], list[tuple[str, s
     """All records and listed pairs of some datasets.
 
     Raises:
-        DataError: One has a fault that must be mended first.
+        DataError: One has a fault that must be mended first, or two have an image in common that
+            they call by one name.
     """
-    records, pairs = [], []
+    records: list[Record] = []
+    pairs: list[tuple[str, str]] = []
+    where: dict[tuple[str, str], Place] = {}
     for dataset in datasets:
         dataset.faults.raise_fatal()
+        for record in dataset.records:
+            other = where.setdefault((record.dataset, record.image), dataset.place)
+            if other is not dataset.place:
+                raise DataError(
+                    f"{record.image} of {record.dataset} is in {other.whole} and in "
+                    f"{dataset.place.whole}. Name one of the two alone, or move one elsewhere."
+                )
         records += dataset.records
         pairs += dataset.pairs
     return records, pairs
 
 
 def _once(records: list[Record], place: Place, faults: Faults) -> list[Record]:
-    """Each image of a dataset once: equal rows are one, rows that disagree are a fault."""
+    """Each image of a dataset once: rows that complete each other are one; others are a fault."""
     kept: dict[tuple[str, str], Record] = {}
     for record in records:
-        before = kept.setdefault((record.dataset, record.image), record)
-        if before is not record:
-            same = before == record
+        key = (record.dataset, record.image)
+        before = kept.get(key)
+        if before is None:
+            kept[key] = record
+            continue
+        kept[key], differing = merge(before, record)
+        if differing or before == record:
             faults.add(
                 "repeated row",
-                f"{place.folder}: the image {record.image} stands in two rows"
-                + (", which agree." if same else ", which disagree."),
-                fatal=not same,
+                f"{place.folder}: the image {record.image} stands in two rows, which "
+                + (f"disagree ({', '.join(differing)})." if differing else "agree."),
+                fatal=bool(differing),
             )
     return list(kept.values())
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from training.data.layouts import Place
+from training.data.layouts import Place, ham10000, isic2019, isic2020, isic_cli, plain
 from training.data.manifest import DataError, Record, collection_of, isic_id
 from training.data.tables import Faults, Row, read_rows
 from training.data.vocabulary import ONE_ZERO, SEXES, SITES, Split
@@ -19,13 +19,15 @@ _NAMES = {
     frozenset({"val", "valid", "validation", "test"}): Split.TEST,
 }
 _CLASSES = {"mel": True, "oth": False}
+# Whose tables say more than folders do.
+_OF_TABLES = (ham10000, isic2019, isic2020, isic_cli, plain)
 
 
 def recognise(place: Place) -> bool:
-    """By its table's columns, or by folders `mel` and `oth`."""
+    """By its table's columns, or by folders `mel` and `oth` beside no table of another layout."""
     if place.tables_with(*_COLUMNS):
         return True
-    if place.tables:
+    if place.alone or any(layout.recognise(place) for layout in _OF_TABLES):
         return False
     return any(
         (folder / "mel").is_dir() and (folder / "oth").is_dir()
@@ -83,8 +85,8 @@ def _from_row(row: Row, part: Split, names: dict[str, Path]) -> Record | None:
         image=image,
         path=str(names.get(Path(file).stem.lower(), "")),
         dataset=_dataset(file),
-        lesion=row.text("lesion_id"),
-        patient=row.text("patient_id"),
+        lesion=row.identity("lesion_id"),
+        patient=row.identity("patient_id"),
         melanoma=row.choice(ONE_ZERO, "class"),
         diagnosis=term.diagnosis,
         age=row.age("age_approx"),

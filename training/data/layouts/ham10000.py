@@ -1,4 +1,7 @@
-"""HAM10000 (Tschandl et al. 2018): `HAM10000_metadata` and one or two folders of images."""
+"""HAM10000 (Tschandl et al. 2018): `HAM10000_metadata` and one or two folders of images.
+
+The test set of ISIC 2018 lies beside it at Harvard's, with the same columns: a dataset of its own.
+"""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -6,9 +9,10 @@ from pathlib import Path
 from training.data.layouts import Place, image_of
 from training.data.manifest import Record
 from training.data.tables import Faults, read_rows
-from training.data.vocabulary import SEXES, SITES
+from training.data.vocabulary import SEXES, SITES, SPLITS, Split
 
 TITLE = "HAM10000"
+_ISIC_2018 = "ISIC 2018"
 LICENCE = "CC BY-NC 4.0"
 URL = "https://doi.org/10.7910/DVN/DBW86T"
 _COLUMNS = {"lesion_id", "image_id", "dx", "age", "sex", "localization"}
@@ -24,9 +28,15 @@ def recognise(place: Place) -> bool:
 
 
 def read(place: Place, faults: Faults) -> list[Record]:
-    """Read the table."""
+    """Read the tables."""
+    return [record for table in _tables(place) for record in _of_table(table, place, faults)]
+
+
+def _of_table(table: Path, place: Place, faults: Faults) -> list[Record]:
+    of_2018 = table.stem.lower().startswith("isic2018")
+    split = Split.TEST if of_2018 else SPLITS.get(table.stem.lower())
     records = []
-    for row in read_rows(_tables(place)[0], _COLUMNS, faults):
+    for row in read_rows(table, _COLUMNS, faults):
         image = image_of(row, "image_id")
         if image is None:
             continue
@@ -35,14 +45,15 @@ def read(place: Place, faults: Faults) -> list[Record]:
             Record(
                 image=image,
                 path=place.picture(image),
-                dataset=TITLE,
-                lesion=row.text("lesion_id"),
-                patient=row.text("patient_id", "patient"),  # its own table has none
+                dataset=_ISIC_2018 if of_2018 else TITLE,
+                lesion=row.identity("lesion_id"),
+                patient=row.identity("patient_id", "patient"),  # its own table has none
                 melanoma=term.melanoma,
                 diagnosis=term.diagnosis,
                 age=row.age("age"),
                 sex=row.word(SEXES, "sex"),
                 site=row.word(SITES, "localization"),
+                split=split,
             )
         )
     return records

@@ -61,7 +61,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
                 image=image,
                 path=place.picture(image),
                 dataset=TITLE,
-                lesion=person.text("lesion_id"),
+                lesion=person.identity("lesion_id"),
                 melanoma=term.melanoma,
                 diagnosis=term.diagnosis,
                 age=person.age("age_approx"),

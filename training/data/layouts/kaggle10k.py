@@ -1,6 +1,6 @@
 """Kaggle's "Melanoma Skin Cancer Dataset of 10000 Images": `{train,test}/{benign,malignant}`."""
 
-from training.data.layouts import Place
+from training.data.layouts import Place, plain
 from training.data.manifest import Record, isic_id
 from training.data.tables import Faults
 from training.data.vocabulary import SPLITS, Split
@@ -13,7 +13,9 @@ _CLASSES = {"benign": False, "malignant": True}
 
 
 def recognise(place: Place) -> bool:
-    """By its folders, of which none is for validation."""
+    """By its folders, of which none is for validation, and by no table: it has none."""
+    if place.alone or plain.recognise(place):
+        return False
     if any((place.folder / part).is_dir() for part in SPLITS if part not in _PARTS):
         return False
     folders = (place.folder, *(place.folder / part for part in _PARTS))

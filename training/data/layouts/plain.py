@@ -1,6 +1,6 @@
 """A plain CSV: a column that names the image, and columns with any of the labels."""
 
-from training.data.layouts import Place, image_of
+from training.data.layouts import Place, image_of, name_of
 from training.data.manifest import COLUMNS, Record, isic_id
 from training.data.tables import Faults, Row, read_rows
 from training.data.vocabulary import SEXES, SITES, SPLITS, TRUTHS, diagnosis_of
@@ -12,7 +12,7 @@ ORDER = 1
 _PATH = ("path", "file", "filename", "file_name", "image_path")
 _IMAGE = ("image", "image_id", "image_name", "id", *_PATH)
 _MELANOMA = ("melanoma", "target", "label", "class", "benign_malignant")
-_AGE = ("age", "age_approx", "age_years", "age_(years)")
+_AGE = ("age", "age_approx", "age_approximate", "age_years", "age_(years)")
 _SEX = ("sex", "gender")
 _SITE = (
     "site",
@@ -47,7 +47,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
                     fatal=False,
                 )
             for row in read_rows(table, set(), faults):
-                image = image_of(row, *_IMAGE)
+                image = _image(row)
                 if image is not None:
                     records.append(_record(row, image, place))
     return records
@@ -61,6 +61,13 @@ def _is_table(header: frozenset[str], place: Place) -> bool:
         and any(name in header for name in _IMAGE)
         and any(name in header for name in _LABELS)
     )
+
+
+def _image(row: Row) -> str | None:
+    """The image, by its ISIC id where any of the columns holds one."""
+    cells = (cell for column in _IMAGE if (cell := row.text(column)))
+    ids = (name for cell in cells if isic_id(name := name_of(cell)))
+    return next(ids, None) or image_of(row, *_IMAGE)
 
 
 def _record(row: Row, image: str, place: Place) -> Record:
@@ -84,8 +91,8 @@ def _record(row: Row, image: str, place: Place) -> Record:
         image=image if isic_id(image) else (named or image),
         path=str(path if path.is_file() else "") if path else _picture(row, image, place),
         dataset=row.text("dataset") or place.name,
-        lesion=row.text(*_LESION),
-        patient=row.text(*_PATIENT),
+        lesion=row.identity(*_LESION),
+        patient=row.identity(*_PATIENT),
         melanoma=term.melanoma if melanoma is None else melanoma,
         diagnosis=term.diagnosis,
         age=row.age(*_AGE),
