@@ -64,6 +64,20 @@ class VitMap(nn.Module):
         return _grid(tokens, 1)
 
 
+class SwinMap(nn.Sequential):
+    """A Swin transformer of torchvision without its head: features, norm, and channels first."""
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Those on the way, channels first as they are not there, and what `forward` gives."""
+        found, values = [], images
+        layers, norm, channels_first = self
+        assert isinstance(layers, nn.Sequential)
+        for layer in layers:
+            values = layer(values)
+            found.append(channels_first(values))
+        return [*found, channels_first(norm(values))]
+
+
 def build_feature_map(
     backbone: Backbone, source: Source | None, drop_path: float = 0.0, size: int | None = None
 ) -> tuple[nn.Module, int, Sequence[float], Sequence[float]]:
@@ -111,21 +125,16 @@ def last_and_middle(features: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
     Returns:
         float32 [N, C, h, w] and [N, C', h', w'].
     """
-    if isinstance(features, TimmMap):
+    if isinstance(features, TimmMap | SwinMap):
         found = features.maps(images)
     elif isinstance(features, nn.Sequential):
         found = _steps(features, images)
     else:
         found = [features(images)]
     last = found[-1]
-    maps = [one for one in found if one.ndim == 4 and _as_wide(one, images)]
+    maps = [one for one in found if one.ndim == 4]
     finer = [one for one in maps if one.shape[2] > last.shape[2]]
     return last, finer[-1] if finer else maps[(len(maps) - 1) // 2]
-
-
-def _as_wide(values: Tensor, images: Tensor) -> bool:
-    """Whether rows and columns are the last two dimensions (Swin has channels last on the way)."""
-    return 2 / 3 < values.shape[3] * images.shape[2] / (values.shape[2] * images.shape[3]) < 3 / 2
 
 
 def _steps(parts: nn.Sequential, images: Tensor) -> list[Tensor]:
@@ -160,6 +169,8 @@ def _features(backbone: Backbone, model: nn.Module) -> nn.Module:
         return TimmMap(model)
     if isinstance(model, torchvision.models.VisionTransformer):
         return VitMap(model)
+    if isinstance(model, torchvision.models.SwinTransformer):
+        return SwinMap(model.features, model.norm, model.permute)
     parts: list[nn.Module] = []
     for name, part in model.named_children():
         if name in _BEHIND:

@@ -37,7 +37,7 @@ from training.plots import curves
 from training.run import Run, to_learn_from
 from training.runners import batches
 from training.state import State, identity_of, load_tensors, save_tensors
-from training.tasks import MISSING, Targets, encode_targets, untaught
+from training.tasks import MISSING, Targets, encode_targets, without_untaught
 from training.team import Team, gather
 from training.tensorboard import open_scalars
 from training.zoo import choose
@@ -151,8 +151,7 @@ def _fit(run: Run, workers: int, pretrained: bool, team: Team) -> float:
     if teachers:
         with team.leader_first():
             targets = replace(targets, soft=soft_targets(run, teachers, records, pixels, train))
-    left_out = set(untaught([records[row] for row in train])) - set(targets.soft)
-    targets = targets.without(left_out)
+    targets, left_out = without_untaught(targets, records, train)
     loss = MultiTaskLoss(config, targets.take(torch.tensor(train)))
     resumes = run.checkpoint.is_file()  # which holds all weights: where they came from may be gone
     network = build_network(config, pretrained and not resumes)

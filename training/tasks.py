@@ -73,12 +73,12 @@ class Targets:
     soft: dict[str, Tensor] = field(default_factory=dict)
     weights: Tensor | None = None
 
-    def without(self, tasks: Collection[str]) -> "Targets":
-        """The same, as if no label of these tasks were known."""
-        left = {
-            task: torch.full_like(values, MISSING) if task in tasks else values
-            for task, values in self.classes.items()
-        }
+    def without(self, tasks: Collection[str], positions: Sequence[int] | None = None) -> "Targets":
+        """The same, as if no label of these tasks were known; of all images, or some."""
+        left = dict(self.classes)
+        for task in tasks:
+            left[task] = left[task].clone()
+            left[task][slice(None) if positions is None else list(positions)] = MISSING
         return replace(self, classes=left)
 
     def take(self, indices: Tensor) -> "Targets":
@@ -104,6 +104,24 @@ def untaught(records: Sequence[Record]) -> list[str]:
     not, teaches that every image is one, or none; and the diagnosis is half of the melanoma logit.
     """
     return [task.name for task in TASKS if len(_told_apart(task, records)) < 2]
+
+
+def without_untaught(
+    targets: Targets, records: Sequence[Record], train: Sequence[int]
+) -> tuple[Targets, set[str]]:
+    """The targets without labels that teach nothing, and the tasks that nothing else teaches.
+
+    What teachers answer of such a task is learned alone: beside it, labels that all say the same
+    would still pull it their way. What validates stays, then.
+
+    Args:
+        targets: Of all images.
+        records: Likewise.
+        train: Positions of those that are trained on.
+    """
+    lacking = set(untaught([records[row] for row in train]))
+    left_out = lacking - set(targets.soft)
+    return targets.without(lacking, train).without(left_out), left_out
 
 
 def _told_apart(task: Task, records: Sequence[Record]) -> set[int]:

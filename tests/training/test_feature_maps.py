@@ -52,7 +52,8 @@ MIDDLE = {
     "regnetx_002": (152, 14),
     "resnet18": (256, 14),
     "squeezenet1_1": (256, 27),
-    "swin_t": (96, 56),
+    "swin_t": (384, 14),
+    "swin_v2_t": (384, 16),
     "tf_efficientnet_lite0": (112, 14),
     "vit_b_32": (768, 7),
 }
@@ -84,6 +85,16 @@ def test_a_map_on_the_way_is_seen_beside_the_last(name: str) -> None:
     last, middle = last_and_middle(features.eval().to("meta"), images)
     assert last.shape[:2] == (2, channels)
     assert middle.shape == (2, MIDDLE[name][0], MIDDLE[name][1], MIDDLE[name][1])
+
+
+@torch.inference_mode()
+def test_swin_s_map_on_the_way_has_channels_first_at_any_size() -> None:
+    features, *_ = build_feature_map(*choose(["swin_t"]), None, size=384)
+    images = torch.rand(1, 3, 384, 384)
+    _, middle = last_and_middle(features.eval(), images)
+    third = features[0][:6](images)  # after its stage of 384 channels
+    assert torch.equal(middle, third.permute(0, 3, 1, 2))
+    assert middle.shape == (1, 384, 24, 24)
 
 
 @torch.inference_mode()

@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import pytest
+import torch
 
 from models.bundle import OPTIONAL_TASKS, REQUIRED_TASKS
 from training import export
 from training.data.manifest import Record
 from training.data.vocabulary import Diagnosis, Sex, Site
 from training.network import ServedNetwork
-from training.tasks import MISSING, TASKS, encode_targets, untaught
+from training.tasks import MISSING, TASKS, encode_targets, untaught, without_untaught
 
 
 def test_labels_are_encoded_in_the_order_of_the_vocabularies() -> None:
@@ -80,3 +83,21 @@ def test_a_diagnosis_that_says_the_same_of_melanoma_everywhere_is_untaught(
 ) -> None:
     records = [Record(str(n), "", "d", diagnosis=each) for n, each in enumerate(known)]
     assert ("diagnosis" not in untaught([*records, Record("none", "", "d")])) is told_apart
+
+
+def test_labels_that_teach_nothing_are_left_to_teachers_where_there_are_any() -> None:
+    records = [
+        Record("a", "", "d", melanoma=True, diagnosis=Diagnosis.MEL, sex=Sex.MALE),
+        Record("b", "", "d", melanoma=False, sex=Sex.FEMALE),
+        Record("c", "", "d", melanoma=False, diagnosis=Diagnosis.NV, age=40.0),  # validates
+    ]
+    encoded = encode_targets(records)
+    found, left_out = without_untaught(encoded, records, [0, 1])
+    assert left_out == {"age", "site", "diagnosis"}
+    assert found.classes["diagnosis"].tolist() == [MISSING] * 3
+    assert found.classes["melanoma"].tolist() == [1, 0, 0]
+    taught = replace(encoded, soft={"diagnosis": torch.full((3, 7), 1 / 7)})
+    found, left_out = without_untaught(taught, records, [0, 1])
+    assert left_out == {"age", "site"}
+    assert found.classes["diagnosis"].tolist() == [MISSING, MISSING, 5]
+    assert encoded.classes["diagnosis"].tolist() == [4, MISSING, 5]
