@@ -78,7 +78,7 @@ def choose(names: Iterable[str] | None) -> list[Backbone]:
 
 
 def shard(backbones: Sequence[Backbone], text: str) -> list[Backbone]:
-    """The i-th of n parts, dealt out by size, so that the parts take about as long.
+    """The i-th of n parts, dealt out by size, so that each takes about as long as it can.
 
     Args:
         backbones: All.
@@ -93,9 +93,13 @@ def shard(backbones: Sequence[Backbone], text: str) -> list[Backbone]:
         number, parts = 0, 0
     if not 1 <= number <= parts:
         raise DataError(f"--shard {text}: write i/n, for example 2/4.")
-    ordered = sorted(backbones, key=lambda b: -b.multiply_adds)
-    chosen = set(ordered[number - 1 :: parts])
-    return [backbone for backbone in backbones if backbone in chosen]
+    dealt: list[list[Backbone]] = [[] for _ in range(parts)]
+    work = [0] * parts
+    for backbone in sorted(backbones, key=lambda backbone: -backbone.multiply_adds):
+        least = work.index(min(work))
+        dealt[least].append(backbone)
+        work[least] += backbone.multiply_adds
+    return [backbone for backbone in backbones if backbone in dealt[number - 1]]
 
 
 def _named(name: str, zoo: dict[str, Backbone]) -> Backbone:

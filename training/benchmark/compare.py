@@ -10,7 +10,7 @@ import numpy as np
 from training import paper
 from training.backbones import Source, WeightsError, find_source
 from training.benchmark import probes
-from training.benchmark.features import Features, Store, extract_all, keys_of, machine
+from training.benchmark.features import Features, Store, extract_all, keys_of, machine, measure_all
 from training.benchmark.finetune import finetune
 from training.benchmark.probes import Study
 from training.benchmark.table import add_finetuned, judge
@@ -111,10 +111,12 @@ def extract(
             gone.append((wanted, source))
     keys = keys_of([*work, *gone], images)
     store = Store(folder / "features")
-    missing |= extract_all(work, keys, images, store, measure_costs)
+    missing |= extract_all(work, keys, images, store)
     ready = {
         pair[0].name: pair for pair in [*work, *gone] if store.holds(pair[0], keys[pair[0].name])
     }
+    if measure_costs:  # it takes no weights
+        measure_all([backbone for backbone, _ in ready.values()], store)
     without = {
         name: f"{reason} {_OTHERS}" if store.holds_others(name) else reason
         for name, reason in missing.items()

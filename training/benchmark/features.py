@@ -198,7 +198,6 @@ def extract_all(
     keys: Mapping[str, str],
     records: Sequence[Record],
     store: Store,
-    measure_costs: bool = True,
 ) -> dict[str, str]:
     """Have every backbone's features in the store; what is there already stays.
 
@@ -209,7 +208,6 @@ def extract_all(
         keys: Theirs.
         records: Of the images.
         store: To fill.
-        measure_costs: Whether throughput and memory are measured, too.
 
     Returns:
         By name, why a backbone has none.
@@ -239,16 +237,17 @@ def extract_all(
                 bar.update(backbone.multiply_adds)
             # Pixels at 600 px are large, and all that needed these is done.
             path.unlink()
-    if measure_costs:
-        wanted = [
-            p for p in work if p[0].name not in failed and not store.costs_path(p[0]).is_file()
-        ]
-        for backbone, _ in tqdm(wanted, "costs", unit="net", disable=not wanted):
-            store.forget_costs(backbone)  # of which a kill may have left some
-            # A batch that does not fit is not measured; the ranking needs none.
-            in_own_process(measure_and_save, backbone, store)
-            store.keep_costs(backbone)
     return failed
+
+
+def measure_all(backbones: Sequence[Backbone], store: Store) -> None:
+    """Have throughput and memory of every backbone in the store; what is there already stays."""
+    wanted = [backbone for backbone in backbones if not store.costs_path(backbone).is_file()]
+    for backbone in tqdm(wanted, "costs", unit="net", disable=not wanted):
+        store.forget_costs(backbone)  # of which a kill may have left some
+        # A batch that does not fit is not measured; the ranking needs none.
+        in_own_process(measure_and_save, backbone, store)
+        store.keep_costs(backbone)
 
 
 def extract_and_save(

@@ -36,6 +36,9 @@ _TEMPERATURE = 0.07
 # Held-out images at a time, so that memory does not grow with the square of their number.
 _BLOCK = 512
 _PERMUTATIONS = 200
+# Labels are exchanged among as many components of about one size, where more images than that share
+# are of components whose size no other has.
+_ALIKE, _MOST_ALONE = 10, 0.1
 _NULL_BOOTSTRAPS = 10
 _NULL_REPLICATES = 200
 _Z = 1.959964
@@ -294,13 +297,27 @@ def _fit(values: Floats, truth: Truth, penalty: float) -> LogisticRegression:
 
 
 def _permute(truth: Truth, groups: NDArray[np.intp], generator: np.random.Generator) -> Truth:
-    """Deal the components' labels out anew among components of as many images."""
+    """Deal the components' labels out anew among components of as many images, or about."""
     order = np.argsort(groups, kind="stable")
     sizes = np.bincount(groups)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     permuted = truth.copy()
-    for size in np.unique(sizes):
-        members = np.flatnonzero(sizes == size)
-        places = order[starts[members][:, None] + np.arange(size)]
-        permuted[places] = truth[places[generator.permutation(len(members))]]
+    for members in _alike(sizes):
+        # Of one with fewer images, the labels are repeated; of one with more, some are left out.
+        steps = np.arange(sizes[members].max())
+        givers = members[generator.permutation(len(members))]
+        own = steps < sizes[members][:, None]
+        taken = starts[givers][:, None] + steps % sizes[givers][:, None]
+        places = starts[members][:, None] + steps
+        permuted[order[places[own]]] = truth[order[taken[own]]]
     return permuted
+
+
+def _alike(sizes: NDArray[np.intp]) -> list[NDArray[np.intp]]:
+    """Components by size; where too many have a size of their own, by about their size."""
+    by_size = [np.flatnonzero(sizes == size) for size in np.unique(sizes)]
+    alone = sum(int(sizes[members].sum()) for members in by_size if len(members) == 1)
+    if alone <= _MOST_ALONE * sizes.sum():
+        return by_size
+    ordered = np.argsort(sizes, kind="stable")
+    return np.array_split(ordered, max(len(ordered) // _ALIKE, 1))

@@ -125,3 +125,29 @@ def test_features_that_never_change_are_projected_to_nothing() -> None:
 def test_too_few_lesions_are_refused() -> None:
     with pytest.raises(DataError, match="there are 2 and 3"):
         design(np.array([0, 0, 0, 1, 1]), list("abcde"))
+
+
+def moved(sizes: np.ndarray) -> float:
+    """Share of labels that another component's take the place of, on average."""
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    truth = groups % 2
+    found = [probes._permute(truth, groups, generator) for _ in range(20)]
+    return float(np.mean([dealt != truth for dealt in found]))
+
+
+def test_labels_are_dealt_out_where_components_have_sizes_of_their_own() -> None:
+    assert moved(np.arange(3, 43)) > 0.3
+    assert moved(np.full(40, 7)) > 0.3
+
+
+def test_labels_are_exchanged_among_components_of_one_size() -> None:
+    sizes = np.repeat([1, 2, 5], [30, 20, 1])
+    groups = np.random.default_rng(1).permutation(np.repeat(np.arange(51), sizes))
+    truth = (groups % 3 == 0).astype(int)
+    dealt = probes._permute(truth, groups, np.random.default_rng(0))
+    for size in (1, 2, 5):
+        own = np.isin(groups, np.flatnonzero(sizes == size))
+        assert dealt[own].sum() == truth[own].sum()
+    for group in range(51):
+        assert len(set(dealt[groups == group])) == 1
