@@ -66,9 +66,10 @@ _DAMAGED = "The image is damaged or cut short: its pixels cannot be decoded. Tak
 _ORIENTATION_TAG = 0x0112
 # Of TIFF 6.0; and where a PNG's header says how many bits a channel has (ISO/IEC 15948).
 _BITS_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 258, 262, 0
+_EXTRA_SAMPLES_TAG = 338
 _PNG_DEPTH = 24
 # Likewise of a BMP (`biBitCount` of BITMAPINFOHEADER).
-_BMP_DEPTH = 28
+_BMP_DEPTH, _OS2_BMP_DEPTH = 28, 24
 # Characters of EXIF as ImageMagick writes it into a PNG; a camera's has at most 64 kB.
 _RAW_EXIF, _MOST_RAW_EXIF = "Raw profile type exif", 200_000
 _TRANSPOSE = {
@@ -209,7 +210,7 @@ def decode(
             ) from None
         raise CorruptImageError("The image's header is damaged: take a whole copy.") from None
     with image:
-        if image.format == "BMP" and image.mode == "1" and data[_BMP_DEPTH] != 1:
+        if image.format == "BMP" and image.mode == "1" and data[_depth_in(data)] != 1:
             # Of two colours, black and white, Pillow takes each for one bit, however many it has.
             raise UnsupportedImageError(
                 "BMP of black and white alone is not supported in more than one bit a pixel. Save "
@@ -323,6 +324,11 @@ def _check_tiff(data: bytes | memoryview, limits: Limits) -> None:
         raise UnsupportedImageError("The TIFF's header is damaged, or that of a BigTIFF.")
     if directory.several_pages:
         raise UnsupportedImageError("The image has several frames or pages; send one.")
+    if directory.preview:
+        raise UnsupportedImageError(
+            "The TIFF's first picture is a small copy of another one, as in a camera's raw files. "
+            "Send the picture itself, as JPEG or TIFF."
+        )
     if directory.compression not in _TIFF_COMPRESSIONS:
         raise UnsupportedImageError(
             f"TIFF compression {directory.compression} is not supported; send Deflate, LZW or JPEG."
@@ -344,6 +350,13 @@ def _check_tiff(data: bytes | memoryview, limits: Limits) -> None:
             "a way that is not supported, or it does not say what its colours are. Save it anew, "
             "or as PNG."
         )
+    if directory.ends_early:  # of which libtiff may decode what there is, and says nothing
+        raise CorruptImageError(_DAMAGED)
+
+
+def _depth_in(bmp: bytes | memoryview) -> int:
+    """Where a BMP says how many bits a pixel has; in OS/2's header of twelve bytes, earlier."""
+    return _OS2_BMP_DEPTH if int.from_bytes(bmp[14:18], "little") == 12 else _BMP_DEPTH
 
 
 def _is_run_length_encoded(bmp: bytes | memoryview) -> bool:
@@ -393,10 +406,17 @@ def _to_channels(image: Image.Image, data: bytes | memoryview) -> Image.Image:
         _scale_transparent_colour(image, depth=data[_PNG_DEPTH])
     if image.mode == "La":  # which knows no way to RGBA
         image = image.convert("LA")
-    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
-        image = image.convert("RGB")  # whoever wrote it left the fourth byte at 0
+    if image.mode == "RGBA" and _has_no_alpha(image):
+        image = image.convert("RGB")
     mode = "RGBA" if image.has_transparency_data else "RGB"
     return image if image.mode == mode else image.convert(mode)
+
+
+def _has_no_alpha(image: Image.Image) -> bool:
+    """Whether the fourth sample is none: that of a BMP is left at 0, of a TIFF not said to be."""
+    if image.format == "TIFF":
+        return _EXTRA_SAMPLES_TAG not in getattr(image, "tag_v2", ())
+    return image.format == "BMP" and not image.getchannel("A").getbbox()
 
 
 def _of_sixteen_bits(image: Image.Image) -> Image.Image:

@@ -27,6 +27,9 @@ _SINGLE = {
 _BITS, _SAMPLE_FORMAT, _SUBSAMPLING = 258, 339, 530
 _OF_SAMPLES = {_BITS, _SAMPLE_FORMAT, _SUBSAMPLING}
 _COLOUR_MAP = 320
+# What kind of picture it is, in new files and in old ones: a small copy of another, say.
+_KIND, _OLD_KIND = 254, 255
+_IS_SMALL, _OLD_SMALL = 1, 2
 # Of a palette for eight bits.
 _MOST_COLOURS = 3 * 256
 # Strips or tiles that one may have; longer lists are counted, and not read.
@@ -68,6 +71,8 @@ class Directory:
             has; many that are not compressed, or that begin within each other; or what
             `takes_long` says.
         several_pages: Whether another directory follows.
+        preview: Whether the picture is a small copy of another, as those of cameras' raw files are.
+        ends_early: Whether a strip or tile that is compressed ends behind the end of the file.
         misread: Whether Pillow would make other pixels of it: numbers with a sign; samples stored
             apart, but for colours of eight bits, and RGB of sixteen that is compressed; colours of
             which some have fewer samples (uncompressed YCbCr); a palette of eight bits; and what
@@ -81,6 +86,8 @@ class Directory:
     longest_list: int
     takes_long: bool
     several_pages: bool
+    preview: bool
+    ends_early: bool
     misread: bool
 
 
@@ -109,6 +116,7 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
         (following,) = struct.unpack_from(f"{order}I", data, start + 2 + 12 * count)
         values: dict[int, int] = {}
         lists: dict[int, tuple[int, ...]] = {}
+        preview = False
         for tag, kind, length, raw in entries:
             if tag in _SINGLE:
                 if tag in values or length != 1 or kind not in _NUMBERS:
@@ -120,6 +128,9 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
                     return None
                 most = _MOST_COLOURS if tag == _COLOUR_MAP else MOST_STRIPS
                 lists[tag] = _numbers(data, order, kind, min(length, most), raw)
+            elif tag in (_KIND, _OLD_KIND) and length == 1 and kind in _NUMBERS:
+                (said,) = _numbers(data, order, kind, 1, raw)
+                preview |= said == _OLD_SMALL if tag == _OLD_KIND else bool(said & _IS_SMALL)
     except struct.error:
         return None
     tile_width, tile_length = values.get(_TILE_WIDTH, 0), values.get(_TILE_LENGTH, 0)
@@ -156,6 +167,13 @@ def read_directory(data: bytes | memoryview) -> Directory | None:
         or counts.get(_TILES, 0) > across * down * planes
         or (not compressed and any(_is_slow(lists.get(tag, ()), row) for tag in (_STRIPS, _TILES))),
         several_pages=following != 0,
+        preview=preview,
+        ends_early=compressed
+        and any(
+            place + size > len(data)
+            for places, sizes in zip((_STRIPS, _TILES), sorted(_BYTE_COUNTS), strict=True)
+            for place, size in zip(lists.get(places, ()), lists.get(sizes, ()), strict=False)
+        ),
         misread=_SIGNED in lists.get(_SAMPLE_FORMAT, ())
         or (apart and not plain)
         or (fewer or dark or colour is None),

@@ -252,6 +252,16 @@ def test_a_bmp_of_black_and_white_in_more_than_bits_is_refused(bits: int) -> Non
         decode(data, 32, 32)
 
 
+@pytest.mark.parametrize("bits", [1, 8])
+def test_an_os2_bmp_has_its_depth_elsewhere(bits: int) -> None:
+    pixels = bytes([0xFF if bits == 1 else 1]) * (64 * 64 * bits // 8)
+    head = struct.pack("<IHHHH", 12, 64, 64, 1, bits) + bytes([0, 0, 0, 255, 255, 255])
+    head += bytes(3 * 254 if bits == 8 else 0)
+    start = 14 + len(head)
+    data = b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + head + pixels
+    assert decode(data, 32, 32).pixels.min() == 255
+
+
 def test_a_bmp_of_bits_is_decoded() -> None:
     assert decode(encode(np.full((64, 64), 255, np.uint8) > 0, "BMP"), 32, 32).pixels.min() == 255
 

@@ -1,8 +1,10 @@
 import struct
 import warnings
+import zlib
 from contextlib import suppress
 from io import BytesIO
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +69,61 @@ def test_text_and_blobs_alone_may_be_long(kind: int) -> None:
     found = read_directory(tiff((700, kind, 1_000_000, 8)))
     assert found is not None
     assert found.longest_list == (0 if kind in (1, 2, 7) else 1_000_000)
+
+
+def picture(*entries: tuple[int, int, list[int]], stored: list[bytes], tiled: bool) -> bytes:
+    """A TIFF of 64 x 64 pixels, the directory first: tag, kind and values of each further entry."""
+    size = {3: 2, 4: 4}
+    places = (324, 325) if tiled else (273, 279)
+    listed = sorted([(256, 3, [64]), (257, 3, [64]), *entries, *((p, 4, [0]) for p in places)])
+    beyond = 8 + 2 + 12 * len(listed) + 4
+    values = {tag: (kind, numbers) for tag, kind, numbers in listed}
+    data = beyond + sum(
+        size[kind] * len(n) for kind, n in values.values() if size[kind] * len(n) > 4
+    )
+    assert len(stored) == 1
+    values[places[0]], values[places[1]] = (4, [data]), (4, [len(stored[0])])
+    head, blobs = struct.pack("<H", len(values)), b""
+    for tag, (kind, numbers) in sorted(values.items()):
+        packed = struct.pack(f"<{len(numbers)}{'H' if kind == 3 else 'I'}", *numbers)
+        if len(packed) > 4:
+            place, blobs = struct.pack("<I", beyond + len(blobs)), blobs + packed
+        else:
+            place = packed.ljust(4, b"\0")
+        head += struct.pack("<HHI", tag, kind, len(numbers)) + place
+    return b"II*\0" + struct.pack("<I", 8) + head + bytes(4) + blobs + b"".join(stored)
+
+
+@pytest.mark.parametrize("said", [None, 0])
+def test_a_fourth_sample_that_is_not_said_to_be_transparency_is_none(said: int | None) -> None:
+    extra = [] if said is None else [(338, 3, [said])]
+    of_rgb = [(258, 3, [8] * 4), (259, 3, [1]), (262, 3, [2]), (277, 3, [4]), (278, 3, [64])]
+    data = picture(*of_rgb, *extra, stored=[bytes([200, 30, 40, 0]) * 64 * 64], tiled=False)
+    assert decode(data, 32, 32).pixels[16, 16].tolist() == [200, 30, 40]
+
+
+@pytest.mark.parametrize("kind", [(254, 4, [1]), (255, 3, [2])])
+def test_a_small_copy_of_another_picture_is_refused(kind: tuple[int, int, list[int]]) -> None:
+    of_rgb = [(258, 3, [8] * 3), (259, 3, [1]), (262, 3, [2]), (277, 3, [3]), (278, 3, [64])]
+    stored = [bytes(3 * 64 * 64)]
+    whole = (kind[0], kind[1], [0 if kind[0] == 254 else 1])
+    assert decode(picture(*of_rgb, whole, stored=stored, tiled=False), 32, 32).width == 64
+    with pytest.raises(UnsupportedImageError, match="a small copy of another one"):
+        decode(picture(*of_rgb, kind, stored=stored, tiled=False), 32, 32)
+
+
+@pytest.mark.parametrize("colours", [2, 6])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_compressed_tiff_that_ends_early_is_refused(colours: int, tiled: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    entries = [(258, 3, [8] * 3), (259, 3, [8]), (262, 3, [colours]), (277, 3, [3])]
+    entries += [(322, 3, [64]), (323, 3, [64])] if tiled else [(278, 3, [64])]
+    entries += [(530, 3, [1, 1])] if colours == 6 else []
+    data = picture(*entries, stored=[zlib.compress(pixels.tobytes())], tiled=tiled)
+    assert decode(data, 32, 32).width == 64
+    for share in (0.6, 0.9, 0.995):
+        with pytest.raises(ImageError):
+            decode(data[: int(share * len(data))], 32, 32)
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
