@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from math import isfinite
@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import structlog
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 from app import bundle_commands, key_commands, load, problems, reference_commands
@@ -302,13 +302,17 @@ def bench(
         [path.read_bytes() for path in images or []] or load.draw_images(),
         [(name.strip(), value.strip()) for name, _, value in pairs],
     )
-    measured: dict[int, dict[str, Any]] = {}
+    counts = clients or ([load.OPEN_CLIENTS] if rate else [1, 8, 32])
+    if as_json and len(set(counts)) < len(counts):
+        fail("--json has one load for each number of clients: name each once.")
+    measured: list[tuple[int, dict[str, Any]]] = []
     broke_off = ""
-    for count in clients or ([load.OPEN_CLIENTS] if rate else [1, 8, 32]):
+    for count in counts:
         try:
-            found = measured[count] = load.run(
+            found = load.run(
                 target, count, seconds, rate=rate, reconnect_every=reconnect_every, seed=seed
             ).summary()
+            measured.append((count, found))
         except load.LoadError as error:
             if not measured:
                 raise
@@ -317,12 +321,12 @@ def bench(
         if found["statuses"] and "200" not in found["statuses"]:
             break  # nor would it answer more clients
     if as_json:
-        print(json.dumps(measured, indent=2))
+        print(json.dumps(dict(measured), indent=2))
     else:
         _print_loads(f"{url}, {f'{rate:g} images/s arriving' if rate else 'closed loop'}", measured)
     if broke_off:
         fail(broke_off)
-    statuses = sum((Counter(found["statuses"]) for found in measured.values()), Counter[str]())
+    statuses = sum((Counter(found["statuses"]) for _, found in measured), Counter[str]())
     if not statuses:
         fail(
             "No request was sent in the measured time: all clients waited for earlier answers. "
@@ -335,7 +339,7 @@ def bench(
     )
     if "200" not in statuses:
         fail(f"No request was answered with 200: {_in_words(statuses)}.{quota}")
-    if not any(found["images_per_second"] for found in measured.values()):
+    if not any(found["images_per_second"] for _, found in measured):
         fail("No answer came in the measured time: give more --seconds.")
     if failed := {status: n for status, n in statuses.items() if status not in ("200", "503")}:
         fail(f"Some requests failed: {_in_words(failed)}.{quota}", status=1)
@@ -358,11 +362,11 @@ def _in_words(statuses: Mapping[str, int]) -> str:
     )
 
 
-def _print_loads(title: str, measured: Mapping[int, Mapping[str, Any]]) -> None:
+def _print_loads(title: str, measured: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
     table = Table(title=printable(title), caption="times in milliseconds")
     for column in ("clients", "images/s", "p50", "p95", "p99", "refused (503)", "failed", "unsent"):
         table.add_column(column, justify="right")
-    for count, found in measured.items():
+    for count, found in measured:
         percentiles = [found[f"p{percent}_ms"] for percent in (50, 95, 99)]
         add_row(
             table,
@@ -395,7 +399,8 @@ def predict(
         fail("--explain gives heat maps, which a table does not show: add --json.")
     if table is not None and as_json:
         fail("Choose one of --json and --csv.")
-    files = [file for path in images for file in _files_of(path)]
+    unread: list[Failure] = []
+    files = [file for path in images for file in _files_of(path, unread)]
     settings = load_settings().share()  # fewer threads may have another engine
     configure_logs("ERROR")
     _tune(settings, processes=1)
@@ -403,11 +408,14 @@ def predict(
     settings = settings.model_copy(update=_WITHOUT_CALLERS)
     if table is not None:
         (folder,) = images if len(images) == 1 and images[0].is_dir() else (None,)
-        _write_table(settings, files, folder, table)
+        _write_table(settings, files, folder, table, unread)
         return
     results: list[Result] = []
     trace = Trace("command-line")
-    model = asyncio.run(_predict(settings, files, explain, trace, results.extend))
+    model = asyncio.run(
+        _predict(settings, files, explain, trace, lambda _, found: results.extend(found))
+    )
+    results += unread
     answer = PredictResponse(request_id=trace.request_id, model=model, results=results)
     if as_json:
         print(answer.model_dump_json(exclude_unset=True, indent=2))
@@ -417,31 +425,42 @@ def predict(
         raise SystemExit(1)
 
 
-def _files_of(path: Path) -> list[Path]:
+def _files_of(path: Path, unread: list[Failure]) -> list[Path]:
+    """The image files of a folder, whose folders that cannot be read are noted; else the file."""
     if not path.is_dir():
         return [path]
-    found = sorted(files_below(path, SUFFIXES))
+    errors: list[OSError] = []
+    found = sorted(files_below(path, SUFFIXES, errors.append))
+    unread += [_unreadable(Path(os.fsdecode(error.filename)), "folder", error) for error in errors]
+    if not found and errors:
+        raise errors[0]
     if not found:
         fail(f"{path} holds no image files ({', '.join(sorted(SUFFIXES))}).")
     return found
 
 
-def _write_table(settings: Settings, images: list[Path], folder: Path | None, path: Path) -> None:
+def _write_table(
+    settings: Settings,
+    images: list[Path],
+    folder: Path | None,
+    path: Path,
+    unread: list[Failure],
+) -> None:
     failures: list[Failure] = []
     with open_table(path, folder) as add:
 
-        def take(results: list[Result]) -> None:
-            add(results)
+        def take(paths: list[Path], results: list[Result]) -> None:
+            add(paths, results)
             failures.extend(result for result in results if isinstance(result, Failure))
 
         asyncio.run(_predict(settings, images, False, Trace("command-line"), take))
-        for failure in failures:
+        for failure in (*failures, *unread):
             print(printable(f"{failure.filename}: {failure.error.detail}"), file=sys.stderr)
         if len(failures) == len(images):
             fail("None of the images could be used: no table is written.", status=1)
     used = len(images) - len(failures)
     print(f"Wrote {path}: {used:,} of {len(images):,} images. {NOTICE}")
-    if failures:
+    if failures or unread:
         raise SystemExit(1)
 
 
@@ -450,46 +469,74 @@ async def _predict(
     images: list[Path],
     explain: bool,
     trace: Trace,
-    take: Callable[[list[Result]], None],
+    take: Callable[[list[Path], list[Result]], None],
 ) -> ModelFacts:
-    """Give the results, some at a time; by which network they are."""
+    """Give images and their results, some at a time; by which network they are."""
     app = create_app(settings)
     predictor = app.state.predictor
     model: ModelFacts = app.state.networks.current.facts
     async with app.router.lifespan_context(app):
         if not await asyncio.to_thread(app.state.networks.current.batcher.wait_ready):
             raise warm_up_failed()
-        starts = range(0, len(images), settings.max_files)
         # To a terminal alone, and gone when it is done.
         shown = Console(stderr=True)
-        for start in track(
-            starts, "images", console=shown, transient=True, disable=len(starts) < 2
-        ):
-            paths = images[start : start + settings.max_files]
-            part = [_read(path, settings.max_bytes) for path in paths]
-            whole = [one for one in part if isinstance(one, Upload)]
-            found: Iterator[Result] = iter(())
-            if whole:
-                model, answered = await predictor.predict(whole, explain, trace)
-                found = iter(answered)
-            take([next(found) if isinstance(one, Upload) else one for one in part])
+        few = len(images) <= settings.max_files
+        with Progress(console=shown, transient=True, disable=few) as progress:
+            bar = progress.add_task("images", total=len(images))
+            for paths, part in _parts(images, settings):
+                whole = [one for one in part if isinstance(one, Upload)]
+                found: Iterator[Result] = iter(())
+                if whole:
+                    model, answered = await predictor.predict(whole, explain, trace)
+                    found = iter(answered)
+                take(paths, [next(found) if isinstance(one, Upload) else one for one in part])
+                progress.advance(bar, len(paths))
+                del part, whole  # before others are read
     return model
+
+
+def _parts(
+    images: list[Path], settings: Settings
+) -> Iterator[tuple[list[Path], list[Upload | Failure]]]:
+    """Files as if they had been posted, no more at a time than a request may have, nor bytes."""
+    paths: list[Path] = []
+    part: list[Upload | Failure] = []
+    size = 0
+    for path in images:
+        one = _read(path, settings.max_bytes)
+        further = len(one.data) if isinstance(one, Upload) else 0
+        if part and (len(part) == settings.max_files or size + further > settings.max_bytes):
+            yield paths, part
+            paths, part, size = [], [], 0
+        paths.append(path)
+        part.append(one)
+        size += further
+    if part:
+        yield paths, part
 
 
 def _read(path: Path, most: int) -> Upload | Failure:
     """A file as if it had been posted; of one that is too large no more is read."""
-    name = os.fsencode(path).decode(errors="replace")  # a name may be other bytes than UTF-8
     try:
         with path.open("rb") as file:
             data = file.read(most + 1)
     except OSError as error:
-        problem = Problem(_UNREADABLE_FILE, f"The file cannot be read: {error.strerror}.")
-        return Failure(filename=name, status="error", error=problem.body())
+        return _unreadable(path, "file", error)
     if len(data) > most:
         detail = f"The file has more than {most:,} bytes, the most that is accepted."
         problem = Problem(problems.IMAGE_TOO_LARGE, detail)
-        return Failure(filename=name, status="error", error=problem.body())
-    return Upload(name, data)
+        return Failure(filename=_in_text(path), status="error", error=problem.body())
+    return Upload(_in_text(path), data)
+
+
+def _unreadable(path: Path, what: str, error: OSError) -> Failure:
+    problem = Problem(_UNREADABLE_FILE, f"The {what} cannot be read: {error.strerror}.")
+    return Failure(filename=_in_text(path), status="error", error=problem.body())
+
+
+def _in_text(path: Path) -> str:
+    """A name, which may be other bytes than UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _told_apart(*numbers: float) -> list[str]:

@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from models.files import write_atomically
 @contextmanager
 def open_table(
     path: Path, folder: Path | None = None
-) -> Iterator[Callable[[Iterable[Result]], None]]:
+) -> Iterator[Callable[[Sequence[Path], Sequence[Result]], None]]:
     """Give what adds images' rows; the table is at `path` when the block succeeds.
 
-    Images that could not be used have none.
+    Images that could not be used have none. Names that are no UTF-8 stay as they are.
 
     Args:
         path: Of the table.
@@ -28,13 +28,12 @@ def open_table(
     ):
         writer: csv.DictWriter[str] | None = None
 
-        def add(results: Iterable[Result]) -> None:
+        def add(images: Sequence[Path], results: Sequence[Result]) -> None:
             nonlocal writer
-            for result in results:
+            for image, result in zip(images, results, strict=True):
                 if not isinstance(result, Success):
                     continue
-                name = result.filename or ""
-                row = _row(result, os.path.relpath(name, folder) if folder else name)
+                row = _row(result, os.path.relpath(image, folder) if folder else str(image))
                 if writer is None:
                     writer = csv.DictWriter(file, list(row))
                     writer.writeheader()

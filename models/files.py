@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,10 +28,20 @@ def read_small(path: Path, most: int) -> bytes:
     return content
 
 
-def files_below(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
-    """Files below a folder by their suffixes, in lower case; hidden ones aside."""
+def files_below(
+    folder: Path,
+    suffixes: Collection[str],
+    on_error: Callable[[OSError], object] | None = None,
+) -> Iterator[Path]:
+    """Files below a folder by their suffixes, in lower case; hidden ones aside.
+
+    Args:
+        folder: To look at.
+        suffixes: Theirs.
+        on_error: Told of each folder that cannot be read, which is passed over.
+    """
     seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=on_error, followlinks=True):
         if os.path.realpath(parent) in seen:
             folders.clear()  # a link back
             continue
@@ -47,7 +57,14 @@ def write_atomically(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path`, and rename it to `path` when the block succeeds.
 
     The content is on disk before the rename, so that a crash leaves the old file or the new one.
+    A link stays one, to what is replaced.
+
+    Raises:
+        OSError: Something else than a file is there, such as /dev/null: it would be one afterwards.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is no file: name one", str(path))
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -19,9 +19,11 @@ from app import cli
 from app.load import LoadError, Measured
 from app.main import create_app
 from app.networks import Networks
+from app.predictor import Predictor
 from app.processes import Place
 from app.server import Server
 from app.settings import Settings
+from app.uploads import Upload
 from models.bundle import OperatingPoint, load_bundle
 from models.turns import NotItsTurn, in_turn
 from tests.bundles import make_bundle
@@ -226,6 +228,71 @@ def test_a_folder_s_images_are_predicted_into_a_table(run, picture: Path, tmp_pa
         assert row["sha256"] == result["image"]["sha256"]
 
 
+def test_a_folder_that_cannot_be_read_is_told_and_costs_the_others_nothing(
+    run, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "cohort" / name).mkdir(parents=True)
+        shutil.copy(picture, tmp_path / "cohort" / name)
+    closed, read = {str(tmp_path / "cohort" / "b")}, os.scandir
+
+    def look(folder: str) -> object:  # tests may run as root, whom no mode keeps out
+        if str(folder) in closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        return read(folder)
+
+    monkeypatch.setattr(os, "scandir", look)
+    table = tmp_path / "table.csv"
+    status, output, told = run("predict", tmp_path / "cohort", "--csv", table)
+    assert (status, "1 of 1 images" in output) == (1, True)
+    said = "The folder cannot be read: Permission denied."
+    assert told == f"{tmp_path / 'cohort' / 'b'}: {said}\n"
+    status, output, _ = run("predict", tmp_path / "cohort", "--json")
+    first, second = json.loads(output)["results"]
+    assert (status, first["status"], second["error"]["detail"]) == (1, "ok", said)
+    closed.add(str(tmp_path / "cohort"))
+    status, _, told = run("predict", tmp_path / "cohort")
+    assert (status, told) == (2, f"mmtl: {tmp_path / 'cohort'}: Permission denied.\n")
+
+
+def test_names_that_are_no_text_stay_in_a_table_as_they_are(
+    run, picture: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "caf\udce9"
+    names = ["m\udce8.png", "m\udce9.png"]
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 alone")
+    for name in names:
+        shutil.copy(picture, folder / name)
+    table = tmp_path / "table.csv"
+    assert run("predict", folder, "--csv", table)[0] == 0
+    with table.open(newline="", errors="surrogateescape") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == names
+    assert run("predict", *(folder / name for name in names), "--csv", table)[0] == 0
+    with table.open(newline="", errors="surrogateescape") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == [str(folder / n) for n in names]
+
+
+def test_no_more_bytes_are_read_at_a_time_than_a_request_may_have(
+    run, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = picture.stat().st_size
+    monkeypatch.setenv("MMTL_MAX_BYTES", str(2 * size + 1))
+    asked: list[int] = []
+    predict = Predictor.predict
+
+    async def count(self: Predictor, uploads: list[Upload], *others: object) -> object:
+        asked.append(len(uploads))
+        return await predict(self, uploads, *others)
+
+    monkeypatch.setattr(Predictor, "predict", count)
+    status, output, _ = run("predict", "--json", *[picture] * 5)
+    assert (status, len(json.loads(output)["results"])) == (0, 5)
+    assert asked == [2, 2, 1]
+
+
 def test_an_image_that_cannot_be_used_is_told_and_has_no_row(
     run, picture: Path, tmp_path: Path
 ) -> None:
@@ -334,6 +401,24 @@ def test_who_answers_no_client_is_not_asked_by_more(run, monkeypatch: pytest.Mon
     status, _, told = run("bench", "http://127.0.0.1:9")
     assert (status, told) == (2, "mmtl: No request was answered with 200: 3 x 404.\n")
     assert asked == [1]
+
+
+def test_a_number_of_clients_may_be_measured_again(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Counter({"500": 1, "200": 9}), Counter({"200": 7})]
+
+    def answer(*_: object, **__: object) -> Measured:
+        statuses = found.pop(0)
+        images = statuses["200"]
+        return Measured(1.0, images, latencies=[0.01] * images, statuses=statuses)
+
+    monkeypatch.setattr("app.load.run", answer)
+    twice = ("bench", "http://127.0.0.1:9", "--clients", "32", "--clients", "32")
+    status, output, told = run(*twice)
+    assert (status, told) == (1, "mmtl: Some requests failed: 1 x 500.\n")
+    assert "9.0" in output
+    assert "7.0" in output
+    status, _, told = run(*twice, "--json")
+    assert (status, "name each once" in told) == (2, True)
 
 
 def test_what_was_measured_is_told_where_a_later_load_finds_nobody(

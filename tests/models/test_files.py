@@ -25,6 +25,23 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_link_stays_one_to_the_file_that_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    for content in ("one", "two"):
+        with write_atomically(tmp_path / "link") as temporary:
+            temporary.write_text(content)
+        assert (tmp_path / "there" / "file").read_text() == content
+        assert (tmp_path / "link").is_symlink()
+
+
+def test_what_is_no_file_is_not_made_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(OSError, match="it is no file"), write_atomically(path):
+            pytest.fail("it would be replaced")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_full_disk_is_said_of_the_file_that_was_asked_for(tmp_path: Path) -> None:
     for name in (None, "temporary"):
         with (
