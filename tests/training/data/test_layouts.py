@@ -656,3 +656,8 @@ def test_a_dataset_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         LAYOUTS["ham10000"][1](tmp_path / name)
     with pytest.raises(DataError, match=r"of HAM10000 is in .*/a and in .*/b\. Name one"):
         gather(read_datasets([tmp_path]))
+    table = "HAM10000_metadata"
+    tables = [tmp_path / name / f"{table}.csv" for name in ("a", "b")]
+    where = f"{tmp_path}/a/{table} and in {tmp_path}/b/{table}"
+    with pytest.raises(DataError, match=f"of HAM10000 is in {where}"):
+        gather(read_datasets(tables))

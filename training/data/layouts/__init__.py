@@ -49,7 +49,7 @@ class Place:
     @property
     def whole(self) -> Path:
         """Its path; a table's without the suffix."""
-        return self.folder / self.name if self.alone else self.folder
+        return next(iter(self.tables)).with_suffix("") if self.alone else self.folder
 
     def tables_with(self, *columns: str) -> list[Path]:
         """The tables that have all of these columns."""
