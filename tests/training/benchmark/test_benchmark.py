@@ -166,13 +166,13 @@ def test_costs_are_of_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch
     assert "3 cores of " in machine()
 
 
-def test_cached_features_are_judged_without_their_weights_and_not_tuned(
+def test_cached_features_are_judged_and_timed_without_their_weights_and_not_tuned(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare, "finetune", None)  # which would download
     weights = tmp_path / "weights"
     weights.mkdir()
-    told = ("--weights-dir", str(weights), "--no-costs", "--offline", "--finetune", "1")
+    told = ("--weights-dir", str(weights), "--offline", "--finetune", "1")
     (backbone,) = choose(TINY[:1])
     source, _ = find_source(backbone)
     records = load_manifest(drawn)
@@ -184,6 +184,8 @@ def test_cached_features_are_judged_without_their_weights_and_not_tuned(
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     assert [b["name"] for b in report["backbones"]] == TINY[:1]
+    assert report["backbones"][0]["costs"]
+    assert report["recommended"] == TINY[0]
     assert "not on this machine" in report["missing"][f"{TINY[0]}, fine-tuned"]
 
 
@@ -378,3 +380,8 @@ def test_a_report_needs_no_throughput(tmp_path: Path) -> None:
     }
     save_report(tmp_path, report | about)
     assert "No throughput was measured at batch 32" in (tmp_path / "report.html").read_text()
+    save_report(tmp_path, report | about | {"recommended": TINY[1]})
+    assert "the fastest that is not shown to be worse" in (tmp_path / "report.html").read_text()
+    save_report(tmp_path, report | about | {"recommended": TINY[0]})  # the best was not timed
+    said = f"the best that was timed, and shown to be worse than {TINY[1]}."
+    assert said in (tmp_path / "report.html").read_text()
