@@ -302,7 +302,7 @@ def _permute(truth: Truth, groups: NDArray[np.intp], generator: np.random.Genera
     sizes = np.bincount(groups)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     permuted = truth.copy()
-    for members in _alike(sizes):
+    for members in _alike(sizes, generator):
         # Of one with fewer images, the labels are repeated; of one with more, some are left out.
         steps = np.arange(sizes[members].max())
         givers = members[generator.permutation(len(members))]
@@ -313,11 +313,14 @@ def _permute(truth: Truth, groups: NDArray[np.intp], generator: np.random.Genera
     return permuted
 
 
-def _alike(sizes: NDArray[np.intp]) -> list[NDArray[np.intp]]:
-    """Components by size; where too many have a size of their own, by about their size."""
+def _alike(sizes: NDArray[np.intp], generator: np.random.Generator) -> list[NDArray[np.intp]]:
+    """Components by size; where too many have one of their own, those of rare sizes by about it."""
     by_size = [np.flatnonzero(sizes == size) for size in np.unique(sizes)]
     alone = sum(int(sizes[members].sum()) for members in by_size if len(members) == 1)
     if alone <= _MOST_ALONE * sizes.sum():
         return by_size
-    ordered = np.argsort(sizes, kind="stable")
-    return np.array_split(ordered, max(len(ordered) // _ALIKE, 1))
+    # Not in the order of their names, which may be that of the classes.
+    rare = generator.permutation(np.concatenate([m for m in by_size if len(m) < _ALIKE]))
+    rare = rare[np.argsort(sizes[rare], kind="stable")]
+    parts = np.array_split(rare, max(len(rare) // _ALIKE, 1))
+    return [*(members for members in by_size if len(members) >= _ALIKE), *parts]

@@ -97,8 +97,8 @@ def annotate(
     sources = read_datasets(metadata)
     for dataset in (*own, *sources):
         dataset.faults.raise_fatal()
-    if own:
-        _print_strays([folder], own)
+    if any(record.path for dataset in own for record in dataset.records):
+        _print_strays([folder], own)  # else all are taken
     found = annotate(folder, own, sources)
     save_manifest(out, found.records)
     print(f"{found.matched:,} of {len(found.records):,} images found in the metadata; wrote {out}.")

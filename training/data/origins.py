@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-from training.data.layouts import isic_cli, load_layouts
+from training.data.layouts import ham10000, isic_cli, load_layouts
 from training.data.manifest import collection_of
-
-# Datasets of the archive that have a page of their own; others are known by their layout.
-_ISIC_2017 = ("CC BY-NC", "https://challenge.isic-archive.com/data/#2017")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +14,13 @@ class Origin:
     url: str
 
 
+# Datasets that have no layout of their own.
+_PUBLISHED = {
+    "isic2017": Origin("CC BY-NC", "https://challenge.isic-archive.com/data/#2017"),
+    ham10000.ISIC_2018: Origin(ham10000.LICENCE, ham10000.URL),
+}
+
+
 def origin_of(dataset: str, of_archive: float = 0.0) -> Origin:
     """What is known of a dataset by the name that its records carry.
 
@@ -25,8 +29,8 @@ def origin_of(dataset: str, of_archive: float = 0.0) -> Origin:
         of_archive: The share of its images that are the ISIC archive's, whose terms go for those
             that were downloaded into a folder of any name.
     """
-    if dataset == "isic2017":
-        return Origin(*_ISIC_2017)
+    if dataset in _PUBLISHED:
+        return _PUBLISHED[dataset]
     for layout in load_layouts():
         if collection_of(dataset) == layout.TITLE:
             return Origin(layout.LICENCE, layout.URL)

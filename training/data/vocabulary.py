@@ -176,10 +176,10 @@ def diagnosis_of(words: str) -> Term:
     text = re.sub(r"[\s_-]+", " ", words.strip().lower())
     for spelled, singular in _SPELLED.items():
         text = re.sub(spelled, singular, text)
-    for term in (text, text.removesuffix("s")):
-        if term in _DIAGNOSES:
-            found = _DIAGNOSES[term]
-            return Term(found, None if found is None else found is Diagnosis.MEL)
+    if found := _DIAGNOSES.get(text) or _DIAGNOSES.get(text.removesuffix("s")):
+        return Term(found, found is Diagnosis.MEL)
+    if text in _DIAGNOSES:
+        return Term(None, None)
     text = text.replace("not otherwise specified", "nos")
     if _DENIED.search(text):
         return Term(None, None, known=False)
@@ -192,7 +192,7 @@ def diagnosis_of(words: str) -> Term:
     others = {
         diagnosis
         for term, diagnosis in _DIAGNOSES.items()
-        if len(term) > _SHORT and diagnosis and re.search(rf"\b{re.escape(term)}\b", text)
+        if len(term) > _SHORT and diagnosis and re.search(rf"\b{re.escape(term)}s?\b", text)
     }
     if len(named) != 1 or others - named:  # "nevus / melanoma" does not say which
         return Term(None, None, known=False)

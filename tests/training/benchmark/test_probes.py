@@ -141,6 +141,16 @@ def test_labels_are_dealt_out_where_components_have_sizes_of_their_own() -> None
     assert moved(np.full(40, 7)) > 0.3
 
 
+def test_labels_are_dealt_out_of_classes_that_stand_apart() -> None:
+    sizes = np.concatenate([np.ones(1000, int), np.arange(11, 31)])
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    truth = (groups < 500).astype(int)
+    generator = np.random.default_rng(0)
+    dealt = [probes._permute(truth, groups, generator) for _ in range(20)]
+    alike = [np.corrcoef(truth[groups < 1000], one[groups < 1000])[0, 1] for one in dealt]
+    assert abs(np.mean(alike)) < 0.05
+
+
 def test_labels_are_exchanged_among_components_of_one_size() -> None:
     sizes = np.repeat([1, 2, 5], [30, 20, 1])
     groups = np.random.default_rng(1).permutation(np.repeat(np.arange(51), sizes))

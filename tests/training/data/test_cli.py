@@ -128,6 +128,17 @@ def test_annotate_tells_what_the_folder_s_own_table_does_not_name(folder: Path, 
     assert f"Left out: 1 images in {folder / 'own'}, of no dataset." in told
 
 
+def test_annotate_leaves_nothing_out_beside_a_list_of_duplicates(folder: Path, capsys) -> None:
+    picture(folder / "bare" / f"{isic(0)}.jpg", 0)
+    pairs = [{"image_name_1": isic(0), "image_name_2": isic(3)}]
+    write_table(folder / "bare" / "duplicates.csv", pairs)
+    out = folder / "out.csv"
+    _, printed, told = run(
+        capsys, "annotate", folder / "bare", "--with", folder / "isic2019", "-o", out
+    )
+    assert ("1 of 1 images" in printed, "Left out" in told) == (True, False)
+
+
 def test_audit_answers_as_a_table_and_as_json(folder: Path, capsys) -> None:
     rows = [{"image": isic(1), "melanoma": "0"}, {"image": isic(50), "melanoma": "0"}]
     (folder / "b").mkdir()

@@ -589,10 +589,13 @@ def test_every_table_of_ham10000_s_is_read(tmp_path: Path) -> None:
     whole.unlink()
     of_2018 = [{**row, "image_id": row["image_id"].replace("ISIC_0", "ISIC_1")} for row in rows]
     write(tmp_path / "ISIC2018_Task3_Test_GroundTruth.csv", of_2018[:1])
+    trained = [{**row, "image_id": row["image_id"].replace("ISIC_0", "ISIC_2")} for row in rows]
+    write(tmp_path / "ISIC2018_Task3_Training_metadata.csv", trained[:1])
     (dataset,) = read_datasets([tmp_path])
     found = Counter((record.dataset, record.split) for record in dataset.records)
     assert found == {
         ("ISIC 2018", Split.TEST): 1,
+        ("HAM10000", None): 1,
         ("HAM10000", Split.TEST): 2,
         ("HAM10000", Split.TRAIN): len(rows) - 2,
     }
@@ -633,6 +636,22 @@ def test_an_isic_id_is_found_in_whichever_column_names_the_image(tmp_path: Path)
     ((record,),) = (dataset.records for dataset in read_datasets([tmp_path]))
     assert record.image == isic(1)
     assert Path(record.path).is_file()
+    picture(tmp_path / "photo17.png", 6)
+    write(tmp_path / "mine.csv", [{"image": "photo17.png", "id": isic(17), "melanoma": "0"}])
+    ((record,),) = (dataset.records for dataset in read_datasets([tmp_path]))
+    assert (record.image, Path(record.path).name) == (isic(17), "photo17.png")
+
+
+def test_pieces_of_one_picture_keep_their_names(tmp_path: Path) -> None:
+    rows = []
+    for piece in ("a", "b"):
+        picture(tmp_path / "images" / f"{isic(1)}_{piece}.jpg", 5)
+        path = f"images/{isic(1)}_{piece}.jpg"
+        rows.append({"image": f"c{piece}", "path": path, "melanoma": "0"})
+    write(tmp_path / "mine.csv", rows)
+    records, _ = gather(read_datasets([tmp_path]))
+    assert [record.image for record in records] == [row["path"] for row in rows]
+    assert all(Path(record.path).is_file() for record in records)
 
 
 def test_datasets_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -645,6 +664,9 @@ def test_datasets_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert [record.dataset for record in records] == ["a/labels", "b/labels"]
     (first,), (second,) = read_sides(*([table] for table in tables))
     assert [first.records, second.records] == [[record] for record in records]
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (linked,) = read_datasets([tmp_path / "a", tmp_path / "link", tmp_path / "b" / ".." / "a"])
+    assert len(linked.records) == 1
     (one,), (same,) = read_sides([tables[0]], [tables[0]])
     assert one.records == same.records
     assert one.records[0].dataset == "labels"

@@ -157,6 +157,8 @@ def test_an_isic_id_is_found_in_the_names_that_copies_have(name: str, image: str
         ("Dermatofibromas", Diagnosis.DF, False, True),
         ("Haemangioma", Diagnosis.VASC, False, True),
         ("nevus-like melanoma", None, None, False),
+        ("others", None, None, False),
+        ("melanoma / hemangiomas", None, None, False),
         ("Melanoma in situ, NOS", Diagnosis.MEL, True, True),
         ("Melanoma arising in a nevus", Diagnosis.MEL, True, True),
         ("nevus-associated melanoma", Diagnosis.MEL, True, True),

@@ -48,8 +48,9 @@ class Place:
 
     @property
     def whole(self) -> Path:
-        """Its path; a table's without the suffix."""
-        return next(iter(self.tables)).with_suffix("") if self.alone else self.folder
+        """Its path, whatever links lead there; a table's without the suffix."""
+        path = next(iter(self.tables)).with_suffix("") if self.alone else self.folder
+        return path.resolve()
 
     def tables_with(self, *columns: str) -> list[Path]:
         """The tables that have all of these columns."""
@@ -187,7 +188,8 @@ def read_sides(*sides: Iterable[Path]) -> list[list[Dataset]]:
                     f"{', '.join(layout.TITLE for layout in load_layouts())}."
                 )
             for layout, place in here:  # once, where it is below two of the paths
-                found[-1].setdefault((place.folder, *place.tables), (layout, place))
+                what = (place.folder.resolve(), *(table.resolve() for table in place.tables))
+                found[-1].setdefault(what, (layout, place))
     names = _names(place for side in found for _, place in side.values())
     return [
         [

@@ -12,7 +12,7 @@ from training.data.tables import Faults, read_rows
 from training.data.vocabulary import SEXES, SITES, SPLITS, Split
 
 TITLE = "HAM10000"
-_ISIC_2018 = "ISIC 2018"
+ISIC_2018 = "ISIC 2018"
 LICENCE = "CC BY-NC 4.0"
 URL = "https://doi.org/10.7910/DVN/DBW86T"
 _COLUMNS = {"lesion_id", "image_id", "dx", "age", "sex", "localization"}
@@ -33,8 +33,9 @@ def read(place: Place, faults: Faults) -> list[Record]:
 
 
 def _of_table(table: Path, place: Place, faults: Faults) -> list[Record]:
-    of_2018 = table.stem.lower().startswith("isic2018")
-    split = Split.TEST if of_2018 else SPLITS.get(table.stem.lower())
+    name = table.stem.lower()
+    of_2018 = name.startswith("isic2018") and "test" in name  # HAM10000 is what it trained on
+    split = Split.TEST if of_2018 else SPLITS.get(name)
     records = []
     for row in read_rows(table, _COLUMNS, faults):
         image = image_of(row, "image_id")
@@ -45,7 +46,7 @@ def _of_table(table: Path, place: Place, faults: Faults) -> list[Record]:
             Record(
                 image=image,
                 path=place.picture(image),
-                dataset=_ISIC_2018 if of_2018 else TITLE,
+                dataset=ISIC_2018 if of_2018 else TITLE,
                 lesion=row.identity("lesion_id"),
                 patient=row.identity("patient_id", "patient"),  # its own table has none
                 melanoma=term.melanoma,

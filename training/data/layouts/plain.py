@@ -1,5 +1,7 @@
 """A plain CSV: a column that names the image, and columns with any of the labels."""
 
+from collections import Counter
+
 from training.data.layouts import Place, image_of, name_of
 from training.data.manifest import COLUMNS, Record, isic_id
 from training.data.tables import Faults, Row, read_rows
@@ -46,10 +48,15 @@ def read(place: Place, faults: Faults) -> list[Record]:
                     "columns that are read).",
                     fatal=False,
                 )
-            for row in read_rows(table, set(), faults):
-                image = _image(row)
-                if image is not None:
-                    records.append(_record(row, image, place))
+            rows = list(read_rows(table, set(), faults))
+            images = [_image(row) for row in rows]
+            times = Counter(images)
+            for row, image in zip(rows, images, strict=True):
+                if image is None:
+                    continue
+                if times[image] > 1:  # pieces of one picture, say, which have names of their own
+                    image = image_of(row, *_IMAGE) or image
+                records.append(_record(row, image, place))
     return records
 
 
@@ -104,10 +111,11 @@ def _record(row: Row, image: str, place: Place) -> Record:
 
 def _picture(row: Row, image: str, place: Place) -> str:
     """The path of the one picture that is called so."""
-    if isic_id(image):  # other files of that name are copies
-        return place.picture(image)
-    cell = row.text(*_IMAGE)
-    found = place.pictures.get(image, [])
+    if isic_id(image) and (picture := place.picture(image)):  # other files of that name are copies
+        return picture
+    cells = [cell for column in _IMAGE if (cell := row.text(column))]
+    cell = next((cell for cell in cells if name_of(cell) in place.pictures), cells[0])
+    found = place.pictures.get(name_of(cell), [])
     found = [path for path in found if path.name == cell] or found
     if len(found) > 1:
         row.faults.add(
