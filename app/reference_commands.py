@@ -35,7 +35,7 @@ def problems() -> None:
         "is not allowed (`MMTL_CORS_ORIGINS`) is a 400 in plain text, which no page reads and no\n"
         "log has. A `Range` of a file of the API's page that cannot be read (400), or is beyond\n"
         "its end (416), is in plain text, too. And `mmtl predict --json` says\n"
-        "`urn:mmtl:problem:unreadable-file` of a file that it cannot read.\n"
+        "`urn:mmtl:problem:unreadable-file` of a file or a folder that it cannot read.\n"
     )
     print("| type | status | title | Retry-After, seconds |\n|---|---|---|---|")
     for kind in KINDS.values():
