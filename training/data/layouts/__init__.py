@@ -176,18 +176,7 @@ def read_sides(*sides: Iterable[Path]) -> list[list[Dataset]]:
     for paths in sides:
         found.append({})
         for path in paths:
-            here = list(find_places(path))
-            if not here:
-                empty = (
-                    ""
-                    if path.is_dir() or read_header(path)
-                    else " It is empty, or no CSV in UTF-8."
-                )
-                raise DataError(
-                    f"{path} holds no dataset in a layout that is known here.{empty} Known are: "
-                    f"{', '.join(layout.TITLE for layout in load_layouts())}."
-                )
-            for layout, place in here:  # once, where it is below two of the paths
+            for layout, place in _places_at(path):  # once, where it is below two of the paths
                 what = (place.folder.resolve(), *(table.resolve() for table in place.tables))
                 found[-1].setdefault(what, (layout, place))
     names = _names(place for side in found for _, place in side.values())
@@ -198,6 +187,17 @@ def read_sides(*sides: Iterable[Path]) -> list[list[Dataset]]:
         ]
         for side in found
     ]
+
+
+def _places_at(path: Path) -> list[tuple[Layout, Place]]:
+    found = list(find_places(path))
+    if not found:
+        why = "" if path.is_dir() or read_header(path) else " It is empty, or no CSV in UTF-8."
+        raise DataError(
+            f"{path} holds no dataset in a layout that is known here.{why} Known are: "
+            f"{', '.join(layout.TITLE for layout in load_layouts())}."
+        )
+    return found
 
 
 def _names(places: Iterable[Place]) -> dict[Path, str]:
