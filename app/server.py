@@ -1,6 +1,7 @@
 """The HTTP server: uvicorn, with signals, and limits on what comes before a request is one."""
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -30,6 +31,7 @@ from app.problems import Kind, Problem, respond
 from app.settings import Settings
 from app.telemetry import Metrics
 from app.trace import KEY, Trace
+from models.turns import allow_at_once, most_at_once
 
 # Beyond the upload's own time: the deadline of a request that is answered while it still arrives.
 _MARGIN_SECONDS = 10.0
@@ -39,6 +41,7 @@ _LINGER_SECONDS = 2.0
 _LINGERING, _LINGERING_SHARE = 4, 0.02
 # Open files beside connections: a bundle that is loaded, logs, other processes.
 _OWN_FILES = 200
+_OBJECTS_PER_COLLECTION = 20_000
 # Which memory a core dump holds (core(5)).
 _DUMPED = Path("/proc/self/coredump_filter")
 # Answered on such a connection, too: who holds all others would make this service look dead, and
@@ -381,6 +384,19 @@ class Protocol(HttpToolsProtocol):
         else:
             self.transport.close()
         return request_id
+
+
+def tune(settings: Settings, processes: int) -> None:
+    """Set what is of the whole process: large images decoded at once, how often garbage is sought.
+
+    Args:
+        settings: Of this process.
+        processes: Of the service, which share the cores and the memory.
+    """
+    allow_at_once(most_at_once(settings.max_pixels_in_full, processes))
+    # An answer makes hundreds of objects, none of them in cycles; all threads wait for each
+    # collection (benchmarks/serving/steps.py).
+    gc.set_threshold(_OBJECTS_PER_COLLECTION)
 
 
 def allow_files(most_connections: int) -> None:

@@ -286,7 +286,7 @@ def stacked_by_numpy() -> None:
 
 def frequent_collections() -> None:
     """Garbage collected after every 700 objects, not 20,000."""
-    app.cli._OBJECTS_PER_COLLECTION = 700
+    app.server._OBJECTS_PER_COLLECTION = 700
 
 
 def large_images_anywhere() -> None:
@@ -301,7 +301,7 @@ def large_images_on_all_cores() -> None:
 
 def one_large_image_at_a_time() -> None:
     """One large image decoded at a time, not one a core."""
-    app.cli.most_at_once = lambda *_: 1
+    app.server.most_at_once = lambda *_: 1
 
 
 def loading_kept() -> None:

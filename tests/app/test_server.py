@@ -25,11 +25,11 @@ from app import predictor
 from app.access import as_cors
 from app.audit import AuditLog
 from app.main import create_app
-from app.server import Protocol, Server, allow_files, keep_no_core
+from app.server import Protocol, Server, allow_files, keep_no_core, tune
 from app.settings import Settings
 from app.telemetry import Metrics
 from app.uploads import Body
-from models.turns import in_turn
+from models.turns import NotItsTurn, in_turn
 from tests.lesions import encode, flat, lesion
 
 VIEWER = "https://viewer.example"
@@ -903,3 +903,16 @@ def test_a_refusal_is_not_written_into_an_answer_that_has_begun(
                 answer += part
     assert status(answer) == 200
     assert b"urn:mmtl:problem" not in answer
+
+
+def test_processes_share_what_large_images_may_be_decoded_at_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.turns.available_cores", lambda: 4)
+    monkeypatch.setattr("models.turns.available_memory", lambda: 1_000_000_000_000)
+    monkeypatch.setattr("gc.set_threshold", lambda _: None)
+    tune(settings, processes=4)
+    with pytest.raises(NotItsTurn):
+        in_turn(lambda: in_turn(int, wait=False))
+    tune(settings, processes=2)
+    assert in_turn(lambda: in_turn(int, wait=False)) == 0
