@@ -28,12 +28,17 @@ def read_small(path: Path, most: int) -> bytes:
     return content
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is not to be seen, or is what a file system keeps for itself."""
+    return name.startswith(".") or name == "lost+found"
+
+
 def files_below(
     folder: Path,
     suffixes: Collection[str],
     on_error: Callable[[OSError], object] | None = None,
 ) -> Iterator[Path]:
-    """Files below a folder by their suffixes, in lower case; hidden ones aside.
+    """Files below a folder by their suffixes, in lower case; those aside that `is_hidden`.
 
     Args:
         folder: To look at.
@@ -46,9 +51,9 @@ def files_below(
             folders.clear()  # a link back
             continue
         seen.add(os.path.realpath(parent))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         for name in names:
-            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("."):
+            if os.path.splitext(name)[1].lower() in suffixes and not is_hidden(name):
                 yield Path(parent, name)
 
 

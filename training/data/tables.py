@@ -148,13 +148,17 @@ class Row:
 
 
 def read_header(path: Path) -> frozenset[str]:
-    """The column names of a table, in lower case; none where they cannot be read."""
+    """The column names of a table, in lower case; none where it is no table.
+
+    Raises:
+        OSError: It cannot be read.
+    """
     try:
         # What follows the header may be in another encoding, which is for `read_rows` to say.
         with path.open(newline="", encoding=encoding_of(path), errors="replace") as file:
             line = file.readline()
         names = _names(next(csv.reader([line], delimiter=delimiter_of(line)), []))
-    except (OSError, UnicodeError, csv.Error):
+    except (UnicodeError, csv.Error):
         return frozenset()
     text = not any("\ufffd" in name or "\0" in name for name in names)
     return frozenset(names if text else ())

@@ -1,9 +1,12 @@
 """Every layout is recognised, and read into one vocabulary."""
 
 import csv
+import errno
+import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -683,3 +686,49 @@ def test_a_dataset_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     where = f"{tmp_path}/a/{table} and in {tmp_path}/b/{table}"
     with pytest.raises(DataError, match=f"of HAM10000 is in {where}"):
         gather(read_datasets(tables))
+
+
+@pytest.mark.parametrize("below", ["more", "classes/benign", "isic2019/ISIC_2019_Training_Input"])
+def test_without_a_folder_that_cannot_be_read_nothing_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    """Whether it holds a dataset or some of one's images: there would be less to train on."""
+    LAYOUTS["isic2019"][1](tmp_path / "isic2019")
+    for number, name in enumerate(("benign", "malignant")):
+        picture(tmp_path / "classes" / name / "a.png", number)
+    for name in ("more", "isic2019/lost+found", "lost+found"):
+        (tmp_path / name).mkdir()
+    closed: set[Path] = set()
+    listed, scanned = os.listdir, os.scandir
+
+    def look(function: Any) -> Any:  # tests may run as root, whom no mode keeps out
+        def guarded(folder: Any) -> Any:
+            if Path(folder) in closed:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+            return function(folder)
+
+        return guarded
+
+    monkeypatch.setattr(os, "listdir", look(listed))
+    monkeypatch.setattr(os, "scandir", look(scanned))
+    closed |= {tmp_path / "lost+found", tmp_path / "isic2019" / "lost+found"}
+    assert len(gather(read_datasets([tmp_path]))[0]) == 11
+    closed.add(tmp_path / below)
+    with pytest.raises(PermissionError, match=re.escape(f"{tmp_path / below}")):
+        read_datasets([tmp_path])
+
+
+def test_a_table_that_cannot_be_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_plain(tmp_path)
+    opened = Path.open
+
+    def look(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.suffix == ".csv":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", look)
+    with pytest.raises(PermissionError, match=r"labels\.csv"):
+        read_datasets([tmp_path])

@@ -10,7 +10,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Protocol, cast
 
 from models import images
-from models.files import files_below
+from models.files import files_below, is_hidden
 from training.data.manifest import DataError, Record, isic_id
 from training.data.tables import SUFFIXES, Faults, Row, read_header, read_rows
 from training.data.vocabulary import Diagnosis
@@ -39,7 +39,11 @@ class Place:
 
     @classmethod
     def of(cls, path: Path) -> "Place":
-        """Look at a folder, or at a table alone."""
+        """Look at a folder, or at a table alone.
+
+        Raises:
+            OSError: It cannot be read.
+        """
         path = path.absolute()
         if path.is_file():
             return cls(path.parent, {path: read_header(path)}, path.stem, alone=True)
@@ -68,7 +72,11 @@ class Place:
 
     @cached_property
     def files(self) -> list[Path]:
-        """All image files below the folder, sorted."""
+        """All image files below the folder, sorted.
+
+        Raises:
+            OSError: A folder cannot be read.
+        """
         return sorted(image_files(self.folder))
 
     def picture(self, image: str) -> str:
@@ -130,6 +138,7 @@ def find_places(path: Path) -> Iterator[tuple[Layout, Place]]:
 
     Raises:
         DataError: `path` does not exist.
+        OSError: A folder or a table cannot be read: without it there would be less to train on.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist.")
@@ -140,17 +149,14 @@ def find_places(path: Path) -> Iterator[tuple[Layout, Place]]:
         if folder.resolve() in seen:
             return  # a link back
         seen.add(folder.resolve())
-        try:
-            place = Place.of(folder)
-        except PermissionError:
-            return
+        place = Place.of(folder)
         for layout in layouts:
             if layout.recognise(place):
                 yield layout, place
                 return
         if folder.is_dir() and depth > 0:
             for below in sorted(folder.iterdir()):
-                if below.is_dir() and not below.name.startswith("."):
+                if below.is_dir() and not is_hidden(below.name):
                     yield from look(below, depth - 1)
 
     yield from look(path, _DEPTH)
@@ -330,10 +336,22 @@ def _may_be_table(file: Path) -> bool:
 
 
 def image_files(folder: Path) -> Iterator[Path]:
-    """Image files below a folder, hidden ones aside."""
-    return files_below(folder, images.SUFFIXES)
+    """Image files below a folder, hidden ones aside.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+    return files_below(folder, images.SUFFIXES, _refuse)
 
 
 def table_files(folder: Path) -> Iterator[Path]:
-    """Tables below a folder, hidden ones aside."""
-    return files_below(folder, SUFFIXES)
+    """Tables below a folder, hidden ones aside.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+    return files_below(folder, SUFFIXES, _refuse)
+
+
+def _refuse(error: OSError) -> None:
+    raise error

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from models.files import is_hidden
 from training.data.layouts import Place
 from training.data.manifest import Record, isic_id
 from training.data.tables import Faults
@@ -57,7 +58,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        found = [each for each in folder.iterdir() if not each.name.startswith(".")]
+        found = [each for each in folder.iterdir() if not is_hidden(each.name)]
     except OSError:
         return []
     return [each for each in found if each.is_dir()]
