@@ -38,13 +38,18 @@ def instructions(processors: Path = _PROCESSORS) -> str | None:
 
 
 def processor(processors: Path = _PROCESSORS) -> str:
-    """Their name and widest vector instructions, as far as the kernel tells them.
+    """Their name, family and model, and widest vector instructions, as the kernel tells them.
 
     Returns:
-        As in `AMD EPYC with AVX2`; the architecture where they have no name.
+        As in `AMD EPYC (family 23, model 1) with AVX2`: a hypervisor may call several generations
+        by one name. The architecture where they have none.
     """
-    lines = [line for line in _told(processors).splitlines() if line.startswith("model name")]
-    name = lines[0].partition(":")[2].strip() if lines else platform.machine()
+    first, *_ = _told(processors).split("\n\n")
+    pairs = (line.partition(":") for line in first.splitlines())
+    told = {name.strip(): value.strip() for name, _, value in pairs}
+    name = told.get("model name") or platform.machine()
+    if {"cpu family", "model"} <= told.keys():
+        name += f" (family {told['cpu family']}, model {told['model']})"
     widest = instructions(processors)
     return f"{name} with {widest}" if widest else name
 

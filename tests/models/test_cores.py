@@ -64,6 +64,9 @@ def test_a_processor_is_called_what_the_kernel_calls_it(tmp_path: Path) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text("processor\t: 0\nmodel name\t: An Old One @ 2 GHz\nflags\t: fpu\n")
     assert processor(file) == "An Old One @ 2 GHz"
+    one = "cpu family\t: 23\nmodel\t\t: {}\nmodel name\t: One of Many\nflags\t: fpu\n\n"
+    file.write_text(one.format(1) + one.format(1))
+    assert processor(file) == "One of Many (family 23, model 1)"
     assert processor(tmp_path / "nowhere") == platform.machine()
 
 
