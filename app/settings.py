@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     """`fp32`, `int8`, or `fp16` where a bundle has it (`mmtl-train` writes none). `auto` takes int8
     on a CPU where the bundle has it, else fp32, and lets OpenVINO compute in bfloat16 what stays in
     floats, where the CPU multiplies such numbers (`amx_bf16` or `avx512_bf16` among its flags;
-    docs/int8.md)."""
+    docs/int8.md). Some older CPUs are no faster in int8 than in fp32 (docs/performance-avx2.md)."""
 
     runtime: Literal["auto", "onnxruntime", "openvino"] = "auto"
     """Of ONNX artifacts. `auto` takes OpenVINO for an int8 artifact, where no precision is named,
