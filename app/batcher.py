@@ -172,6 +172,8 @@ class Batcher:
         # Large images whose turn has not come wait here, so that no worker waits.
         self._large: deque[_Job] = deque()
         self._decoded: deque[_Job] = deque()
+        # Images that gave nothing to run since the first of these was decoded.
+        self._fruitless = 0
         self._running = 0
         # Who waits for the last answer does not wait where the workers do: `notify` wakes one
         # thread, whichever it is, and the wake-up would be lost on them.
@@ -385,8 +387,13 @@ class Batcher:
         log.info("ready", warm_up_seconds=round(time.monotonic() - started, 3))
 
     def _worth_a_run(self) -> bool:
-        """Whether what is decoded is worth one, while other images wait to be decoded."""
-        return len(self._decoded) >= (self._max_batch if self._engine.device == "cpu" else 1)
+        """Whether what is decoded is worth one, while other images wait to be decoded.
+
+        Those that give nothing count: else who sends damaged ones, one after the other, would keep
+        what is decoded from being run.
+        """
+        enough = self._max_batch if self._engine.device == "cpu" else 1
+        return len(self._decoded) + self._fruitless >= enough
 
     def _take(self, name: str) -> list[_Job] | None:
         """One job to decode, or a batch to run; None when closed and empty, or one has died."""
@@ -403,6 +410,7 @@ class Batcher:
                     guessed = bool(to_decode) and job.decodes
                     needed = self._pace.needed if guessed else 0.0
                     jobs = [job] if self._still_wanted(job, now, needed) else []
+                    self._fruitless += not jobs
                 elif self._closed and not self._decoded and not self._large:
                     break
                 else:
@@ -459,6 +467,7 @@ class Batcher:
         except Exception as error:
             job.fail(error)
             with self._changed:
+                self._fruitless += 1
                 self._pace.note_done(1, job.taken, time.monotonic())
             # The error's traceback holds this frame, and the job's future holds the error: the
             # upload would stay until the next collection of garbage.
@@ -473,6 +482,8 @@ class Batcher:
             if self._failed:  # nobody runs what is decoded any more
                 job.fail(NotReady())
                 return
+            if not self._decoded:
+                self._fruitless = 0
             self._decoded.append(job)
             self._changed.notify()
 

@@ -18,7 +18,7 @@ from app.schemas import ModelFacts
 from app.settings import Settings
 from app.telemetry import Metrics
 from models.bundle import Artifact, Bundle, load_bundle
-from models.memory import give_back
+from models.memory import give_back, trim_heaps_soon
 from models.threads import begin
 
 # How often the workers are looked at.
@@ -250,11 +250,15 @@ class Networks:
             broken = looked_at.broken(self._settings.hang_seconds)
             # The same one twice in a row: where the whole process was stopped for a while, all look
             # hung, and one that was succeeded meanwhile has ended.
-            if broken and looked_at is suspect and not self._replace(looked_at):
+            replaces = broken and looked_at is suspect
+            if replaces and not self._replace(looked_at):
                 if not self._stopped.is_set():  # else it is to end anyhow, and well
                     self._give_up()
                 return
-            suspect = looked_at if broken else None
+            suspect = looked_at if broken and not replaces else None
+            del looked_at  # which would hold a network that is replaced in memory
+            if replaces:
+                give_back()
 
     def _give_up(self) -> None:
         self.failed = True
@@ -265,7 +269,7 @@ class Networks:
         broken.abandon()
         # What a reload takes, and the end of the network before it.
         if not self._switching.acquire(timeout=_LOAD_SECONDS + self._settings.deadline_seconds):
-            return False  # a reload hangs, too
+            return self.current.batcher is not broken  # else a reload hangs, too
         try:
             if self.current.batcher is not broken:
                 return True  # a reload has been faster
@@ -285,7 +289,6 @@ class Networks:
             self._switching.release()
         if self._draining:
             self.current.batcher.drain()
-        give_back()
         log.warning("network replaced", version=self.version())
         return True
 
@@ -299,7 +302,7 @@ class Networks:
         with self._noting:
             self._loading = loading = begin(self._load_warm)
         if loading not in wait([loading], _LOAD_SECONDS).done:
-            loading.add_done_callback(_close_late)
+            loading.add_done_callback(self._end_late)
             raise EngineError(f"The network was not loaded in {_LOAD_SECONDS:.0f} seconds.")
         self._loading = None  # which would hold it in memory
         try:
@@ -310,6 +313,15 @@ class Networks:
             network.batcher.close(0)
             raise EngineError("The service is shutting down.")
         return network
+
+    def _end_late(self, loading: "Future[Network]") -> None:
+        """End a network that nobody waits for any more, and forget it."""
+        if loading.exception() is None:
+            loading.result().batcher.close(0)
+        with self._noting:
+            if self._loading is loading:  # and not that of a later try
+                self._loading = None
+        trim_heaps_soon()
 
     def _load_warm(self) -> Network:
         network = self._load()
@@ -366,9 +378,3 @@ class Networks:
         self._metrics.serve(
             network.bundle.manifest, network.facts, network.engine.name, network.engine.device
         )
-
-
-def _close_late(loading: "Future[Network]") -> None:
-    """End a network that nobody waits for any more."""
-    if loading.exception() is None:
-        loading.result().batcher.close(0)

@@ -105,7 +105,8 @@ class Settings(BaseSettings):
 
     deadline_seconds: float = Field(30.0, gt=0)
     """Longest a request may take from its last byte to its answer; later ones answer 503, and at
-    once where what waits already would most likely have them late."""
+    once where what waits already would most likely have them late. A slow disk under MMTL_AUDIT_LOG
+    may add ten seconds."""
 
     hang_seconds: float = Field(30.0, gt=0)
     """Longest a decoding or a run of the network may take; then it is loaded anew. What hangs while

@@ -1025,6 +1025,28 @@ async def test_what_waits_is_decoded_before_a_small_batch_is_run(engine: Engine)
     assert engine.batches == [[1, 2, 3, 4]]
 
 
+async def test_images_that_cannot_be_used_do_not_keep_another_waiting(engine: Engine) -> None:
+    """However many come, one after the other."""
+    engine.helpers = 0
+    batcher = Batcher(engine, (SIDE, SIDE), 1, 10, Metrics(4, ()), lambda _: {})
+    batcher.start()
+    until(lambda: batcher.ready)
+    answer: Future = Future()
+    ends = time.monotonic() + 5
+
+    def fail() -> NDArray[np.uint8]:
+        if not answer.done() and time.monotonic() < ends:
+            batcher.put(fail, ends, Future())
+        raise ValueError("damaged")
+
+    with batcher._changed:
+        batcher.put(partial(image, 1), ends, answer)
+        batcher.put(fail, ends, Future())
+    assert (await asyncio.wrap_future(answer)).outputs["first"] == 1
+    assert time.monotonic() < ends
+    batcher.close(5)
+
+
 async def test_to_decode_is_not_to_wait(batcher: Batcher) -> None:
     def slow():
         time.sleep(0.2)

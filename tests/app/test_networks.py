@@ -327,6 +327,37 @@ def test_the_successor_of_a_broken_network_is_left_alone(client: TestClient) -> 
     assert metric(client, "mmtl_network_replacements_total") == 0
 
 
+def test_a_network_that_a_reload_has_replaced_serves_while_the_next_reload_is_slow(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks = client.app.state.networks
+    broken = networks.current.batcher
+    networks.begin_reload().result(10)
+    until(lambda: not networks._switching.locked())
+    longest = networks._settings.deadline_seconds
+    monkeypatch.setattr("app.networks._LOAD_SECONDS", 0.01 - longest)
+    with networks._switching:
+        assert networks._replace(broken)
+        assert not networks._replace(networks.current.batcher)
+
+
+def test_memory_of_a_network_that_was_replaced_is_given_back_when_nothing_holds_it(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks = client.app.state.networks
+    engine = weakref.ref(networks.current.engine)
+    held: list[bool] = []
+
+    def note() -> None:
+        gc.collect()
+        held.append(engine() is not None)
+
+    monkeypatch.setattr("app.networks.give_back", note)
+    networks.current.batcher.abandon()
+    until(lambda: held)
+    assert held == [False]
+
+
 def test_a_file_system_that_fails_just_now_keeps_no_network_from_taking_over(
     client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,6 +455,7 @@ def test_a_reload_that_hangs_is_refused_and_what_it_gives_late_is_ended(
     until(lambda: late and late[0].batcher._closed)
     until(lambda: not any(worker.is_alive() for worker in late[0].batcher._workers))
     assert networks.current is not late[0]
+    until(lambda: networks._loading is None)  # which would hold it in memory
 
 
 def test_a_network_that_is_loaded_while_the_service_ends_is_waited_for_and_ended(
