@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 
 from app.main import create_app
 from app.settings import Settings
+from models.cores import instructions
 from models.turns import allow_at_once
 from tests.bundles import make_bundle
 
@@ -98,3 +99,10 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the development data is not here")
     return SHARED_DATA
+
+
+# On other CPUs OpenVINO computes in no bfloat16, and an int8 network's answer for an image hangs on
+# the size of its batch (docs/deployment.md).
+needs_avx512 = pytest.mark.skipif(
+    not (instructions() or "").startswith(("AMX", "AVX-512")), reason="no AVX-512"
+)

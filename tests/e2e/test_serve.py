@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, needs_avx512
 from tests.lesions import encode, flat, huge_png, lesion
 
 VENV = ".venv-e2e"
@@ -167,7 +167,10 @@ def test_training_says_what_it_needs() -> None:
         {"MMTL_RUNTIME": "onnxruntime"},
         pytest.param(
             {"MMTL_RUNTIME": "openvino"},
-            marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="no OpenVINO"),
+            marks=[
+                pytest.mark.skipif(platform.machine() != "x86_64", reason="no OpenVINO"),
+                needs_avx512,
+            ],
         ),
     ],
     indirect=True,

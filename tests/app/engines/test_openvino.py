@@ -14,6 +14,7 @@ from app.settings import Settings
 from models.bundle import BundleError, load_bundle
 from tests.app.engines import load, needs_openvino
 from tests.bundles import SIDE, make_bundle
+from tests.conftest import needs_avx512
 from tests.lesions import draw_lesion
 
 
@@ -21,7 +22,7 @@ from tests.lesions import draw_lesion
 @pytest.mark.parametrize(
     ("precision", "bfloat16", "name"),
     [
-        ("auto", True, "openvino-bfloat16"),
+        pytest.param("auto", True, "openvino-bfloat16", marks=needs_avx512),
         ("auto", False, "openvino"),
         ("int8", True, "openvino"),
     ],
@@ -151,6 +152,7 @@ def test_who_asks_for_openvino_is_told_where_its_compiler_cannot_run(
 
 
 @needs_openvino
+@needs_avx512
 def test_an_image_s_answer_does_not_depend_on_what_is_run_with_it() -> None:
     settings = Settings()
     bundle = load_bundle(settings.bundle)
