@@ -180,8 +180,14 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
+        self._reading_headers = True
         self._unset_keepalive_if_required()
         self._start_timer(self._settings.header_seconds)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer, which says nothing here (RFC 9110, section 6.5.1)."""
+        if self._reading_headers:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """From here on the request is answered; its body has its own time."""
@@ -211,7 +217,7 @@ class Protocol(HttpToolsProtocol):
         spare = self in self._spare
         if spare:
             if self.url.partition(b"?")[0] not in _ALWAYS_ANSWERED:
-                self._refuse(_TOO_MANY, lingers=True)
+                self._refuse(_TOO_MANY)
                 return
             self.headers.append((b"connection", b"close"))  # which uvicorn says in the answer, too
         self._start_timer(self._settings.upload_seconds + _MARGIN_SECONDS)
@@ -302,14 +308,12 @@ class Protocol(HttpToolsProtocol):
             self._timer = None
 
     def _too_slow(self) -> None:
-        if self in self._spare and self._reading_headers:
-            self._refuse(_TOO_MANY)
-        elif not self._heard:  # a probe of the port, or a browser's spare connection: no request
-            self.transport.close()
-        elif self._reading_headers:
-            self._refuse(_TOO_SLOW)
-        else:  # an answer may be under way
-            self.transport.close()
+        spare = self in self._spare
+        # Where nothing was heard it is a probe of the port, or a browser's spare connection; where
+        # headers are not what is waited for, an answer may be under way.
+        if self._reading_headers and (self._heard or spare):
+            self._refuse(_TOO_MANY if spare else _TOO_SLOW)
+        self.transport.close()
 
     def _take_place(self) -> bool:
         """Whether a connection whose requests are answered has made room for this one."""
@@ -321,12 +325,14 @@ class Protocol(HttpToolsProtocol):
 
     @property
     def _rests(self) -> bool:
-        """Whether what was asked is answered (though a body may still come), and not more begun.
+        """Whether what was asked is answered (though more of it may come), and nothing else begun.
 
         What has not been read of an answer would keep it open.
         """
         if self.transport.is_closing() or self.transport.get_write_buffer_size():
             return False
+        if self._lingers:
+            return self not in self._spare
         begun = self._timer is not None and self._reading_headers
         return self.cycle is not None and self.cycle.response_complete and not begun
 
@@ -343,8 +349,12 @@ class Protocol(HttpToolsProtocol):
         log.info("refused", request_id=request_id, problems=[kind.name])
         return request_id
 
-    def _refuse(self, problem: Problem, lingers: bool = False) -> str | None:
-        """Answer, and read no more; under which id, unless that was done before."""
+    def _refuse(self, problem: Problem) -> str | None:
+        """Answer, and heed no more; under which id, unless that was done before.
+
+        A client that is cut off while it sends may see a broken connection instead of the answer:
+        for a while, what it sends is dropped.
+        """
         self._stop_timer()
         if self._deaf:
             return None
@@ -376,13 +386,9 @@ class Protocol(HttpToolsProtocol):
             *(b": ".join(header) for header in answer.raw_headers),
         ]
         self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
-        if lingers:
-            # A client that is cut off in mid-request sees a broken connection instead.
-            self._lingers = True
-            self.transport.write_eof()
-            self.loop.call_later(_LINGER_SECONDS, self.transport.close)
-        else:
-            self.transport.close()
+        self._lingers = True
+        self.transport.write_eof()
+        self.loop.call_later(_LINGER_SECONDS, self.transport.close)
         return request_id
 
 

@@ -197,16 +197,17 @@ async def _read(
             f"Send multipart/form-data with the field `{FIELD}`, or one image as the body with "
             f"the content type {', '.join(RAW_TYPES)}.",
         )
+    # Both have frames that hold what has been read; nothing of that is needed any more.
     except TimeoutError:
-        raise Problem(
+        refused = Problem(
             problems.UPLOAD_TOO_SLOW,
             f"The request has to arrive within {settings.upload_seconds:g} seconds.",
-        ) from None
+        )
     except Problem as problem:
-        # Its frames hold what has been read; nothing of that is needed any more.
         refused = problem.with_traceback(None)
         refused.__context__ = None
-    await body.drop_rest()
+    if refused.kind is not problems.UPLOAD_TOO_SLOW:
+        await body.drop_rest()
     raise refused
 
 

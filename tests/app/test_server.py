@@ -154,9 +154,10 @@ def test_a_connection_without_a_request_is_closed_and_no_refusal(server: Server,
 def test_a_byte_now_and_then_gains_no_time(port: int) -> None:
     with connect(port) as slow:
         began = time.monotonic()
+        slow.sendall(b"GET /")
         with pytest.raises(ConnectionError):
             while True:
-                slow.sendall(b"G")
+                slow.sendall(b"a")
                 time.sleep(0.05)
         assert time.monotonic() - began < 2
 
@@ -345,6 +346,36 @@ def test_who_sends_on_a_connection_too_many_gets_to_read_why(server: Server, por
         assert first.recv(1) == b""
         assert time.monotonic() - began < 1
         until(lambda: len(server.server_state.connections) == 9)
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        (b"X: " + b"x" * 3000, 431),
+        (b"Host: x\r\nTransfer-Encoding: gzip, chunked", 400),
+    ],
+)
+def test_who_still_sends_what_is_refused_gets_to_read_why(
+    port: int, head: bytes, expected: int
+) -> None:
+    with connect(port) as client:
+        client.sendall(b"POST /predict HTTP/1.1\r\n" + head + b"\r\n\r\n")
+        for _ in range(20):
+            time.sleep(0.01)
+            client.sendall(bytes(100_000))
+        assert status(read_answer(client)) == expected
+
+
+def test_who_is_refused_makes_room(server: Server, port: int) -> None:
+    with ExitStack() as stack:
+        for _ in range(5):
+            garbled = stack.enter_context(connect(port))
+            garbled.sendall(b"hello\r\n\r\n")
+            assert status(read_answer(garbled)) == 400
+        assert len(server.server_state.connections) == 5
+        client = stack.enter_context(connect(port))
+        client.sendall(b"GET /model HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert status(read_answer(client)) == 200
 
 
 def test_a_service_that_others_keep_busy_is_not_taken_for_dead(server: Server, port: int) -> None:
@@ -632,6 +663,26 @@ def test_a_chunk_that_is_none_is_a_problem(server: Server, port: int) -> None:
         assert (status(answer), problem_of(answer)) == (400, "malformed-request")
         assert garbled.recv(1000) == b""
     assert refusals(server, "malformed-request") == 1
+
+
+@pytest.mark.parametrize("cut", [0, 140, 172])
+@pytest.mark.parametrize("offer", ["", "Connection: Upgrade\r\nUpgrade: h2c\r\n"])
+def test_trailers_are_no_headers(port: int, offer: str, cut: int) -> None:
+    """However they arrive (RFC 9110, section 6.5.1)."""
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n{offer}"
+    trailers = f"X-Request-ID: {'a' * 32}\r\nContent-Encoding: gzip\r\nAuthorization: Bearer x"
+    body = f"9\r\nno images\r\n0\r\n{trailers}\r\n\r\n"
+    sent = f"{head}Transfer-Encoding: chunked\r\n\r\n{body}".encode()
+    with connect(port) as client:
+        for _ in range(2):  # on one connection
+            client.sendall(sent[:cut])
+            time.sleep(0.01)
+            client.sendall(sent[cut:])
+            answer = read_answer(client)
+            assert (status(answer), problem_of(answer)) == (415, "unsupported-image")
+            assert b"a" * 32 not in answer
+        client.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Request-ID: mine\r\n\r\n")
+        assert b"x-request-id: mine" in read_answer(client)
 
 
 def test_trailers_and_chunks_that_grow_are_cut_off(port: int) -> None:

@@ -230,6 +230,30 @@ async def test_what_has_been_read_is_not_held_while_a_refusal_waits_for_the_rest
         gc.enable()
 
 
+async def test_what_came_of_a_slow_upload_is_not_held_by_its_refusal() -> None:
+    class Traced(bytearray):
+        """Bytes that can be watched."""
+
+    watched: list[weakref.ref[Traced]] = []
+
+    def watch(body: Traced) -> Traced:
+        watched.append(weakref.ref(body))
+        return body
+
+    def coming() -> Iterator[dict]:
+        yield {"type": "http.request", "body": watch(Traced(900)), "more_body": True}
+
+    gc.disable()
+    try:
+        with pytest.raises(Problem) as caught:
+            await read(request(coming(), content_type="image/jpeg"), upload_seconds=0.05)
+        assert caught.value.kind.status == 408
+        await asyncio.sleep(0)  # as whoever has a refusal waits for something
+        assert watched[0]() is None
+    finally:
+        gc.enable()
+
+
 async def test_a_form_that_cannot_be_read_is_not_held_while_the_rest_is() -> None:
     class Traced(bytearray):
         pass
