@@ -13,6 +13,7 @@ from tests.training.data.drawn import draw_isic_cli_old
 from tests.training.folders import draw_balanced, draw_ham10000
 from training import evaluate as evaluating
 from training import fit as fitting
+from training import statistics
 from training.cli import cli
 from training.config import Config
 from training.fit import fit
@@ -46,8 +47,9 @@ def small() -> Iterator[None]:
     torch.set_num_threads(1)  # a service that was tested before may have changed it, and the sums
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitting, "build_feature_map", build)
-        # A tenth of the resamples: what is tested is what is measured, not how sharply.
-        patch.setattr(evaluating, "REPLICATES", 100)
+        # Few resamples: what is tested is what is measured, not how sharply.
+        patch.setattr(evaluating, "REPLICATES", 30)
+        patch.setattr(statistics, "_JACKKNIFE_PARTS", 20)
         yield
     torch.set_num_threads(threads)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from training import evaluate as evaluating
-from training import paper
+from training import paper, statistics
 from training.data.layouts import Dataset, Place, balanced
 from training.data.manifest import DataError, Record
 from training.data.tables import Faults
@@ -25,6 +25,7 @@ def _few_resamples():
     """What is tested is what is measured, not how sharply."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluating, "REPLICATES", 200)
+        patch.setattr(statistics, "_JACKKNIFE_PARTS", 20)
         yield
 
 
