@@ -165,8 +165,9 @@ def _tasks(found: dict[str, Any]) -> str:
 """
     if lacks_interval(found["tasks"]):
         table += (
-            f"\nWithout an interval: a class has fewer than {LEAST_CLUSTERS} lesions, which no "
-            "resampling tells anything of.\n"
+            f"\nWithout an interval: a class has fewer than {LEAST_CLUSTERS} lesions (or patients, "
+            "where these are known), or every resample gives the same; resampling tells nothing of "
+            "either.\n"
         )
     table += "".join(
         f"\n{task}: {values['of no label']:,} further images are of what it has no label for; no "

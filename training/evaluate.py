@@ -42,6 +42,7 @@ def evaluate(
     manifest: Sequence[Record],
     against: Predictions | None = None,
     subsets: Mapping[str, Sequence[int]] | None = None,
+    own: bool = False,
 ) -> Report:
     """Every figure of a model on some images, by dataset.
 
@@ -51,6 +52,8 @@ def evaluate(
             them tell which pictures a dataset holds.
         against: Another model's predictions of the same images.
         subsets: Rows that are to be reported on their own as well, by name.
+        own: Whether the model was fitted to this manifest's rows, and judged on others: of another
+            one it is not known which pictures it never learned from.
 
     Returns:
         What `report.json` holds.
@@ -62,7 +65,6 @@ def evaluate(
     training = [record for record in manifest if record.split is Split.TRAIN]
     found = _Evaluation(predictions, training, against)
     by_dataset = _rows_by_dataset(predictions.records)
-    sources = set(by_dataset)
     by_dataset |= {name: list(rows) for name, rows in (subsets or {}).items()}
     judged = {
         name: rows
@@ -74,9 +76,7 @@ def evaluate(
         sets = {
             name: found.report(rows) for name, rows in tqdm(judged.items(), "measure", unit="set")
         }
-        unseen = found.unseen(
-            {name: rows for name, rows in judged.items() if name in sources}, manifest
-        )
+        unseen = found.unseen(manifest) if own else {}
     return {
         "model": predictions.model,
         "artifact_sha256": predictions.sha256,
@@ -105,8 +105,8 @@ def check_size(records: Sequence[Record]) -> None:
     if not any(_can_be_judged([linked[row] for row in rows]) for rows in datasets.values()):
         raise DataError(
             f"None of the datasets ({', '.join(datasets) or 'there are none'}) has at least "
-            f"{LEAST_CLUSTERS} lesions with and {LEAST_CLUSTERS} without melanoma: nothing can be "
-            "said."
+            f"{LEAST_CLUSTERS} lesions (or patients, where these are known) with and "
+            f"{LEAST_CLUSTERS} without melanoma: nothing can be said."
         )
 
 
@@ -117,7 +117,7 @@ def _rows_by_dataset(records: Sequence[Record]) -> dict[str, list[int]]:
     return rows
 
 
-def _lesions(records: Iterable[Record]) -> tuple[int, int]:
+def _with_and_without(records: Iterable[Record]) -> tuple[int, int]:
     """Number of components with melanoma, and of those without."""
     found: dict[bool | None, set[str]] = {True: set(), False: set(), None: set()}
     for record in records:
@@ -126,8 +126,8 @@ def _lesions(records: Iterable[Record]) -> tuple[int, int]:
 
 
 def _can_be_judged(records: Iterable[Record]) -> bool:
-    """Whether there are enough lesions of both classes for a figure to mean anything."""
-    return min(_lesions(records)) >= LEAST_CLUSTERS
+    """Whether there are enough components of both classes for a figure to mean anything."""
+    return min(_with_and_without(records)) >= LEAST_CLUSTERS
 
 
 class _Evaluation:
@@ -209,31 +209,43 @@ class _Evaluation:
             report["compared"] = self._compare(known, truth, clusters)
         return report
 
-    def unseen(self, sources: Mapping[str, Sequence[int]], manifest: Sequence[Record]) -> Report:
+    def unseen(self, manifest: Sequence[Record]) -> Report:
         """AUROC on each source that was not learned from, less that on those that were.
 
         Both are of held-out images, of which a source's are those that no dataset that was learned
         from holds, too. Which images a source took in differs, so that a difference is not of the
-        network alone.
+        network alone. A source is a collection; or its datasets, of which some were learned from.
+
+        Args:
+            manifest: That the model was fitted with.
         """
-        names = {collection_of(name) for name in self.predictions.trained_on}
-        learned = names & set(sources)
-        if not learned:
-            return {}
+        names = set(self.predictions.trained_on)
         linked = with_components(manifest)
-        theirs = {r.component for r in linked if collection_of(r.dataset) in names}
+        theirs = {r.component for r in linked if r.dataset in names}
         shared = {(r.dataset, r.image) for r in linked if r.component in theirs}
+        own: list[int] = []
+        strange: dict[str, list[int]] = {}
+        for row, record in enumerate(self.records):
+            if self.melanoma[row] == MISSING:
+                continue
+            if record.dataset in names:
+                own.append(row)
+            elif (record.dataset, record.image) not in shared:
+                strange.setdefault(record.dataset, []).append(row)
+        if not _can_be_judged(self.records[row] for row in own):
+            return {}
+        learned = {self.records[row].dataset for row in own}
+        parted = set(map(collection_of, learned)) & set(map(collection_of, strange))
 
-        def known(rows: Sequence[int]) -> list[int]:
-            return [row for row in rows if self.melanoma[row] != MISSING]
+        def source(dataset: str) -> str:
+            whole = collection_of(dataset)
+            return dataset if whole in parted else whole
 
-        def foreign(row: int) -> bool:
-            return (self.records[row].dataset, self.records[row].image) not in shared
-
-        own = known([row for name in sorted(learned) for row in sources[name]])
+        sources: dict[str, list[int]] = {}
+        for dataset, rows in strange.items():
+            sources.setdefault(source(dataset), []).extend(rows)
         found: Report = {}
-        for name in sorted(set(sources) - learned):
-            apart = [row for row in known(sources[name]) if foreign(row)]
+        for name, apart in sorted(sources.items()):
             if not _can_be_judged(self.records[row] for row in apart):
                 continue
             rows = [*own, *apart]
@@ -250,7 +262,7 @@ class _Evaluation:
             there = self._clusters(apart).bootstrap(alone, SEED, REPLICATES)
             estimate = self._clusters(rows).bootstrap({"AUROC": less}, SEED, REPLICATES)["AUROC"]
             found[name] = {
-                "learned from": sorted(learned),
+                "learned from": sorted(set(map(source, learned))),
                 "images": len(apart),
                 "melanomas": int(self.melanoma[apart].sum()),
                 **self._written(there, apart),
@@ -328,7 +340,7 @@ class _Evaluation:
 
     def _group(self, rows: Sequence[int]) -> Report:
         truth, probability = self.melanoma[list(rows)], self.predictions.probability[list(rows)]
-        positive, negative = _lesions(self.records[row] for row in rows)
+        positive, negative = _with_and_without(self.records[row] for row in rows)
         figures = metrics.binary(self.predictions.threshold)
         clusters = self._clusters(rows)
         enough = {
@@ -366,7 +378,7 @@ class _Evaluation:
         """
         chosen = list(rows)
         called = self.predictions.probability[chosen] >= self.predictions.threshold
-        positive, negative = _lesions(self.records[row] for row in rows)
+        positive, negative = _with_and_without(self.records[row] for row in rows)
         lesions = {
             "AUROC": min(positive, negative),
             "sensitivity": positive,

@@ -72,7 +72,7 @@ def evaluate_model(
             known = paper.find_known(records)
         fair = clean - (known or set())
         subsets[paper.CLEAN] = [row for row in rows if tested[row].image in fair]
-    report = evaluate(predictions, records, against, subsets)
+    report = evaluate(predictions, records, against, subsets, own)
     report["split"] = str(split)
     report["data_fingerprint"] = data_fingerprint
     report["cautions"] = _cautions(predictions, records, split, bundle, own)
@@ -87,7 +87,7 @@ def evaluate_model(
         evaluated = [tested[row] for row in rows]
         report["paper"] = paper.describe(published, clean, evaluated, predictions, known)
     if bundle is not None:
-        report |= _robustness(bundle, predictions, records, split, datasets, data)
+        report |= _robustness(bundle, predictions, records, split, own, datasets, data)
     return report
 
 
@@ -124,6 +124,7 @@ def _robustness(
     predictions: Predictions,
     records: Sequence[Record],
     split: Split,
+    own: bool,
     datasets: Sequence[Dataset],
     data: Path | None,
 ) -> Report:
@@ -137,7 +138,7 @@ def _robustness(
     learned = [record for record in records if record.split in LEARNED]
     known = [record for dataset in datasets for record in dataset.records]
     report["out of distribution"] = flagged_shares(
-        bundle, predictions, split, learned, known, other
+        bundle, predictions, split, own, learned, known, other
     )
     return report
 

@@ -73,7 +73,7 @@ def interval(estimate: dict[str, float], digits: int = 3) -> str:
 
 
 def lacks_interval(tasks: Report) -> bool:
-    """Whether a task's macro F1 has none, as a class has too few lesions for one."""
+    """Whether a task's macro F1 has none, of which a resampling tells nothing."""
     return any(number(found["F1, macro"]["low"]) == _NONE for found in tasks.values())
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from models.bundle import Bundle, melanoma_probability
 from models.images import ImageError, decode
-from training.data.components import with_components
+from training.data.components import key_of, with_components
 from training.data.layouts import image_files
 from training.data.manifest import DataError, Record
 from training.data.vocabulary import Split
@@ -71,6 +71,7 @@ def flagged_shares(
     bundle: Bundle,
     predictions: Predictions,
     split: Split,
+    own: bool,
     learned: Sequence[Record],
     known: Sequence[Record],
     other: Path | None,
@@ -81,7 +82,8 @@ def flagged_shares(
         bundle: With its threshold.
         predictions: Its predictions.
         split: Of whose images.
-        learned: What it was fitted to and tuned on.
+        own: Whether the bundle was fitted to `learned`; else it is not known what it never saw.
+        learned: What it was fitted to and tuned on, or would have been.
         known: Images of any dataset; of those whose dataset was not learned from, the ones that no
             learned or held-out dataset holds as well are looked at.
         other: A folder of what is not dermoscopic; the first word of a file's name is its kind.
@@ -101,19 +103,21 @@ def flagged_shares(
             values.append(flag)
             names.append(record.component)
 
-    kind = "held out" if split is Split.TEST else split
+    kind = "held out" if own and split is Split.TEST else split
+    strange = "dermoscopy not learned from" if own else "dermoscopy of another dataset"
     note(predictions, [f"{kind}: {record.dataset}" for record in predictions.records])
     datasets = {source.name for source in bundle.manifest.training_data.sources}
     datasets |= {record.dataset for record in predictions.records}
-    seen = {record.image for record in (*learned, *predictions.records)}
+    seen = {key_of(record, "image") for record in (*learned, *predictions.records)}
     foreign: dict[str, list[Record]] = {}
     for record in known:
-        if record.path and record.dataset not in datasets and record.image not in seen:
+        new = record.dataset not in datasets and key_of(record, "image") not in seen
+        if record.path and new:
             foreign.setdefault(record.dataset, []).append(record)
     for dataset, records in foreign.items():
         records.sort(key=_drawn_by)
         chosen = records[:MOST_IMAGES]
-        note(predict(bundle, chosen), [f"dermoscopy not learned from: {dataset}"] * len(chosen))
+        note(predict(bundle, chosen), [f"{strange}: {dataset}"] * len(chosen))
     if other is not None:
         pictures = [Record(path.stem, str(path), "other") for path in sorted(image_files(other))]
         note(predict(bundle, pictures), [f"other: {r.image.split('_')[0]}" for r in pictures])

@@ -199,6 +199,12 @@ def table(
     """
     seed = next(iter(recipes.values())).seed
     melanomas = int(answers.truth.sum())
+    chosen = (
+        "Each network is of its best epoch on these same images, which favours many epochs, and "
+        "the first recipe over those that start from what it chose."
+    )
+    if any(config.folds > 1 for config in recipes.values()):
+        chosen += " Those of an ensemble are not chosen on them, which favours the other recipes."
     lines = [
         "# Recipes compared",
         "",
@@ -207,9 +213,7 @@ def table(
         f"data `{answers.data[:16]}`, seed {seed}. "
         f"{len(outcomes)} of {len(recipes)} recipes are done. Intervals are 95 %, over components, "
         "differences paired; they do not hold what another seed would change, and the best of "
-        "many is better here than it will be on other images. Each network is of its best epoch on "
-        "these same images, which favours many epochs, and the first recipe over those that start "
-        "from what it chose.",
+        f"many is better here than it will be on other images. {chosen}",
         "",
         "| recipe | what it changes | epochs | minutes | AUROC | less the first |",
         "|---|---|---|---|---|---|",

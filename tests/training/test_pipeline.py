@@ -478,10 +478,34 @@ def test_what_was_fitted_to_outcomes_is_told_and_not_published(
 
 def test_only_what_was_held_out_is_called_so(fitted: Run, fitted_bundle: Path) -> None:
     records, bundle = load_manifest(fitted.manifest), load_bundle(fitted_bundle)
-    for split, kind in ((Split.TEST, "held out"), (Split.VALIDATION, "validation")):
+    for split, own, kind in (
+        (Split.TEST, True, "held out"),
+        (Split.TEST, False, "test"),
+        (Split.VALIDATION, True, "validation"),
+    ):
         found = predict(bundle, [r for r in records if r.split is split][:20])
-        flagged = flagged_shares(bundle, found, split, [], [], None)["flagged"]
+        flagged = flagged_shares(bundle, found, split, own, [], [], None)["flagged"]
         assert {name.split(":")[0] for name in flagged} == {kind}
+
+
+def test_a_name_that_another_dataset_has_too_is_no_picture_of_it(
+    fitted: Run, fitted_bundle: Path
+) -> None:
+    records, bundle = load_manifest(fitted.manifest), load_bundle(fitted_bundle)
+    held_out = [r for r in records if r.split is Split.TEST]
+    found = predict(bundle, held_out[:20])
+    learned = [replace(held_out[0], image="photo-1"), held_out[1]]
+    known = [
+        replace(held_out[30], image="photo-1", dataset="clinic"),
+        replace(held_out[31], image="photo-2", dataset="clinic"),
+        replace(held_out[1], dataset="clinic"),  # an ISIC id is the same picture anywhere
+    ]
+    for own, kind in (
+        (True, "dermoscopy not learned from"),
+        (False, "dermoscopy of another dataset"),
+    ):
+        flagged = flagged_shares(bundle, found, Split.TEST, own, learned, known, None)["flagged"]
+        assert flagged[f"{kind}: clinic"]["images"] == 2
 
 
 def test_what_was_predicted_elsewhere_needs_no_files(

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.training import team_member
@@ -12,7 +13,7 @@ from tests.training.folders import draw_ham10000
 from training import fit as fitting
 from training import sweep as sweeping
 from training.cli import cli
-from training.config import parse_config
+from training.config import Config, parse_config
 from training.data.manifest import DataError, load_manifest, save_manifest
 from training.prepare import prepare
 from training.run import Run
@@ -151,6 +152,14 @@ def test_images_of_a_manifest_without_components_are_resampled_by_lesion(
     found = sweeping.ask(run)
     lesions = {(r.dataset, r.image): r.lesion for r in records}
     assert len(set(found.components)) == len({lesions[image] for image in found.images}) > 1
+
+
+def test_an_ensemble_is_not_said_to_be_chosen_on_the_images_it_is_compared_on() -> None:
+    answers = sweeping.Answers([], np.zeros(0, bool), np.zeros(0, np.float32), [], "data")
+    plain, ensemble = Config(), Config(folds=3)
+    said = "Those of an ensemble are not chosen on them"
+    assert said not in sweeping.table([], answers, {"a": plain, "b": plain}, {})
+    assert said in sweeping.table([], answers, {"a": plain, "b": ensemble}, {})
 
 
 def test_a_recipe_that_fails_does_not_keep_the_others_from_their_turn(
