@@ -57,6 +57,13 @@ def files_below(
                 yield Path(parent, name)
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Remove what `write_atomically` left in a folder when it was killed; nobody else may write."""
+    for unfinished in folder.glob(".*.part"):
+        if unfinished.is_file():
+            unfinished.unlink(missing_ok=True)
+
+
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path`, and rename it to `path` when the block succeeds.

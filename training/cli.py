@@ -108,12 +108,19 @@ def prepare(
         print(f"{dataset:24} {split:12} {images:7,}")
     records = load_manifest(Run(run).manifest)
     tasks = set(untaught([record for record in records if record.split is Split.TRAIN]))
-    tasks -= {"melanoma", *TAUGHT} if frozen.teachers else set()
-    if tasks and not frozen.start_from:
+    tasks -= {"melanoma"} if frozen.teachers else set()
+    if tasks:
+        outcome = (
+            f"the network keeps what {frozen.start_from} taught it of them, which grows wrong "
+            "while the rest is learned (with that run's bundle as a teacher it stays true)"
+            if frozen.start_from
+            else "the network will find every class, or year of age, equally probable"
+        )
+        if tasks & set(TAUGHT) and frozen.teachers:
+            outcome += ", but for the diagnosis, the site and the sex that its teachers tell apart"
         print(
             f"Caution: no training image has a label of {', '.join(sorted(tasks))}, or all have "
-            "the same one (of the diagnosis: melanoma, or another): the network will find every "
-            "class, or year of age, equally probable."
+            f"the same one (of the diagnosis: melanoma, or another): {outcome}."
         )
     for split, others in ((Split.VALIDATION, [Split.TRAIN]), (Split.TEST, list(LEARNED))):
         if known := shared(records, split, others):

@@ -6,6 +6,7 @@ classes teach more than the label alone. Each teacher sees an image in its four 
 
 import hashlib
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from zipfile import BadZipFile
@@ -13,11 +14,10 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import expit
 from torch import Tensor
 from tqdm import tqdm
 
-from models.bundle import Bundle, load_bundle
+from models.bundle import Bundle, load_bundle, melanoma_probability
 from models.files import write_atomically
 from models.recalibration import LOGIT
 from training.data.cache import Pixels
@@ -31,6 +31,8 @@ BATCH_SIZE = 64
 # What a bundle answers in a run's own classes; its age bins are coarser than the age grid.
 TAUGHT = {"diagnosis": DIAGNOSES, "site": tuple(Site), "sex": tuple(Sex)}
 _MIRRORINGS = ((), (1,), (2,), (1, 2))
+# No further from each other are what a head says that was taught nothing (`leave_out`).
+_SAYS_NOTHING = 1e-4
 
 
 def open_teachers(folders: Sequence[str], size: int) -> list[Bundle]:
@@ -73,7 +75,9 @@ def soft_targets(
 ) -> dict[str, Tensor]:
     """The teachers' mean probabilities by task, float32 [N, classes]; zero where not asked.
 
-    Each teacher's are kept in the run's folder: they take minutes.
+    A teacher that was taught nothing of a task, and finds all its classes equally probable of every
+    image, is not listened to about that; a task of which none knows more is left out. Each
+    teacher's answers are kept in the run's folder: they take minutes.
 
     Args:
         run: Where.
@@ -84,8 +88,9 @@ def soft_targets(
     """
     asked = _shown(pixels, positions)
     sums: dict[str, Tensor] = {}
+    heard: Counter[str] = Counter()
     for teacher in teachers:
-        file = run.teachers / f"{asked[:16]}-{teacher.artifact('onnx', 'fp32').sha256[:16]}.npz"
+        file = run.teachers / f"{asked[:16]}-{name_of(teacher)[:16]}.npz"
         said = _read(file)
         if said is None:
             file.parent.mkdir(exist_ok=True)
@@ -93,10 +98,21 @@ def soft_targets(
             with write_atomically(file) as temporary, temporary.open("wb") as stream:
                 np.savez(stream, **said)  # type: ignore[arg-type]  # numpy's stub has no **arrays
         for task, probabilities in said.items():
+            if np.ptp(probabilities, axis=1).max(initial=0.0) < _SAYS_NOTHING:
+                continue
             if task not in sums:
                 sums[task] = torch.zeros(len(records), probabilities.shape[1])
-            sums[task][list(positions)] += torch.from_numpy(probabilities) / len(teachers)
-    return sums
+            sums[task][list(positions)] += torch.from_numpy(probabilities)
+            heard[task] += 1
+    return {task: answers / heard[task] for task, answers in sums.items()}
+
+
+def name_of(teacher: Bundle) -> str:
+    """SHA-256 of what its answers hang on: the artifact that is asked, and its calibration."""
+    artifact = teacher.artifact("onnx", "fp32")
+    scaling = artifact.calibration
+    told = f"{artifact.sha256} {scaling.slope} {scaling.intercept}"
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _shown(pixels: Pixels, positions: Sequence[int]) -> str:
@@ -120,14 +136,15 @@ def _ask(
     teacher: Bundle, pixels: Pixels, positions: Sequence[int]
 ) -> dict[str, NDArray[np.float32]]:
     """Its probabilities by task, [len(positions), classes]."""
-    run = onnx_runner(teacher.path(teacher.artifact("onnx", "fp32")))
+    artifact = teacher.artifact("onnx", "fp32")
+    run = onnx_runner(teacher.path(artifact))
     parts: dict[str, list[NDArray[np.float32]]] = {}
     bar = tqdm(total=len(positions), desc=f"ask {teacher.manifest.version}", unit="image")
     for start in range(0, len(positions), BATCH_SIZE):
         batch = np.stack([pixels[i] for i in positions[start : start + BATCH_SIZE]])
         seen = [run(np.ascontiguousarray(np.flip(batch, axes))) for axes in _MIRRORINGS]
         logit = np.mean([out[LOGIT].reshape(-1) for out in seen], axis=0)
-        melanoma = expit(logit)
+        melanoma = melanoma_probability(logit, artifact.calibration)
         parts.setdefault("melanoma", []).append(np.stack([1 - melanoma, melanoma], axis=1))
         for task in TAUGHT:
             parts.setdefault(task, []).append(np.mean([out[task] for out in seen], axis=0))

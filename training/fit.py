@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
-from models.files import write_atomically
+from models.files import clear_unfinished, write_atomically
 from models.memory import give_back
 from training.backbones import source_of
 from training.config import Config, Precision
@@ -133,6 +133,8 @@ def fit(run: Run, workers: int = 2, pretrained: bool = True) -> float:
         runs = [member for member, _ in members(run, load_manifest(run.manifest))]
         for member in runs:
             to_learn_from(load_manifest(member.manifest), member.load_config(), member.manifest)
+            if team.leads:
+                clear_unfinished(member.folder)
         best = []
         for number, member in enumerate(runs, start=1):
             if len(runs) > 1 and team.leads:

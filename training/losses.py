@@ -128,7 +128,7 @@ class MultiTaskLoss(nn.Module):
             if task.name in part.labels:
                 parts[task.name] = float(loss.detach())
             if soft is not None:
-                each = _cross_entropy(_class_logits(task, logits[task.name]), soft)
+                each = _cross_entropy(self._class_logits(task, logits[task.name]), soft)
                 taught = part.images * _mean(each, targets.weights)
                 loss = (1 - self.distillation) * loss + self.distillation * taught
             losses[task.name] = loss
@@ -137,14 +137,22 @@ class MultiTaskLoss(nn.Module):
     def _each(self, task: Task, logits: Tensor, classes: Tensor) -> Tensor:
         if task.kind == "ordinal":
             return ordinal_losses(logits, classes)
-        logits = _class_logits(task, logits)
-        if task.name not in _ADJUSTED or not self.training:
-            return _cross_entropy(logits, classes)
-        if self.imbalance == "logit_adjustment":
+        each = _cross_entropy(self._class_logits(task, logits), classes)
+        if task.name in _ADJUSTED and self.training and self.imbalance == "focal":
+            return (1 - torch.exp(-each)) ** FOCUS * each
+        return each
+
+    def _class_logits(self, task: Task, logits: Tensor) -> Tensor:
+        """A logit a class, adjusted in training; what teachers answer has the classes' shares, too.
+
+        A binary task's logit is made two, so that what is done is written once.
+        """
+        if task.kind == "binary":
+            logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+        if task.name in _ADJUSTED and self.training and self.imbalance == "logit_adjustment":
             prior: Tensor = self.get_buffer(f"prior_{task.name}")
             logits = logits + prior
-        each = _cross_entropy(logits, classes)
-        return (1 - torch.exp(-each)) ** FOCUS * each if self.imbalance == "focal" else each
+        return logits
 
 
 def _whole(targets: Targets) -> Part:
@@ -167,13 +175,6 @@ def _mean(each: Tensor, weights: Tensor | None, rows: Tensor | slice = slice(Non
 
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
     return functional.cross_entropy(logits, classes, reduction="none")
-
-
-def _class_logits(task: Task, logits: Tensor) -> Tensor:
-    """A logit a class: a binary task's as two, so that what is done is written once."""
-    if task.kind == "binary":
-        return torch.cat([torch.zeros_like(logits), logits], dim=1)
-    return logits
 
 
 def ordinal_losses(logits: Tensor, classes: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def _cautions(
         cautions.append(
             "The images that it was trained on say nothing, or the same of all, of: "
             f"{', '.join(tasks)}. What the bundle answers of that means nothing, unless teachers "
-            "or a network before it knew."
+            "knew, or a network before it did, what has been learned since then aside."
         )
     if predictions.fitted_to_outcomes:
         cautions.append(_fitted("Its"))

@@ -17,6 +17,7 @@ from models.cores import has_amx
 from models.files import write_atomically
 from training.config import Config, Precision
 from training.data.manifest import DataError, Record, fingerprint
+from training.distillation import name_of
 from training.losses import MultiTaskLoss
 from training.network import MultiTaskNetwork
 from training.run import Run
@@ -160,7 +161,7 @@ def identity_of(
     """What a checkpoint belongs to: configuration, data and teachers."""
     identity = {"config": config.model_dump(), "data": fingerprint(records)}
     if teachers:
-        identity["teachers"] = [x.artifact("onnx", "fp32").sha256 for x in teachers]
+        identity["teachers"] = [name_of(teacher) for teacher in teachers]
     return identity
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from models.files import read_small, write_atomically
+from models.files import clear_unfinished, read_small, write_atomically
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -23,6 +23,15 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         raise OSError("read-only")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_killed_process_left_unfinished_is_cleared(tmp_path: Path) -> None:
+    for name in (".checkpoint.pt.123.part", "checkpoint.pt", ".hidden", "a.part"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".bundle.123.part").mkdir()
+    clear_unfinished(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint.pt", ".hidden", "a.part", ".bundle.123.part"}
 
 
 def test_a_link_stays_one_to_the_file_that_is_replaced(tmp_path: Path) -> None:

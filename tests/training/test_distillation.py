@@ -1,12 +1,13 @@
 """A student learns what teachers answer, beside the labels."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from models.bundle import Bundle, BundleError, load_bundle, save_bundle
+from models.bundle import Bundle, BundleError, Calibration, load_bundle, save_bundle
 from models.recalibration import LOGIT
 from tests.bundles import SIDE, expected_outputs, make_bundle
 from training.config import Config
@@ -15,6 +16,7 @@ from training.distillation import TAUGHT, _ask, open_teachers, soft_targets
 from training.losses import MultiTaskLoss
 from training.run import Run
 from training.runners import onnx_runner
+from training.state import identity_of
 from training.tasks import MISSING, TASKS, Targets
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, SIDE, SIDE, 3), np.uint8)
@@ -45,6 +47,39 @@ def test_the_soft_targets_are_the_teachers_mean_answers(
     again = soft_targets(run, [teacher], RECORDS, IMAGES, asked)
     assert torch.equal(again["melanoma"], soft["melanoma"])
     assert kept.suffix == ".npz"
+
+
+def test_a_teacher_s_melanoma_is_calibrated_as_its_answers_are(
+    teacher: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.distillation.TAUGHT", {"site": ()})
+    (artifact,) = teacher.manifest.artifacts
+    scaled = artifact.model_copy(update={"calibration": Calibration(slope=0.5, intercept=-2)})
+    manifest = teacher.manifest.model_copy(update={"artifacts": (scaled,)})
+    fitted = save_bundle(
+        tmp_path / "fitted", manifest, {"model.onnx": teacher.folder / "model.onnx"}
+    )
+    run = Run(tmp_path)
+    asked = [0, 1, 2, 3, 4]
+    before = soft_targets(run, [teacher], RECORDS, IMAGES, asked)
+    found = soft_targets(run, [fitted], RECORDS, IMAGES, asked)  # of the same artifact
+    expected = 1 / (1 + np.exp(2 - 0.5 * expected_outputs(IMAGES)[LOGIT]))
+    assert found["melanoma"][:, 1].numpy() == pytest.approx(expected, abs=1e-5)
+    assert not torch.equal(found["melanoma"], before["melanoma"])
+    config = Config()
+    assert identity_of(config, RECORDS, [fitted]) != identity_of(config, RECORDS, [teacher])
+
+
+def test_a_teacher_is_not_heard_of_what_it_was_taught_nothing_of(
+    teacher: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing, something = np.full((2, 2), 0.5, np.float32), np.float32([[0.9, 0.1], [0.5, 0.5]])
+    said = [{"site": nothing, "sex": nothing}, {"site": something, "sex": nothing}]
+    monkeypatch.setattr("training.distillation._ask", lambda *_: said.pop())
+    monkeypatch.setattr("training.distillation._read", lambda _: None)
+    soft = soft_targets(Run(tmp_path), [teacher, teacher], RECORDS, IMAGES, [1, 3])
+    assert list(soft) == ["site"]
+    assert soft["site"][[1, 3]].numpy() == pytest.approx(something)
 
 
 def test_a_teacher_sees_each_image_in_its_four_mirrorings(
@@ -139,6 +174,19 @@ def best_logit(share: float, shown: Targets) -> float:
 def test_the_loss_is_lowest_between_label_and_teachers(share: float, expected: float) -> None:
     found = best_logit(share, targets(melanoma=1, taught=0.2))
     assert 1 / (1 + np.exp(-found)) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("melanoma", [MISSING, 0])
+def test_logit_adjustment_is_of_what_teachers_answer_too(melanoma: int) -> None:
+    """Else label and teacher would pull one logit two ways (Menon et al. 2021)."""
+    shown = targets(melanoma=melanoma, taught=0.2)
+    learned = replace(shown, classes=shown.classes | {"melanoma": torch.tensor([0] * 9 + [1])})
+    loss = MultiTaskLoss(Config(imbalance="logit_adjustment", distillation=1.0), learned)
+    outputs = {task.name: torch.zeros(1, task.outputs) for task in TASKS}
+    outputs["melanoma"] = torch.tensor([[np.log(0.2 / 0.8) - np.log(0.1 / 0.9)]]).float()
+    outputs["melanoma"].requires_grad_()
+    loss(outputs, shown)[0].backward()
+    assert float(outputs["melanoma"].grad) == pytest.approx(0, abs=1e-6)
 
 
 def test_an_image_without_a_label_is_learned_from_its_teachers() -> None:

@@ -168,10 +168,13 @@ def test_heads_that_nothing_teaches_are_told_of_and_say_nothing(
     with small():
         given = ["prepare", str(tmp_path / "data"), "--config", str(recipe), "--run"]
         cli([*given, str(run.folder)], standalone_mode=False)
+        told = capsys.readouterr().out
+        assert "no training image has a label of site, or all have the same one" in told
+        assert "will find every class, or year of age, equally probable." in told
         fit(run, workers=0)
-    assert (
-        "no training image has a label of site, or all have the same one" in capsys.readouterr().out
-    )
+        recipe.write_text(f"{recipe.read_text()}start_from = '{run.folder}'\n")
+        cli([*given, str(tmp_path / "again")], standalone_mode=False)
+        assert f"the network keeps what {run.folder} taught it of them" in capsys.readouterr().out
     weights = load_tensors(run.best)
     assert not weights["heads.site.weight"].any()
     assert weights["heads.sex.weight"].any()

@@ -226,7 +226,10 @@ def test_a_run_resumes_without_what_it_began_with(fitted: Run, tmp_path: Path) -
     shutil.copytree(fitted.folder, before.folder)
     recipe = SMALL.model_copy(update={"epochs": 1, "start_from": str(before.folder)})
     prepare_manifest(load_manifest(fitted.manifest), run, recipe)
+    unfinished = run.folder / ".checkpoint.pt.123.part"  # of a process that was killed
+    unfinished.touch()
     best = fit(run, workers=0)
+    assert not unfinished.exists()
     shutil.rmtree(before.folder)
     assert fit(run, workers=0, pretrained=True) == best
 
