@@ -76,7 +76,9 @@ def verify(content: bytes, signature: Path, public_key: Path) -> None:
     except OSError as error:
         raise SignatureError(f"{public_key} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise SignatureError(f"{public_key} is no PEM file of a public key") from None
+        raise SignatureError(
+            f"{public_key} is no PEM file of a public key (openssl pkey -pubout)"
+        ) from None
     if not isinstance(key, Ed25519PublicKey):
         raise SignatureError(f"{public_key} is no Ed25519 key")
     try:

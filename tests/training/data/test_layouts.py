@@ -604,6 +604,28 @@ def test_every_table_of_ham10000_s_is_read(tmp_path: Path) -> None:
     }
 
 
+def test_the_challenges_test_tables_are_not_learned_from(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    whole = LAYOUTS["isic2019"][1](tmp_path / "a").parent
+    for kind in ("GroundTruth", "Metadata"):
+        with (whole / f"ISIC_2019_Training_{kind}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        write(whole / f"ISIC_2019_Training_{kind}.csv", rows[2:])
+        write(whole / f"ISIC_2019_Test_{kind}.csv", rows[:2])
+    (tmp_path / "b").mkdir()
+    for number, part in enumerate(("Training", "Validation", "Test_v2")):
+        row = {"image_id": isic(100 + number), "melanoma": "0.0"}
+        write(tmp_path / "b" / f"ISIC-2017_{part}_Part3_GroundTruth.csv", [row])
+    of_2019, of_2017 = read_datasets([tmp_path])
+    assert [r.split for r in of_2019.records if r.split] == [Split.TEST] * 2
+    assert len(of_2019.records) == len(rows)
+    assert {r.image: r.split for r in of_2017.records} == {
+        isic(100): None,
+        isic(101): Split.VALIDATION,
+        isic(102): Split.TEST,
+    }
+
+
 def test_tables_complete_each_other(tmp_path: Path) -> None:
     write(tmp_path / "truth.csv", [{"image_id": isic(1), "melanoma": "1", "site": "back"}])
     others = {"image_id": isic(1), "age_approximate": "40", "sex": "male", "site": "back"}

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pkgutil
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -13,11 +14,12 @@ from models import images
 from models.files import files_below, is_hidden
 from training.data.manifest import DataError, Record, isic_id
 from training.data.tables import SUFFIXES, Faults, Row, read_header, read_rows
-from training.data.vocabulary import Diagnosis
+from training.data.vocabulary import Diagnosis, Split
 
 # How far below a given folder datasets are looked for.
 _DEPTH = 4
 PAIR_COLUMNS = ("image_name_1", "image_name_2")
+_HELD_OUT = re.compile(r"is(?:ic|bi)[-_ ]?20\d\d.*[-_ ](validation|test)(?![a-z])")
 _NOT_PICTURES = ("_segmentation", "_superpixels")
 
 
@@ -296,6 +298,15 @@ def _once(records: list[Record], place: Place, faults: Faults) -> list[Record]:
                 fatal=bool(differing),
             )
     return list(kept.values())
+
+
+def challenge_split(table: Path) -> Split | None:
+    """What a table of an ISIC challenge holds out, by its name: its images are not to train on.
+
+    `ISIC_2019_Test_GroundTruth.csv` and the like; None of a training table, or of any other.
+    """
+    found = _HELD_OUT.match(table.stem.lower())
+    return Split(found[1]) if found else None
 
 
 def image_of(row: Row, *columns: str) -> str | None:

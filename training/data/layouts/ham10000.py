@@ -6,10 +6,10 @@ The test set of ISIC 2018 lies beside it at Harvard's, with the same columns: a 
 from collections.abc import Collection
 from pathlib import Path
 
-from training.data.layouts import Place, image_of
+from training.data.layouts import Place, challenge_split, image_of
 from training.data.manifest import Record
 from training.data.tables import Faults, read_rows
-from training.data.vocabulary import SEXES, SITES, SPLITS, Split
+from training.data.vocabulary import SEXES, SITES, SPLITS
 
 TITLE = "HAM10000"
 ISIC_2018 = "ISIC 2018"
@@ -34,8 +34,9 @@ def read(place: Place, faults: Faults) -> list[Record]:
 
 def _of_table(table: Path, place: Place, faults: Faults) -> list[Record]:
     name = table.stem.lower()
-    of_2018 = name.startswith("isic2018") and "test" in name  # HAM10000 is what it trained on
-    split = Split.TEST if of_2018 else SPLITS.get(name)
+    # HAM10000 is what the challenge of 2018 trained on.
+    of_2018 = name.startswith("isic2018") and challenge_split(table) is not None
+    split = challenge_split(table) or SPLITS.get(name)
     records = []
     for row in read_rows(table, _COLUMNS, faults):
         image = image_of(row, "image_id")

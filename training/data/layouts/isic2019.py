@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from training.data.layouts import Place, image_of
+from training.data.layouts import Place, challenge_split, image_of
 from training.data.manifest import Record
 from training.data.tables import Faults, Row, read_rows
-from training.data.vocabulary import ONE_ZERO, SEXES, SITES, Term, diagnosis_of
+from training.data.vocabulary import ONE_ZERO, SEXES, SITES, Split, Term, diagnosis_of
 
 TITLE = "ISIC 2019"
 LICENCE = "CC BY-NC 4.0"
@@ -30,11 +30,14 @@ def _metadata(place: Place) -> list[Path]:
 def read(place: Place, faults: Faults) -> list[Record]:
     """Join the two tables by image; either may be missing."""
     terms: dict[str, Term] = {}
+    held_out: dict[str, Split] = {}
     for table in place.tables_with(*_TRUTH):
         for row in read_rows(table, {"image", *_CLASSES}, faults):
             image = image_of(row, "image")
             if image is None:
                 continue
+            if split := challenge_split(table):
+                held_out[image] = split
             term = _term(row)
             if terms.setdefault(image, term) != term:
                 faults.add(
@@ -53,6 +56,8 @@ def read(place: Place, faults: Faults) -> list[Record]:
                     f"{row.where(('image',))}: {image} stands in two rows, which disagree.",
                 )
             people[image] = row
+            if split := challenge_split(table):
+                held_out[image] = split
     records, nobody = [], Row(place.folder, 0, {}, faults)
     for image in {**terms, **people}:
         term, person = terms.get(image, Term(None, None)), people.get(image, nobody)
@@ -67,6 +72,7 @@ def read(place: Place, faults: Faults) -> list[Record]:
                 age=person.age("age_approx"),
                 sex=person.word(SEXES, "sex"),
                 site=person.word(SITES, "anatom_site_general"),
+                split=held_out.get(image),
             )
         )
     return records

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from training.data.layouts import Place, image_of, name_of
+from training.data.layouts import Place, challenge_split, image_of, name_of
 from training.data.manifest import COLUMNS, Record, isic_id
 from training.data.tables import Faults, Row, read_rows
 from training.data.vocabulary import SEXES, SITES, SPLITS, TRUTHS, diagnosis_of
@@ -105,7 +105,8 @@ def _record(row: Row, image: str, place: Place) -> Record:
         age=row.age(*_AGE),
         sex=row.word(SEXES, *_SEX),
         site=row.word(SITES, *_SITE),
-        split=row.choice(SPLITS, "split"),  # no guess: a test image may be among them
+        # No guess: a test image may be among them.
+        split=row.choice(SPLITS, "split") or challenge_split(row.path),
     )
 
 
